@@ -1,0 +1,175 @@
+"""Range checks on a config: what a typed field still lets through.
+
+Each check is a row (key, test, what is allowed), so that an error always names the key, its value and the
+allowed range, and so that the whole set can be read at a glance.
+"""
+
+import math
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from syncbn.config import ARMS, Config, StudyConfig
+from syncbn.errors import UsageError
+
+
+@dataclass(frozen=True)
+class Check:
+    """A test on the value of the dotted `key`, and the words for what passes it."""
+
+    key: str
+    passes: Callable[[Any], bool]
+    allowed: str
+
+
+def _one_of(key: str, *names: str) -> Check:
+    return Check(key, lambda value: value in names, "one of " + ", ".join(names))
+
+
+def _whole(key: str, least: int) -> Check:
+    return Check(key, lambda value: value is None or value >= least, f"a whole number >= {least}")
+
+
+def _positive(key: str) -> Check:
+    return Check(
+        key, lambda value: value is None or (math.isfinite(value) and value > 0), "a finite number > 0"
+    )
+
+
+def _between(key: str, low: float, high: float) -> Check:
+    return Check(
+        key, lambda value: value is None or low <= value <= high, f"a number from {low:g} to {high:g}"
+    )
+
+
+def is_folder_name(text: str) -> bool:
+    """Whether `text` is one plain folder name: letters, digits, `._-`, no leading dot, at most 100 long."""
+    return re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,99}", text) is not None
+
+
+CHECKS = (
+    Check("name", is_folder_name, "one folder name of letters, digits, '.', '_' and '-'"),
+    _whole("seed", 0),
+    _one_of("model.name", "mlp", "cnn", "vgg", "torchvision"),
+    _one_of("model.activation", "relu", "sigmoid", "tanh", "silu"),
+    _one_of("model.init", "default", "normal"),
+    _one_of("model.placement", "pre", "post", "input"),
+    _positive("model.init_std"),
+    _whole("model.width", 1),
+    Check("model.hidden", lambda widths: all(w >= 1 for w in widths), "whole numbers >= 1"),
+    _one_of(
+        "data.name", "digits", "mnist", "fashion_mnist", "cifar10", "image_folder", "synthetic"
+    ),
+    _whole("data.limit", 1),
+    Check("data.validation", lambda share: 0 <= share < 1, "a number from 0 to below 1"),
+    _whole("data.image_size", 1),
+    _whole("data.channels", 1),
+    _whole("data.num_classes", 2),
+    _whole("data.num_samples", 1),
+    _whole("data.num_loaders", 0),
+    _one_of("norm.name", *ARMS),
+    _whole("norm.group_size", 1),
+    _whole("norm.num_groups", 1),
+    _whole("norm.ghost_size", 2),
+    _between("norm.momentum", 0.0, 1.0),
+    _positive("norm.eps"),
+    _one_of("optim.name", "sgd", "adam", "adamw"),
+    _positive("optim.lr"),
+    _between("optim.momentum", 0.0, 1.0),
+    Check(
+        "optim.weight_decay", lambda rate: math.isfinite(rate) and rate >= 0, "a finite number >= 0"
+    ),
+    _one_of("optim.schedule", "constant", "cosine", "step", "exponential"),
+    _whole("optim.warmup_steps", 0),
+    Check(
+        "optim.milestones",
+        lambda shares: all(0 < a < 1 for a in shares) and list(shares) == sorted(shares),
+        "ascending numbers between 0 and 1",
+    ),
+    _positive("optim.gamma"),
+    _whole("optim.decay_steps", 1),
+    _one_of("optim.lr_scaling", "none", "linear", "sqrt"),
+    _whole("optim.base_batch", 1),
+    _positive("optim.clip_norm"),
+    _whole("train.steps", 1),
+    _whole("train.per_rank_batch", 1),
+    _whole("train.eval_every", 0),
+    _whole("train.eval_batch", 1),
+    _whole("train.log_every", 1),
+    _whole("train.agree_every", 1),
+    _whole("train.checkpoint_every", 0),
+    _positive("train.time_limit_s"),
+    _whole("train.patience", 1),
+    _between("train.target_error", 0.0, 1.0),
+    _one_of("train.dtype", "float32", "float64"),
+    _one_of("train.device", "auto", "cpu", "cuda"),
+    _whole("train.num_threads", 1),
+    _one_of("launcher.name", "local", "ray"),
+    _whole("launcher.num_workers", 1),
+    _whole("launcher.cpus_per_worker", 1),
+    _whole("launcher.gpus_per_worker", 0),
+    _positive("launcher.timeout_s"),
+    _positive("launcher.start_timeout_s"),
+    _one_of("tracking.name", "mlflow", "journal"),
+)
+
+
+def _value(cfg: Config, key: str) -> Any:
+    value: Any = cfg
+    for part in key.split("."):
+        value = getattr(value, part)
+    return value
+
+
+def check(cfg: Config) -> None:
+    """Raise `UsageError` naming the first key of `cfg` whose value is not allowed."""
+    for row in CHECKS:
+        value = _value(cfg, row.key)
+        if not row.passes(value):
+            raise UsageError(f"{row.key}={value!r} is not allowed: {row.allowed}")
+    for complaint in _across_keys(cfg):
+        raise UsageError(complaint)
+    if cfg.study is not None:
+        _check_study(cfg.study)
+
+
+def _across_keys(cfg: Config) -> Iterator[str]:
+    """Complaints about keys that are each fine alone."""
+    if cfg.model.name == "torchvision" and cfg.model.arch is None:
+        yield "model=torchvision needs model.arch, the name of a torchvision classification model"
+    if cfg.norm.name == "sync_group":
+        size, ranks = cfg.norm.group_size, cfg.launcher.num_workers
+        if size is None or ranks % size:
+            yield f"norm.group_size={size} must divide launcher.num_workers={ranks}"
+    if cfg.norm.name == "ghost" and cfg.train.per_rank_batch % cfg.norm.ghost_size:
+        yield (
+            f"norm.ghost_size={cfg.norm.ghost_size} must divide "
+            f"train.per_rank_batch={cfg.train.per_rank_batch}"
+        )
+
+
+def _check_study(study: StudyConfig) -> None:
+    """Raise `UsageError` for a study without arms or seeds, or with a claim on an arm it has not."""
+    if not study.arms:
+        raise UsageError("study.arms is empty: a study compares at least two arms")
+    if not study.seeds or len(set(study.seeds)) != len(study.seeds):
+        raise UsageError(f"study.seeds={study.seeds} is not allowed: distinct whole numbers >= 0")
+    for arm in study.arms:
+        if not is_folder_name(arm):
+            raise UsageError(f"study arm {arm!r} is not allowed: one plain folder name")
+    for claim in study.claims:
+        for arm in (claim.arm, claim.against):
+            if arm not in study.arms:
+                raise UsageError(
+                    f"claim {claim.name!r} speaks of arm {arm!r}; arms: {', '.join(study.arms)}"
+                )
+        if claim.kind not in ("less", "greater", "equivalent"):
+            raise UsageError(
+                f"claim {claim.name!r}: kind={claim.kind!r} is not allowed: one of less, greater, equivalent"
+            )
+        if claim.kind == "equivalent" and not claim.threshold > 0:
+            raise UsageError(
+                f"claim {claim.name!r}: threshold={claim.threshold!r} is not allowed: an equivalence "
+                "margin is > 0"
+            )

@@ -1,0 +1,274 @@
+"""The schema of a run and of a study, as plain typed dataclasses.
+
+One decision shaped this file: a Hydra config is composed once (`syncbn.compose`), becomes a `Config` here, and
+from there on only these frozen-by-habit objects travel. Nothing in the project instantiates a class that a
+config names; names are looked up in the registries of the module that owns them.
+"""
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+ARMS = (
+    "none",
+    "local",
+    "local_avg",
+    "sync",
+    "sync_group",
+    "big_batch",
+    "torch_sync",
+    "group_norm",
+    "ghost",
+)
+
+
+@dataclass
+class ModelConfig:
+    """Which network is trained. Fields that a model does not use are left at their defaults."""
+
+    name: str = "mlp"
+    """`mlp`, `cnn`, `vgg` or `torchvision`."""
+    hidden: list[int] = field(default_factory=lambda: [100, 100])
+    """Widths of the MLP's hidden layers."""
+    activation: str = "relu"
+    """`relu`, `sigmoid`, `tanh` or `silu` (mlp, cnn, vgg)."""
+    init: str = "default"
+    """`default` (torch's own) or `normal`: weights from N(0, init_std^2), biases 0."""
+    init_std: float = 0.05
+    placement: str = "pre"
+    """Where the norm stands in a hidden layer: `pre` or `post` the activation, or on the layer's `input`."""
+    width: int = 32
+    """Channels of the first convolution (cnn, vgg)."""
+    arch: str | None = None
+    """torchvision classification model by name, e.g. `resnet18` (torchvision)."""
+
+
+@dataclass
+class DataConfig:
+    """Which images, from where, and how they are prepared."""
+
+    name: str = "digits"
+    """`digits`, `mnist`, `fashion_mnist`, `cifar10`, `image_folder` or `synthetic`."""
+    root: str = "data"
+    """Folder that holds the data set in torchvision's layout; `digits` and `synthetic` need none."""
+    download: bool = False
+    """Fetch a missing data set from its publisher."""
+    binarize: bool = False
+    """Pixels above one half become 1, the others 0, as in Ioffe & Szegedy's MNIST experiment."""
+    augment: bool = False
+    """Random crop and flip of training images, seeded by sample and epoch."""
+    limit: int | None = None
+    """Use only this many training samples."""
+    validation: float = 0.0
+    """Share of the training samples held out; with it, `test_error` is measured on them, not on the test set."""
+    image_size: int = 32
+    """Height and width in pixels (synthetic, image_folder)."""
+    channels: int = 3
+    """Image channels (synthetic)."""
+    num_classes: int = 10
+    """Classes (synthetic)."""
+    num_samples: int = 1024
+    """Training samples (synthetic)."""
+    num_loaders: int = 0
+    """Processes that decode images beside each rank (image_folder)."""
+
+
+@dataclass
+class NormConfig:
+    """One arm of a comparison: what stands where the model asks for batch norm."""
+
+    name: str = "sync"
+    """One of `ARMS`."""
+    group_size: int | None = None
+    """Consecutive ranks that share statistics (sync_group)."""
+    num_groups: int = 32
+    """Channel groups (group_norm); the largest divisor of the channels that is no larger is used."""
+    ghost_size: int = 2
+    """Samples that share statistics (ghost)."""
+    momentum: float = 0.1
+    eps: float = 1e-5
+
+
+@dataclass
+class OptimConfig:
+    """The optimiser and its learning-rate schedule."""
+
+    name: str = "sgd"
+    """`sgd`, `adam` or `adamw`."""
+    lr: float = 0.05
+    momentum: float = 0.9
+    nesterov: bool = False
+    weight_decay: float = 0.0
+    decay_norm_and_bias: bool = False
+    """Apply weight decay to norm parameters and biases too."""
+    schedule: str = "cosine"
+    """`constant`, `cosine`, `step` or `exponential`, after the warm-up."""
+    warmup_steps: int = 0
+    """Steps of linear warm-up from lr / warmup_steps."""
+    milestones: list[float] = field(default_factory=lambda: [0.5, 0.75])
+    """Shares of the budget at which `step` multiplies the rate by gamma."""
+    gamma: float = 0.1
+    decay_steps: int = 1000
+    """`exponential` multiplies the rate by gamma every so many steps; fewer steps decay faster."""
+    lr_scaling: str = "none"
+    """`none`, `linear` or `sqrt` in global batch over base_batch (Goyal et al. 2017; Krizhevsky 2014)."""
+    base_batch: int = 256
+    clip_norm: float | None = None
+    """Largest global gradient norm, applied to the reduced gradient."""
+
+
+@dataclass
+class TrainConfig:
+    """How long, how much at a time, and what is written down on the way."""
+
+    steps: int = 600
+    per_rank_batch: int = 32
+    """Samples a rank and step; the global batch is this times launcher.num_workers."""
+    drop_last: bool = True
+    """Skip an epoch's last, smaller global batch; otherwise ranks share it unevenly, correctly weighted."""
+    eval_every: int = 0
+    """Steps between evaluations; 0 evaluates at the end only."""
+    eval_batch: int = 512
+    log_every: int = 1
+    """Steps between records of the training loss."""
+    agree_every: int = 10
+    """Steps between the small collective that reduces losses and agrees on stopping and on non-finite values."""
+    checkpoint_every: int = 0
+    """Steps between checkpoints; 0 saves at the end only."""
+    resume: bool = True
+    """Continue from the run's latest checkpoint where it has one."""
+    time_limit_s: float | None = None
+    patience: int | None = None
+    """Stop after so many evaluations without a better test error."""
+    target_error: float | None = None
+    """Stop once the test error is at or below this fraction."""
+    dtype: str = "float32"
+    """`float32` or `float64`."""
+    device: str = "auto"
+    """`auto`, `cpu` or `cuda`."""
+    num_threads: int = 1
+    """CPU threads a rank; fixed, because it is part of what makes two runs bit-identical."""
+    progress: bool = True
+    """Show a progress bar on rank 0 when stderr is a terminal."""
+
+
+@dataclass
+class LauncherConfig:
+    """Where ranks come from."""
+
+    name: str = "local"
+    """`local` (this machine) or `ray` (Ray Train)."""
+    num_workers: int = 1
+    """Ranks."""
+    address: str | None = None
+    """Ray cluster to join, `host:port`; none starts a local one."""
+    cpus_per_worker: int = 1
+    gpus_per_worker: int = 0
+    timeout_s: float = 60.0
+    """Longest wait in one collective."""
+    start_timeout_s: float = 300.0
+    """Longest wait for all ranks to come up."""
+
+
+@dataclass
+class TrackingConfig:
+    """Where numbers go besides the run's own journal."""
+
+    name: str = "mlflow"
+    """`mlflow` or `journal` (the journal alone)."""
+    uri: str | None = None
+    """MLflow tracking URI; none means the sqlite store in runs_dir."""
+    experiment: str | None = None
+    """MLflow experiment; none means the study's name, or `runs`."""
+
+
+@dataclass
+class ClaimConfig:
+    """A statement on the paired differences `arm - against`, declared before the study runs."""
+
+    name: str
+    arm: str
+    against: str
+    metric: str = "test_error"
+    kind: str = "less"
+    """`less`: the whole interval lies below threshold. `greater`: above. `equivalent`: within +-threshold (TOST)."""
+    threshold: float = 0.0
+    statement: str = ""
+    """The claim in words, as printed in the report."""
+
+
+@dataclass
+class StudyConfig:
+    """Arms x seeds, and what is claimed of them."""
+
+    question: str = ""
+    """What the study asks, in one sentence."""
+    seeds: list[int] = field(default_factory=lambda: list(range(6)))
+    factor: list[str] = field(default_factory=lambda: ["norm"])
+    """Config groups (or dotted keys) in which arms may differ; any other difference is refused."""
+    arms: dict[str, list[str]] = field(default_factory=dict)
+    """Arm name to its overrides."""
+    claims: list[ClaimConfig] = field(default_factory=list)
+
+
+@dataclass
+class RunConfig:
+    """One training run: everything that decides its numbers, and where they go."""
+
+    name: str = "run"
+    """The run's folder under runs_dir: one plain folder name."""
+    seed: int = 0
+    runs_dir: str = "runs"
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    norm: NormConfig = field(default_factory=NormConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    launcher: LauncherConfig = field(default_factory=LauncherConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+
+    @property
+    def folder(self) -> Path:
+        """Where this run's files go."""
+        return Path(self.runs_dir) / self.name
+
+    @property
+    def global_batch(self) -> int:
+        """Samples per step over all ranks."""
+        return self.train.per_rank_batch * self.launcher.num_workers
+
+    @property
+    def num_ranks(self) -> int:
+        """Processes that train: one for `big_batch`, whose single rank takes the whole global batch."""
+        return 1 if self.norm.name == "big_batch" else self.launcher.num_workers
+
+
+@dataclass
+class Config(RunConfig):
+    """What is composed: a run, and the study around it where there is one."""
+
+    study: StudyConfig | None = None
+
+
+_NOT_IN_HASH = {"name", "runs_dir", "tracking", "study"}
+_NOT_IN_HASH_OF = {
+    "data": {"root", "download", "num_loaders"},
+    "train": {"resume", "progress", "checkpoint_every", "time_limit_s"},
+    "launcher": {"name", "address", "cpus_per_worker", "timeout_s", "start_timeout_s"},
+}
+
+
+def identity(cfg: RunConfig) -> dict[str, Any]:
+    """The part of `cfg` that decides a run's numbers: without names, places, services and timeouts."""
+    tree = {key: value for key, value in asdict(cfg).items() if key not in _NOT_IN_HASH}
+    for group, left_out in _NOT_IN_HASH_OF.items():
+        tree[group] = {key: value for key, value in tree[group].items() if key not in left_out}
+    return tree
+
+
+def config_hash(cfg: RunConfig) -> str:
+    """First 12 hex digits of the sha256 of `identity(cfg)`; equal hashes promise equal runs."""
+    text = json.dumps(identity(cfg), sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]

@@ -1,0 +1,75 @@
+"""What can go wrong, and the exit code that says so.
+
+Every failure a user can cause or meet has one class here and one exit code; a program's `main` turns the
+exception into one line on stderr and that code. Anything else that escapes is our bug: exit 1, with its traceback.
+"""
+
+from syncbn.norm.exchange import RanksDisagree
+
+
+class SyncbnError(Exception):
+    """A failure with a message for the person who reads it: what was wrong, the value, what is allowed."""
+
+    exit_code = 1
+
+
+class UsageError(SyncbnError):
+    """A command, a config key or a value that cannot be used."""
+
+    exit_code = 2
+
+
+class DataError(SyncbnError):
+    """A data set that is missing, damaged, too small, or not what its config says."""
+
+    exit_code = 3
+
+
+class CheckpointError(SyncbnError):
+    """A checkpoint that cannot be read, verified, written or matched to this run."""
+
+    exit_code = 4
+
+
+class ServiceUnreachable(SyncbnError):
+    """A Ray cluster or an MLflow server that does not answer."""
+
+    exit_code = 6
+
+
+class NotAuthorised(SyncbnError):
+    """A service that refuses this user, or one that would let anybody in."""
+
+    exit_code = 7
+
+
+class NonFinite(SyncbnError):
+    """A loss or a statistic that is NaN or infinite on some rank."""
+
+    exit_code = 8
+
+
+class InfrastructureError(SyncbnError):
+    """A worker, node or service that died under a run: the same command may succeed when tried again."""
+
+    exit_code = 75
+
+
+class Stopped(SyncbnError):
+    """A signal ended the run at a step boundary; its checkpoint was saved.
+
+    Args:
+        signal_number: the signal received, 2 (SIGINT) or 15 (SIGTERM).
+    """
+
+    def __init__(self, signal_number: int) -> None:
+        super().__init__(f"stopped by signal {signal_number}, checkpoint saved")
+        self.signal_number = signal_number
+        self.exit_code = 128 + signal_number
+
+
+def exit_code(error: BaseException) -> int:
+    """The exit code of `error`: its own where it is one of ours, 5 where ranks disagree, else 1."""
+    if isinstance(error, RanksDisagree):
+        return 5
+    return error.exit_code if isinstance(error, SyncbnError) else 1

@@ -1,0 +1,9 @@
+"""Where ranks come from: one small protocol, with torchrun and Ray behind it.
+
+The training loop sees only a `Runtime`; whatever started the processes has already agreed on who they are.
+"""
+
+from syncbn.runtime.base import Runtime, Solo
+from syncbn.runtime.local import TorchrunRuntime, from_environment
+
+__all__ = ["Runtime", "Solo", "TorchrunRuntime", "from_environment"]

@@ -1,0 +1,93 @@
+"""The journal of a run: one JSON object a line, appended and flushed, never rewritten.
+
+Records are `{"step": n, "metrics": {...}, "time": t}` and `{"event": name, ..., "time": t}`, with `time` in
+seconds since the epoch. Floats round-trip exactly (shortest repr); NaN and infinities are written as the
+strings "nan", "inf" and "-inf", which JSON has no numbers for.
+"""
+
+import json
+import math
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+
+class Tracker(Protocol):
+    """What the training loop reports to."""
+
+    def metrics(self, step: int, values: Mapping[str, float]) -> None:
+        """Record `values` as measured after `step` optimiser steps."""
+        ...
+
+    def event(self, name: str, **fields: Any) -> None:
+        """Record that something happened once: `start`, `checkpoint`, `end`, ..."""
+        ...
+
+    def close(self) -> None:
+        """Record nothing more."""
+        ...
+
+
+class Untracked:
+    """The tracker of ranks that do not write."""
+
+    def metrics(self, step: int, values: Mapping[str, float]) -> None:
+        """Drop the values."""
+
+    def event(self, name: str, **fields: Any) -> None:
+        """Drop the event."""
+
+    def close(self) -> None:
+        """Nothing is open."""
+
+
+class Journal:
+    """Appends records to `path`, a line each, flushed to the operating system at once.
+
+    Args:
+        path: the journal's file; its folder is made where it is missing.
+        from_step: records of an earlier attempt at or beyond this step are cut off first, as is a last line
+            that a crash left unfinished; None keeps everything.
+    """
+
+    def __init__(self, path: Path, from_step: int | None = None) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if from_step is not None and path.exists():
+            kept = [r for r in read_journal(path) if r.get("step", 0) <= from_step]
+            path.write_text("".join(map(_line, kept)))
+        self.path = path
+        self._file = path.open("a")
+
+    def metrics(self, step: int, values: Mapping[str, float]) -> None:
+        """Append one metrics record."""
+        self._append({"step": step, "metrics": {k: _number(v) for k, v in values.items()}})
+
+    def event(self, name: str, **fields: Any) -> None:
+        """Append one event record."""
+        self._append({"event": name, **fields})
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+    def _append(self, record: dict[str, Any]) -> None:
+        self._file.write(_line(record | {"time": time.time()}))
+        self._file.flush()
+
+
+def read_journal(path: Path) -> Iterator[dict[str, Any]]:
+    """The records of a journal in order; a last line without its newline is not a record yet."""
+    with path.open() as lines:
+        for line in lines:
+            if line.endswith("\n"):
+                yield json.loads(line)
+
+
+def _line(record: Mapping[str, Any]) -> str:
+    return json.dumps(record, allow_nan=False) + "\n"
+
+
+def _number(value: float) -> float | str:
+    value = float(value)
+    return value if math.isfinite(value) else repr(value)
