@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from syncbn.config import ARMS, Config, StudyConfig
+from syncbn.config import ARMS, ClaimConfig, Config, StudyConfig
 from syncbn.errors import UsageError
 
 
@@ -33,13 +33,17 @@ def _whole(key: str, least: int) -> Check:
 
 def _positive(key: str) -> Check:
     return Check(
-        key, lambda value: value is None or (math.isfinite(value) and value > 0), "a finite number > 0"
+        key,
+        lambda value: value is None or (math.isfinite(value) and value > 0),
+        "a finite number > 0",
     )
 
 
 def _between(key: str, low: float, high: float) -> Check:
     return Check(
-        key, lambda value: value is None or low <= value <= high, f"a number from {low:g} to {high:g}"
+        key,
+        lambda value: value is None or low <= value <= high,
+        f"a number from {low:g} to {high:g}",
     )
 
 
@@ -168,8 +172,19 @@ def _check_study(study: StudyConfig) -> None:
             raise UsageError(
                 f"claim {claim.name!r}: kind={claim.kind!r} is not allowed: one of less, greater, equivalent"
             )
-        if claim.kind == "equivalent" and not claim.threshold > 0:
-            raise UsageError(
-                f"claim {claim.name!r}: threshold={claim.threshold!r} is not allowed: an equivalence "
-                "margin is > 0"
-            )
+        _check_scale(claim)
+
+
+def _check_scale(claim: ClaimConfig) -> None:
+    """Raise `UsageError` for a scale that is none, or a threshold that means nothing on its scale."""
+    if claim.scale not in ("difference", "ratio"):
+        raise UsageError(
+            f"claim {claim.name!r}: scale={claim.scale!r} is not allowed: one of difference, ratio"
+        )
+    ratio, margin = claim.scale == "ratio", claim.kind == "equivalent"
+    least = float(ratio and margin) if ratio or margin else -math.inf
+    if not (math.isfinite(claim.threshold) and claim.threshold > least):
+        raise UsageError(
+            f"claim {claim.name!r}: threshold={claim.threshold!r} is not allowed: "
+            f"kind={claim.kind} on a {claim.scale} needs a number > {least:g}"
+        )

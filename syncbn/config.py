@@ -7,6 +7,7 @@ config names; names are looked up in the registries of the module that owns them
 
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -195,6 +196,8 @@ class ClaimConfig:
     kind: str = "less"
     """`less`: the whole interval lies below threshold. `greater`: above. `equivalent`: within +-threshold (TOST)."""
     threshold: float = 0.0
+    scale: str = "difference"
+    """`difference`: arm - against, in the metric's unit. `ratio`: arm / against, threshold and margin too."""
     statement: str = ""
     """The claim in words, as printed in the report."""
 
@@ -262,7 +265,12 @@ _NOT_IN_HASH_OF = {
 
 def identity(cfg: RunConfig) -> dict[str, Any]:
     """The part of `cfg` that decides a run's numbers: without names, places, services and timeouts."""
-    tree = {key: value for key, value in asdict(cfg).items() if key not in _NOT_IN_HASH}
+    return identity_of(asdict(cfg))
+
+
+def identity_of(config: Mapping[str, Any]) -> dict[str, Any]:
+    """`identity` of a config that was read back as a tree, as a journal's `start` record holds it."""
+    tree = {key: value for key, value in config.items() if key not in _NOT_IN_HASH}
     for group, left_out in _NOT_IN_HASH_OF.items():
         tree[group] = {key: value for key, value in tree[group].items() if key not in left_out}
     return tree
