@@ -45,7 +45,9 @@ def compose(overrides: Sequence[str] = ()) -> Config:
     refuse_unsafe(overrides)
     folder = config_folder()
     if not (folder / "config.yaml").is_file():
-        raise UsageError(f"no config.yaml in {folder}: set SYNCBN_CONF to the project's conf/ folder")
+        raise UsageError(
+            f"no config.yaml in {folder}: set SYNCBN_CONF to the project's conf/ folder"
+        )
     try:
         with initialize_config_dir(str(folder), version_base="1.3"):
             tree = hydra_compose("config", overrides=list(overrides))
@@ -69,7 +71,9 @@ def refuse_unsafe(overrides: Sequence[str]) -> None:
         if override.startswith("+") and not key.startswith("study.arms."):
             raise UsageError(f"unknown key {key!r}{_did_you_mean(key)}")
         if key.startswith("hydra") or "_target_" in override:
-            raise UsageError(f"{override!r} is not allowed: Hydra's own settings and _target_ are refused")
+            raise UsageError(
+                f"{override!r} is not allowed: Hydra's own settings and _target_ are refused"
+            )
 
 
 def _refuse_environment(tree: DictConfig) -> None:

@@ -1,0 +1,22 @@
+"""The layer. Imports torch and the standard library, nothing of the rest of the house.
+
+Values flow through it in one direction: `module` and `functional` order the parts, `kernels` do one rank's
+arithmetic, `moments` merges ranks, and only `exchange` talks to a process group.
+"""
+
+from syncbn.norm.convert import Conversion, convert_sync_batchnorm, revert_sync_batchnorm
+from syncbn.norm.exchange import RanksDisagree
+from syncbn.norm.functional import NonFiniteStatistics, sync_batch_norm
+from syncbn.norm.module import SyncBatchNorm
+from syncbn.norm.recalibrate import recalibrate
+
+__all__ = [
+    "Conversion",
+    "NonFiniteStatistics",
+    "RanksDisagree",
+    "SyncBatchNorm",
+    "convert_sync_batchnorm",
+    "recalibrate",
+    "revert_sync_batchnorm",
+    "sync_batch_norm",
+]

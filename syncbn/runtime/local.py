@@ -70,7 +70,9 @@ def from_environment(cfg: RunConfig) -> Runtime:
 def pick_device(name: str, local_rank: int) -> torch.device:
     """The device that `auto`, `cpu` or `cuda` means on this machine for `local_rank`."""
     if name == "cuda" and not torch.cuda.is_available():
-        raise UsageError("train.device=cuda is not allowed here: torch sees no GPU; use cpu or auto")
+        raise UsageError(
+            "train.device=cuda is not allowed here: torch sees no GPU; use cpu or auto"
+        )
     if name == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
     device = torch.device("cuda", local_rank % torch.cuda.device_count())

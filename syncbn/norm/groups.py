@@ -1,0 +1,114 @@
+"""Who is synchronised with whom: a group by name, by size, or as a ProcessGroup.
+
+A layer keeps the *description* ("world", "node", an int, None) and resolves it at its first exchange, so that
+models can be built, pickled, copied and loaded before, and without, any process group.
+"""
+
+import os
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+from torch.distributed import ProcessGroup
+
+GroupSpec = Literal["world", "node"] | int | ProcessGroup | None
+"""None and "world": all ranks. "node": the ranks of one machine. k: consecutive ranks, k at a time."""
+
+
+class _Resolved:
+    """Groups made so far, valid for one default process group."""
+
+    def __init__(self, world: ProcessGroup | None = None) -> None:
+        self.world = world
+        self.groups: dict[str | int, ProcessGroup] = {}
+
+
+_resolved = _Resolved()
+
+
+def check_spec(spec: GroupSpec) -> None:
+    """Raise for anything that can never describe a group.
+
+    Raises:
+        TypeError: neither None, str, int nor ProcessGroup.
+        ValueError: a string other than "world" and "node", or an int below 1.
+    """
+    if spec is None or isinstance(spec, ProcessGroup):
+        return
+    if spec is dist.GroupMember.NON_GROUP_MEMBER:
+        raise ValueError("process_group does not contain this rank: give it only where it does")
+    if isinstance(spec, bool) or not isinstance(spec, str | int):
+        raise TypeError(
+            f"process_group={spec!r} is not allowed: None, 'world', 'node', a group size or a ProcessGroup"
+        )
+    if isinstance(spec, str) and spec not in ("world", "node"):
+        raise ValueError(f"process_group={spec!r} is not allowed: 'world' or 'node'")
+    if isinstance(spec, int) and spec < 1:
+        raise ValueError(f"process_group={spec!r} is not allowed: a group size is >= 1")
+
+
+def resolve(spec: GroupSpec) -> ProcessGroup | None:
+    """The group that `spec` means for this rank now; None where torch.distributed is not initialised.
+
+    The first call for a name or size makes the groups, and is collective over all ranks.
+
+    Raises:
+        ValueError: a size that does not divide the world size.
+        RuntimeError: a ProcessGroup that was destroyed.
+    """
+    if not (dist.is_available() and dist.is_initialized()):
+        return None
+    if isinstance(spec, ProcessGroup):
+        return _alive(spec)
+    world = dist.group.WORLD
+    assert world is not None
+    if spec is None or spec == "world":
+        return world
+    global _resolved
+    if _resolved.world is not world:
+        _resolved = _Resolved(world)
+    if spec not in _resolved.groups:
+        _resolved.groups[spec] = _make(spec)
+    return _resolved.groups[spec]
+
+
+def _alive(group: ProcessGroup) -> ProcessGroup:
+    try:
+        dist.get_process_group_ranks(group)
+    except KeyError as error:
+        raise RuntimeError(
+            "process_group was destroyed: give a live group, or name it ('world', 'node', a size)"
+        ) from error
+    return group
+
+
+def _make(spec: str | int) -> ProcessGroup:
+    """Make every group of the partition that `spec` describes; return the one with this rank in it."""
+    own = None
+    for ranks in _partition(spec):
+        group = dist.new_group(ranks)
+        if dist.get_rank() in ranks:
+            own = group
+    assert isinstance(own, ProcessGroup)
+    return own
+
+
+def _partition(spec: str | int) -> list[list[int]]:
+    world_size = dist.get_world_size()
+    if spec == "node":
+        return _nodes()
+    assert isinstance(spec, int)
+    if world_size % spec:
+        raise ValueError(f"process_group={spec} does not divide the world size {world_size}")
+    return [list(range(first, first + spec)) for first in range(0, world_size, spec)]
+
+
+def _nodes() -> list[list[int]]:
+    """Ranks by machine; a machine is known by the first of its consecutive ranks, `RANK - LOCAL_RANK`."""
+    first = dist.get_rank() - int(os.environ.get("LOCAL_RANK", dist.get_rank()))
+    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+    mine = torch.tensor([first], device=device)
+    everyone = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
+    dist.all_gather(everyone, mine)
+    firsts = [int(t) for t in everyone]
+    return [[r for r, f in enumerate(firsts) if f == node] for node in sorted(set(firsts))]
