@@ -1,0 +1,60 @@
+# What one does with this project, a target each. `make help` lists them.
+# Plain POSIX make and sh; PYTHON chooses the interpreter that .venv is made with.
+
+PYTHON ?= python3
+PORT ?= 5000
+BIN = .venv/bin
+STAMP = .venv/.installed
+
+.PHONY: help setup demo ui test test-all coverage lint lock
+.DEFAULT_GOAL := help
+
+help: ## List these targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
+
+setup: $(STAMP) ## Make .venv with everything in it (other targets do this where needed)
+
+# The stamp is newer than both files exactly when what they ask for is installed.
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; (3, 11) <= v <= (3, 13) or sys.exit("Python 3.11 to 3.13 is needed, this is %d.%d; give another: make PYTHON=python3.12 ..." % v)'
+	@start=$$(date +%s) && \
+	  $(PYTHON) -m venv .venv && \
+	  $(BIN)/python -m pip install --quiet --constraint constraints.txt uv && \
+	  $(BIN)/uv pip install --quiet --python $(BIN)/python --editable '.[dev]' --constraint constraints.txt && \
+	  touch $@ && \
+	  echo "set up .venv in $$(($$(date +%s) - start)) s"
+
+demo: $(STAMP) ## Run the study `demo` on two ranks of this machine and print its table
+	@start=$$(date +%s) && \
+	  $(BIN)/python jobs/compare.py study=demo launcher.num_workers=2 && \
+	  echo "study took $$(($$(date +%s) - start)) s; see it with: make ui, or open runs/demo/report.html"
+
+ui: $(STAMP) ## Show runs, figures and reports in MLflow on 127.0.0.1 (PORT=5000)
+	@mkdir -p runs
+	@MLFLOW_DISABLE_TELEMETRY=true DO_NOT_TRACK=true MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false \
+	  $(BIN)/mlflow server --host 127.0.0.1 --port $(PORT) --workers 1 \
+	  --backend-store-uri "sqlite:///$(CURDIR)/runs/mlflow.db" \
+	  --default-artifact-root "$(CURDIR)/runs/mlartifacts"
+
+test: $(STAMP) ## Run the tests that need no GPU and are not slow; every line of the layer must be covered
+	@$(BIN)/python -m pytest -m "not gpu and not slow" --cov --cov-report=
+	@$(BIN)/coverage report --include 'syncbn/norm/*' --skip-covered --show-missing --fail-under 100
+
+test-all: $(STAMP) ## Run all tests; those that need a GPU skip where there is none
+	@$(BIN)/python -m pytest
+
+coverage: test ## Run `make test`, then list the lines of the whole package that it left out
+	@$(BIN)/coverage report --skip-covered --show-missing
+
+lint: $(STAMP) ## Check format, style, types and who imports what
+	@$(BIN)/ruff format --check .
+	@$(BIN)/ruff check .
+	@$(BIN)/pyright
+	@$(BIN)/lint-imports
+
+lock: $(STAMP) ## Move .venv to the newest versions that pyproject.toml allows and pin them in constraints.txt
+	@$(BIN)/uv pip install --quiet --upgrade --python $(BIN)/python --editable '.[dev]' uv
+	@{ sed '/^[^#]/,$$d' constraints.txt && \
+	   $(BIN)/uv pip freeze --exclude-editable --python $(BIN)/python | grep -v '^pip=='; } > constraints.new
+	@mv constraints.new constraints.txt
+	@touch $(STAMP)
