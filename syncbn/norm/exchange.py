@@ -99,9 +99,7 @@ class Exchange:
         """
         self._calls += 1
         if values.is_cuda:
-            gathered = values.new_empty(self.world_size, *values.shape)
-            dist.all_gather_into_tensor(gathered, values, group=self.group)
-            return gathered
+            return self._all_gather(values)
         payload = values.contiguous().view(torch.uint8)
         header = Header(kind, self._calls, channels, dtype, needs_grad, payload.numel(), layer)
         return self._gather_frames(header, payload).view(values.dtype)
@@ -118,18 +116,22 @@ class Exchange:
         room = FRAME_BYTES - HEADER.size
         frame = torch.zeros(FRAME_BYTES, dtype=torch.uint8)
         frame[: HEADER.size] = torch.frombuffer(bytearray(header.pack()), dtype=torch.uint8)
-        frame[HEADER.size : HEADER.size + payload.numel()] = payload[:room]
-        frames = torch.empty(self.world_size, FRAME_BYTES, dtype=torch.uint8)
-        dist.all_gather_into_tensor(frames, frame, group=self.group)
+        first, rest = payload[:room], payload[room:]
+        frame[HEADER.size : HEADER.size + first.numel()] = first
+        frames = self._all_gather(frame)
         headers = frames[:, : HEADER.size]
         if not torch.equal(headers, headers[:1].expand_as(headers)):
             self._raise_difference([Header.unpack(bytes(h.tolist())) for h in headers])
-        first = frames[:, HEADER.size : HEADER.size + payload.numel()]
-        if payload.numel() <= room:
-            return first.contiguous()
-        rest = torch.empty(self.world_size, payload.numel() - room, dtype=torch.uint8)
-        dist.all_gather_into_tensor(rest, payload[room:].contiguous(), group=self.group)
-        return torch.cat([first, rest], dim=1)
+        parts = [frames[:, HEADER.size : HEADER.size + first.numel()]]
+        if rest.numel() > 0:
+            parts.append(self._all_gather(rest))
+        return torch.cat(parts, dim=1)
+
+    def _all_gather(self, values: Tensor) -> Tensor:
+        """Every rank's `values` `(k,)` as `(W, k)`, in one collective."""
+        gathered = values.new_empty(self.world_size * values.numel())
+        dist.all_gather_into_tensor(gathered, values.contiguous(), group=self.group)
+        return gathered.view(self.world_size, -1)
 
     def _raise_difference(self, headers: list[Header]) -> None:
         """Name this rank's place and that of a rank elsewhere, one that failed before all others."""

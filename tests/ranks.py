@@ -1,0 +1,114 @@
+"""A pool of rank processes that stays up between tests: importing torch once a rank, not once a test."""
+
+import importlib
+import os
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from datetime import timedelta
+from multiprocessing.connection import Connection, Pipe
+from pathlib import Path
+from typing import Any
+
+TIMEOUT_S = 60.0
+
+
+class RankFailed(AssertionError):
+    """What the ranks said, when a test failed on some of them."""
+
+
+class RankPool:
+    """Up to four processes, each of which can be any rank of a gloo group made for one test."""
+
+    def __init__(self) -> None:
+        self._workers: list[tuple[subprocess.Popen[bytes], Connection]] = []
+
+    def run(self, module: str, function: str, kwargs: dict[str, Any], world_size: int) -> None:
+        """Call `module.function(**kwargs)` on every rank; raise when it fails, dies or hangs on any."""
+        while len(self._workers) < world_size:
+            self._workers.append(_start())
+        with tempfile.TemporaryDirectory() as folder:
+            for rank, (_, connection) in enumerate(self._workers[:world_size]):
+                store = str(Path(folder) / "store")
+                connection.send((module, function, kwargs, rank, world_size, store))
+            failures = self._failures(world_size)
+        if failures:
+            self.close()
+            raise RankFailed("\n".join(failures))
+
+    def _failures(self, world_size: int) -> list[str]:
+        deadline = time.monotonic() + TIMEOUT_S
+        failures = []
+        for rank, (process, connection) in enumerate(self._workers[:world_size]):
+            try:
+                if not connection.poll(max(0.0, deadline - time.monotonic())):
+                    failures.append(f"rank {rank} hangs after {TIMEOUT_S:g} s")
+                    continue
+                error = connection.recv()
+            except EOFError:
+                error = f"died with exit code {process.wait()}"
+            if error is not None:
+                failures.append(f"rank {rank}: {error}")
+        return failures
+
+    def close(self) -> None:
+        """End the processes: at once after a failure, by closing their pipe otherwise."""
+        for process, connection in self._workers:
+            connection.close()
+        for process, _ in self._workers:
+            try:
+                process.wait(timeout=10)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+        self._workers = []
+
+
+def _start() -> tuple[subprocess.Popen[bytes], Connection]:
+    ours, theirs = Pipe()
+    command = [sys.executable, __file__, str(theirs.fileno()), *sys.path]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, pass_fds=[theirs.fileno()], env=environment)
+    theirs.close()
+    return process, ours
+
+
+def _serve(connection: Connection) -> None:
+    while True:
+        try:
+            task = connection.recv()
+        except EOFError:
+            return
+        connection.send(_attempt(*task))
+
+
+def _attempt(
+    module: str, function: str, kwargs: dict[str, Any], rank: int, world_size: int, store: str
+) -> str | None:
+    import torch
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    try:
+        dist.init_process_group(
+            "gloo",
+            store=dist.FileStore(store, world_size),
+            rank=rank,
+            world_size=world_size,
+            timeout=timedelta(seconds=30),
+        )
+        getattr(importlib.import_module(module), function)(**kwargs)
+    except BaseException:
+        return traceback.format_exc()
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+    return None
+
+
+if __name__ == "__main__":
+    sys.path[:] = sys.argv[2:]
+    _serve(Connection(int(sys.argv[1])))
