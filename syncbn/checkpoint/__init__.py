@@ -1,0 +1,21 @@
+"""Checkpoints: saved whole or not at all, verified before they are parsed, matched to the run before they are used.
+
+Nothing here knows of ranks: rank 0 saves, and who gathers random states and hands weights to the others is the
+training loop's business.
+"""
+
+from syncbn.checkpoint.format import Meta
+from syncbn.checkpoint.match import check_matches, restore_model
+from syncbn.checkpoint.runlock import RunLock
+from syncbn.checkpoint.store import Checkpoint, load, load_latest, save
+
+__all__ = [
+    "Checkpoint",
+    "Meta",
+    "RunLock",
+    "check_matches",
+    "load",
+    "load_latest",
+    "restore_model",
+    "save",
+]
