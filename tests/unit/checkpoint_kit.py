@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from syncbn.checkpoint import Meta, load_latest, save
+from syncbn.checkpoint import Checkpoint, Meta, load_latest, save
 
 FILES = ("model.safetensors", "state.pt", "meta.json", "manifest.json")
 
@@ -21,10 +21,16 @@ def save_step(folder, step, **options):
     return save(folder, model_at(step), {"state": {}, "param_groups": []}, meta_at(step), **options)
 
 
-def load_step(folder):
-    """The step that is resumed from, after checking that model and meta tell the same."""
+def latest(folder) -> Checkpoint:
+    """What is resumed from, which must be something."""
     found = load_latest(folder)
     assert found is not None
+    return found
+
+
+def load_step(folder):
+    """The step that is resumed from, after checking that model and meta tell the same."""
+    found = latest(folder)
     assert torch.equal(found.model_state["weight"], model_at(found.meta.step)["weight"])
     return found.meta.step
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoint_kit import FILES, load_step, meta_at, model_at, save_step
+from checkpoint_kit import FILES, latest, load_step, meta_at, model_at, save_step
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -46,7 +46,7 @@ def test_any_flipped_bit_is_detected(saved, data):
         file.write_bytes(damaged)
         with pytest.raises(CheckpointError):
             load(saved / "step-000002")
-        found = load_latest(saved)
+        found = latest(saved)
         assert found.meta.step == 1
         assert len(found.notes) == 1
         assert "step-000002" in found.notes[0]
@@ -64,7 +64,7 @@ def test_any_flipped_bit_of_latest_is_reported(saved, data):
     damaged[position // 8] ^= 1 << position % 8
     try:
         file.write_bytes(damaged)
-        found = load_latest(saved)
+        found = latest(saved)
         assert found.meta.step in (1, 2)
         assert found.notes
     finally:
@@ -112,7 +112,7 @@ def test_a_damaged_file_is_named_and_the_previous_checkpoint_is_taken(two, name,
     if (name, harm) == ("state.pt", swap):
         save(two, model_at(2), {"other": 1}, meta_at(2))
     harm(two / "step-000002" / name)
-    found = load_latest(two)
+    found = latest(two)
     assert found.meta.step == 1
     (note,) = found.notes
     assert "\n" not in note
@@ -123,9 +123,9 @@ def test_a_damaged_file_is_named_and_the_previous_checkpoint_is_taken(two, name,
 
 def test_the_whole_folder_gone_or_swapped_is_noticed(two):
     shutil.rmtree(two / "step-000002")
-    assert "cannot be read: No such file" in load_latest(two).notes[0]
+    assert "cannot be read: No such file" in latest(two).notes[0]
     shutil.copytree(two / "step-000001", two / "step-000002")
-    assert "holds step 1" in load_latest(two).notes[0]
+    assert "holds step 1" in latest(two).notes[0]
 
 
 def test_no_whole_checkpoint_is_an_error_not_a_fresh_start(two):
@@ -142,14 +142,14 @@ def test_no_whole_checkpoint_is_an_error_not_a_fresh_start(two):
 @pytest.mark.parametrize("harm", [remove, empty, make_text, make_folder])
 def test_without_a_readable_latest_the_newest_is_taken_with_a_note(two, harm):
     harm(two / "LATEST")
-    found = load_latest(two)
+    found = latest(two)
     assert found.meta.step == 2
     assert "LATEST" in found.notes[0]
 
 
 def test_latest_cannot_point_out_of_the_folder(two):
     (two / "LATEST").write_text("../two/step-000001")
-    found = load_latest(two)
+    found = latest(two)
     assert found.meta.step == 2
     assert "names no checkpoint" in found.notes[0]
 

@@ -9,9 +9,8 @@ import time
 from pathlib import Path
 
 import pytest
-from checkpoint_kit import load_step, names, no_temporary, save_step
+from checkpoint_kit import latest, load_step, names, no_temporary, save_step
 
-from syncbn.checkpoint import load_latest
 from syncbn.errors import CheckpointError
 
 
@@ -157,6 +156,6 @@ def test_a_save_cut_short_before_latest_is_reported(tmp_path):
     for step in (1, 2):
         save_step(tmp_path, step)
     (tmp_path / "LATEST").write_text("step-000001\n")
-    found = load_latest(tmp_path)
+    found = latest(tmp_path)
     assert found.meta.step == 1
     assert "step-000002 is newer than LATEST" in found.notes[0]
