@@ -80,7 +80,7 @@ CHECKS = (
     _positive("norm.eps"),
     _one_of("optim.name", "sgd", "adam", "adamw"),
     _positive("optim.lr"),
-    _between("optim.momentum", 0.0, 1.0),
+    Check("optim.momentum", lambda share: 0 <= share < 1, "a number from 0 to below 1"),
     Check(
         "optim.weight_decay", lambda rate: math.isfinite(rate) and rate >= 0, "a finite number >= 0"
     ),
@@ -142,6 +142,8 @@ def _across_keys(cfg: Config) -> Iterator[str]:
     """Complaints about keys that are each fine alone."""
     if cfg.model.name == "torchvision" and cfg.model.arch is None:
         yield "model=torchvision needs model.arch, the name of a torchvision classification model"
+    if cfg.optim.nesterov and not cfg.optim.momentum:
+        yield "optim.nesterov=True needs optim.momentum > 0"
     if cfg.norm.name == "sync_group":
         size, ranks = cfg.norm.group_size, cfg.launcher.num_workers
         if size is None or ranks % size:

@@ -1,0 +1,165 @@
+"""Networks by name, always with torch's batch norm where a norm stands.
+
+One decision shaped this file: a model is built the same for every arm, from a seed of its own, and
+`syncbn.arms` replaces the norms afterwards. So all arms start from the same weights, bit for bit. Biases are
+kept even where a batch norm follows and makes them idle, because in the arm without a norm they are needed.
+"""
+
+import difflib
+from collections import OrderedDict
+from collections.abc import Callable
+from itertools import pairwise
+
+import torch
+from torch import Tensor, nn
+
+from syncbn.config import ModelConfig
+from syncbn.errors import UsageError
+
+Shape = tuple[int, int, int]
+"""(C, H, W) of one image."""
+
+ACTIVATIONS: dict[str, type[nn.Module]] = {
+    "relu": nn.ReLU,
+    "sigmoid": nn.Sigmoid,
+    "tanh": nn.Tanh,
+    "silu": nn.SiLU,
+}
+
+
+def build_model(cfg: ModelConfig, shape: Shape, num_classes: int, seed: int) -> nn.Module:
+    """The network that `cfg` names, for images (N, *shape), giving logits (N, num_classes), float32, on the CPU.
+
+    Its weights are decided by `seed` alone; the global random state is left as it was.
+
+    Raises:
+        UsageError: an unknown torchvision architecture, or one that cannot take these images.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        model = MODELS[cfg.name](cfg, shape, num_classes)
+        if cfg.init == "normal":
+            init_normal(model, cfg.init_std)
+    return model
+
+
+def init_normal(model: nn.Module, std: float) -> None:
+    """Draw the weights of all linear and convolutional layers from N(0, std^2) and set their biases to 0."""
+    for module in model.modules():
+        if isinstance(module, nn.Linear | nn.Conv2d):
+            nn.init.normal_(module.weight, std=std)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+
+
+def hidden_layer(affine: nn.Linear | nn.Conv2d, activation: str, placement: str) -> nn.Sequential:
+    """A linear map or convolution with its norm and its activation, in the order that `placement` says.
+
+    `pre`: affine, norm, activation (Ioffe & Szegedy 2015). `post`: affine, activation, norm. `input`: norm,
+    affine, activation, so the first such layer normalises the images themselves.
+    """
+    norm = _norm(affine, on_input=placement == "input")
+    parts = {"affine": affine, "norm": norm, "activation": ACTIVATIONS[activation]()}
+    order = {
+        "pre": ("affine", "norm", "activation"),
+        "post": ("affine", "activation", "norm"),
+        "input": ("norm", "affine", "activation"),
+    }[placement]
+    return nn.Sequential(OrderedDict((name, parts[name]) for name in order))
+
+
+def _norm(affine: nn.Linear | nn.Conv2d, on_input: bool) -> nn.Module:
+    if isinstance(affine, nn.Linear):
+        return nn.BatchNorm1d(affine.in_features if on_input else affine.out_features)
+    return nn.BatchNorm2d(affine.in_channels if on_input else affine.out_channels)
+
+
+class MLP(nn.Module):
+    """Fully connected layers: `hidden` (one `hidden_layer` each), then `output`, linear."""
+
+    def __init__(self, cfg: ModelConfig, shape: Shape, num_classes: int) -> None:
+        super().__init__()
+        channels, height, width = shape
+        sizes = [channels * height * width, *cfg.hidden]
+        self.hidden = nn.Sequential(
+            *(
+                hidden_layer(nn.Linear(fan_in, fan_out), cfg.activation, cfg.placement)
+                for fan_in, fan_out in pairwise(sizes)
+            )
+        )
+        self.output = nn.Linear(sizes[-1], num_classes)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits (N, num_classes) of images (N, C, H, W)."""
+        return self.output(self.hidden(images.flatten(1)))
+
+
+class ConvNet(nn.Module):
+    """Convolutions and poolings `hidden`, the mean over positions, then `output`, linear."""
+
+    def __init__(self, hidden: nn.Sequential, channels: int, num_classes: int) -> None:
+        super().__init__()
+        self.hidden = hidden
+        self.output = nn.Linear(channels, num_classes)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits (N, num_classes) of images (N, C, H, W)."""
+        return self.output(self.hidden(images).mean((2, 3)))
+
+
+def build_cnn(cfg: ModelConfig, shape: Shape, num_classes: int) -> nn.Module:
+    """Three 3x3 convolutions of width, 2 width and 4 width channels; the second and third halve the image."""
+    channels = [shape[0], cfg.width, 2 * cfg.width, 4 * cfg.width]
+    layers = [
+        _convolution(cfg, fan_in, fan_out, stride)
+        for fan_in, fan_out, stride in zip(channels, channels[1:], (1, 2, 2), strict=False)
+    ]
+    return ConvNet(nn.Sequential(*layers), channels[-1], num_classes)
+
+
+def build_vgg(cfg: ModelConfig, shape: Shape, num_classes: int) -> nn.Module:
+    """Three stages of two 3x3 convolutions and a pooling; width, 2 width, 4 width channels.
+
+    The pattern of Simonyan & Zisserman (2015) at the depth that suits images of 8 to 64 pixels.
+    """
+    layers: list[nn.Module] = []
+    fan_in = shape[0]
+    for fan_out in (cfg.width, 2 * cfg.width, 4 * cfg.width):
+        layers += [_convolution(cfg, fan_in, fan_out), _convolution(cfg, fan_out, fan_out)]
+        layers.append(nn.MaxPool2d(2, ceil_mode=True))  # never to size 0, however small the image
+        fan_in = fan_out
+    return ConvNet(nn.Sequential(*layers), fan_in, num_classes)
+
+
+def _convolution(cfg: ModelConfig, fan_in: int, fan_out: int, stride: int = 1) -> nn.Sequential:
+    affine = nn.Conv2d(fan_in, fan_out, 3, stride, padding=1)
+    return hidden_layer(affine, cfg.activation, cfg.placement)
+
+
+def build_torchvision(cfg: ModelConfig, shape: Shape, num_classes: int) -> nn.Module:
+    """Torchvision's classification model `cfg.arch`, without trained weights and without auxiliary outputs."""
+    from torchvision import models
+
+    known = models.list_models(module=models)
+    if cfg.arch not in known:
+        close = difflib.get_close_matches(str(cfg.arch), known, n=5, cutoff=0.4)
+        hint = (
+            f"did you mean {', '.join(close)}?" if close else f"for example {', '.join(known[:5])}"
+        )
+        raise UsageError(f"model.arch={cfg.arch} is not a torchvision classification model; {hint}")
+    if shape[0] != 3:
+        raise UsageError(
+            f"model.arch={cfg.arch} takes images of 3 channels, these have {shape[0]}: use data=cifar10, "
+            "image_folder or synthetic, or model=cnn"
+        )
+    options = {"aux_logits": False} if cfg.arch in ("googlenet", "inception_v3") else {}
+    return models.get_model(cfg.arch, weights=None, num_classes=num_classes, **options)
+
+
+MODELS: dict[str, Callable[[ModelConfig, Shape, int], nn.Module]] = {
+    "mlp": MLP,
+    "cnn": build_cnn,
+    "vgg": build_vgg,
+    "torchvision": build_torchvision,
+}
+"""What builds the model of a name; random numbers come from torch's default CPU generator."""

@@ -1,0 +1,110 @@
+"""The optimiser of a run and its learning rate.
+
+One decision shaped this file: the learning rate is a pure function of the step, set by the training loop before
+each step. There is no scheduler with a state of its own to save, restore and get wrong.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+from torch.optim import SGD, Adam, AdamW, Optimizer
+
+from syncbn.config import OptimConfig
+
+
+def build_optimizer(model: nn.Module, cfg: OptimConfig) -> Optimizer:
+    """The optimiser that `cfg` names, over all parameters of `model`.
+
+    With weight decay, norm parameters and biases are a second group without it, unless `decay_norm_and_bias`:
+    the scale of weights before a norm changes nothing but the effective learning rate, that of its own
+    parameters does (He et al. 2019, "Bag of tricks", 3.1).
+    """
+    return OPTIMIZERS[cfg.name](parameter_groups(model, cfg), cfg)
+
+
+def parameter_groups(model: nn.Module, cfg: OptimConfig) -> list[dict[str, Any]]:
+    """Parameter groups with their `weight_decay`: one, or those that decay and those that do not.
+
+    Norm parameters and biases are those of at most one dimension, whatever class of norm they belong to.
+    """
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    if not cfg.weight_decay or cfg.decay_norm_and_bias:
+        return [{"params": parameters, "weight_decay": cfg.weight_decay}]
+    return [
+        {"params": [p for p in parameters if p.dim() > 1], "weight_decay": cfg.weight_decay},
+        {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0},
+    ]
+
+
+# Fused steps are elementwise, so as deterministic as the others, and fastest on the CPU too (one thread, 64-100-
+# 100-10 MLP with norms): SGD 27 us against 57 us (foreach) and 70 us (plain), Adam 65 against 185 and 250 us.
+
+
+def _sgd(groups: list[dict[str, Any]], cfg: OptimConfig) -> Optimizer:
+    return SGD(groups, lr=cfg.lr, momentum=cfg.momentum, nesterov=cfg.nesterov, fused=True)
+
+
+def _adam(groups: list[dict[str, Any]], cfg: OptimConfig) -> Optimizer:
+    return Adam(groups, lr=cfg.lr, betas=(cfg.momentum, 0.999), fused=True)
+
+
+def _adamw(groups: list[dict[str, Any]], cfg: OptimConfig) -> Optimizer:
+    return AdamW(groups, lr=cfg.lr, betas=(cfg.momentum, 0.999), fused=True)
+
+
+OPTIMIZERS: dict[str, Callable[[list[dict[str, Any]], OptimConfig], Optimizer]] = {
+    "sgd": _sgd,
+    "adam": _adam,
+    "adamw": _adamw,
+}
+"""What builds the optimiser of a name; `optim.momentum` is the first beta of Adam and AdamW."""
+
+
+def learning_rate(step: int, cfg: OptimConfig, steps: int, global_batch: int) -> float:
+    """The learning rate of `step` (counted from 0) in a run of `steps`.
+
+    peak = lr x scaling(global_batch / base_batch). In the warm-up it is peak (step + 1) / warmup_steps, after
+    it peak x the schedule's factor.
+    """
+    peak = cfg.lr * _scaling(cfg.lr_scaling, global_batch / cfg.base_batch)
+    if step < cfg.warmup_steps:
+        return peak * (step + 1) / cfg.warmup_steps
+    return peak * SCHEDULES[cfg.schedule](step, cfg, steps)
+
+
+def _scaling(rule: str, ratio: float) -> float:
+    """What larger batches do to the rate: linear (Goyal et al. 2017), sqrt (Krizhevsky 2014) or nothing."""
+    return {"none": 1.0, "linear": ratio, "sqrt": math.sqrt(ratio)}[rule]
+
+
+def _constant(step: int, cfg: OptimConfig, steps: int) -> float:
+    del step, cfg, steps
+    return 1.0
+
+
+def _cosine(step: int, cfg: OptimConfig, steps: int) -> float:
+    """Half a cosine from 1 after the warm-up to 0 at the end (Loshchilov & Hutter 2017, without restarts)."""
+    done = (step - cfg.warmup_steps) / max(steps - cfg.warmup_steps, 1)
+    return 0.5 * (1 + math.cos(math.pi * min(done, 1.0)))
+
+
+def _step(step: int, cfg: OptimConfig, steps: int) -> float:
+    """Times gamma at each milestone, a share of the whole budget, warm-up included."""
+    return cfg.gamma ** sum(step >= share * steps for share in cfg.milestones)
+
+
+def _exponential(step: int, cfg: OptimConfig, steps: int) -> float:
+    """Times gamma over every `decay_steps` after the warm-up, a little in each step."""
+    del steps
+    return cfg.gamma ** ((step - cfg.warmup_steps) / cfg.decay_steps)
+
+
+SCHEDULES: dict[str, Callable[[int, OptimConfig, int], float]] = {
+    "constant": _constant,
+    "cosine": _cosine,
+    "step": _step,
+    "exponential": _exponential,
+}
+"""The factor on the peak rate of a schedule's name, given a step after the warm-up, the config and the budget."""
