@@ -1,0 +1,137 @@
+"""The trials of a study as their folders hold them, and the refusal to compare what is not comparable.
+
+The decision that shaped the file: the comparison trusts the configs that the trials recorded when they
+ran, not the one it was called with, so a folder left over from other settings cannot slip in.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from syncbn.config import Config, identity_of
+from syncbn.errors import UsageError
+from syncbn.tracking.journal import read_journal
+
+
+@dataclass(frozen=True)
+class TrialRecord:
+    """What one trial, an arm under a seed, left behind."""
+
+    arm: str
+    seed: int
+    config: dict[str, Any]
+    """The trial's RunConfig as a tree."""
+    versions: dict[str, str]
+    git: str
+    final: dict[str, float]
+    """Metrics at the end: `test_error` (a fraction), `train_loss`, ..."""
+    steps: int
+    seconds: float
+    world_size: int
+    """Ranks that trained."""
+    points: dict[str, dict[int, float]]
+    """Metric -> step -> value, as the journal has them; a step written twice keeps its later value."""
+
+    @property
+    def name(self) -> str:
+        """The trial's folder name."""
+        return f"{self.arm}-{self.seed}"
+
+
+def read_trials(cfg: Config) -> list[TrialRecord]:
+    """All trials of the study in `cfg`, arm by arm in the order of its seeds.
+
+    Raises:
+        UsageError: `cfg` has no study, or some of its trials are unfinished; names them.
+    """
+    if cfg.study is None:
+        raise UsageError("study is not set: name one with study=NAME")
+    folders = {
+        (arm, seed): cfg.folder / "trials" / f"{arm}-{seed}"
+        for arm in cfg.study.arms
+        for seed in cfg.study.seeds
+    }
+    unfinished = [f.name for f in folders.values() if not (f / "summary.json").is_file()]
+    if unfinished:
+        raise UsageError(
+            f"{len(unfinished)} of {len(folders)} trials in {cfg.folder / 'trials'} are unfinished: "
+            f"{', '.join(unfinished)}; run the study again, finished trials are kept"
+        )
+    return [read_trial(folder, arm, seed) for (arm, seed), folder in folders.items()]
+
+
+def read_trial(folder: Path, arm: str, seed: int) -> TrialRecord:
+    """The finished trial in `folder`.
+
+    Raises:
+        UsageError: its journal has no `start` record, or `summary.json` is not this project's.
+    """
+    start, points = _read_journal(folder / "journal.jsonl")
+    try:
+        summary = json.loads((folder / "summary.json").read_text())
+        return TrialRecord(
+            arm=arm,
+            seed=seed,
+            config=start["config"],
+            versions=start["versions"],
+            git=start["git"],
+            final={metric: float(value) for metric, value in summary["final"].items()},
+            steps=int(summary["steps"]),
+            seconds=float(summary["seconds"]),
+            world_size=int(summary["world_size"]),
+            points=points,
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise UsageError(f"{folder} is no finished trial: {error!r}") from error
+
+
+def _read_journal(path: Path) -> tuple[dict[str, Any], dict[str, dict[int, float]]]:
+    """The last attempt's `start` record (empty where there is none) and all points of a journal."""
+    start: dict[str, Any] = {}
+    points: dict[str, dict[int, float]] = {}
+    for record in read_journal(path) if path.is_file() else ():
+        if record.get("event") == "start":
+            start = record
+        for metric, value in record.get("metrics", {}).items():
+            points.setdefault(metric, {})[record["step"]] = float(value)
+    return start, points
+
+
+def refuse_unlike(trials: Sequence[TrialRecord], factor: Sequence[str]) -> None:
+    """Refuse trials that differ in more than they may.
+
+    Trials of one arm may differ in their seed alone; trials of different arms also in `factor`, config
+    groups or dotted keys.
+
+    Raises:
+        UsageError: two trials differ elsewhere; names the key and both values.
+    """
+    firsts = {trial.arm: trial for trial in reversed(trials)}
+    for trial in trials:
+        _refuse_difference(firsts[trial.arm], trial, ("seed",), "two seeds of one arm")
+        _refuse_difference(trials[0], trial, ("seed", *factor), f"study.factor={list(factor)}")
+
+
+def _refuse_difference(
+    one: TrialRecord, other: TrialRecord, free: Sequence[str], reason: str
+) -> None:
+    left, right = (flat(identity_of(trial.config)) for trial in (one, other))
+    for key in sorted(left.keys() | right.keys()):
+        if any(key == name or key.startswith(f"{name}.") for name in free):
+            continue
+        if left.get(key) != right.get(key):
+            raise UsageError(
+                f"trials {one.name} and {other.name} differ in {key} ({left.get(key)!r} against "
+                f"{right.get(key)!r}), which {reason} does not allow: the comparison is refused"
+            )
+
+
+def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """The leaves of `tree` under dotted keys."""
+    leaves: dict[str, Any] = {}
+    for key, value in tree.items():
+        nested = isinstance(value, Mapping)
+        leaves |= flat(value, f"{prefix}{key}.") if nested else {prefix + key: value}
+    return leaves
