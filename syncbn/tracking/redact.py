@@ -1,0 +1,40 @@
+"""What must not leave a run: passwords and tokens in config values and URLs.
+
+The decision here is to redact on the way out, by the name of a key and by the shape of a URL, in the one function
+that everything written about a run goes through: journal, MLflow params and tags, messages.
+"""
+
+import re
+from typing import Any
+
+HIDDEN = "***"
+
+_SECRET_KEY = re.compile(
+    r"token|password|passwd|secret|credential|(?:^|[._-])key$|api[._-]?key", re.IGNORECASE
+)
+_USER_INFO = re.compile(r"(\w://)[^/@\s]+@")
+_QUERY_SECRET = re.compile(
+    r"([?&][^=&\s]*(?:token|password|secret|key)[^=&\s]*=)[^&\s]+", re.IGNORECASE
+)
+
+
+def redact(value: Any, key: str = "") -> Any:
+    """`value` (a tree of dicts, lists and scalars) without secrets.
+
+    Whatever stands under a key that speaks of a token, password, secret, credential or key becomes `***`; so does
+    the user-info of any URL in a string, and the value of such a name in its query.
+    """
+    if isinstance(value, dict):
+        return {name: redact(item, str(name)) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [redact(item, key) for item in value]
+    if value is None or value == "":
+        return value
+    if _SECRET_KEY.search(key):
+        return HIDDEN
+    return redact_text(value) if isinstance(value, str) else value
+
+
+def redact_text(text: str) -> str:
+    """`text` with what is secret in the URLs in it replaced by `***`."""
+    return _QUERY_SECRET.sub(rf"\1{HIDDEN}", _USER_INFO.sub(rf"\1{HIDDEN}@", text))

@@ -1,0 +1,60 @@
+"""MLflow's web pages over the store of a runs folder.
+
+The decision: the process becomes `mlflow server` itself, with one worker and without its job runner: the fewest
+processes it can do with, which end with the terminal that started them.
+"""
+
+import os
+import socket
+import sys
+from pathlib import Path
+from typing import NoReturn
+
+from syncbn.errors import UsageError
+from syncbn.tracking.service import ENVIRONMENT, sqlite_path, store_uri
+
+
+def serve_ui(runs_dir: str | Path, port: int = 5000, host: str = "127.0.0.1") -> NoReturn:
+    """Print the address, then serve MLflow's pages for the store in `runs_dir` until stopped.
+
+    Raises:
+        UsageError: there is no store yet, or the port is taken or not allowed.
+    """
+    command = ui_command(runs_dir, port, host)
+    sys.stdout.write(
+        f"MLflow shows {Path(runs_dir).resolve()} on http://{host}:{port} (Ctrl-C ends it)\n"
+    )
+    sys.stdout.flush()
+    settings = ENVIRONMENT | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+    os.execve(command[0], command, settings | os.environ)  # noqa: S606 - a list of our own
+
+
+def ui_command(runs_dir: str | Path, port: int, host: str) -> list[str]:
+    """The server's command line; raises `UsageError` where it could not run."""
+    uri = store_uri(runs_dir)
+    if not sqlite_path(uri).is_file():
+        raise UsageError(
+            f"no MLflow store in {Path(runs_dir).resolve()}: train or compare something first, or name "
+            "another folder with runs_dir"
+        )
+    refuse_taken(port, host)
+    artifacts = sqlite_path(uri).parent / "mlartifacts"
+    return [
+        sys.executable, "-m", "mlflow", "server", "--host", host, "--port", str(port), "--workers", "1",
+        "--backend-store-uri", uri, "--artifacts-destination", str(artifacts),
+    ]  # fmt: skip
+
+
+def refuse_taken(port: int, host: str) -> None:
+    """Raise `UsageError` where nothing can listen on `host`:`port`."""
+    if not 1 <= port <= 65535:
+        raise UsageError(f"port={port} is not allowed: 1 to 65535")
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listener.bind((host, port))
+        except OSError as error:
+            raise UsageError(
+                f"cannot listen on {host}:{port} ({error.strerror}): name another port"
+            ) from error
