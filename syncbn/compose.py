@@ -8,6 +8,7 @@ import difflib
 import os
 import re
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from syncbn.checks import check
-from syncbn.config import Config
+from syncbn.config import Config, RunConfig
 from syncbn.errors import UsageError
 
 ENV_ALLOWED = ("HOME", "USER", "TMPDIR", "SYNCBN_DATA_ROOT")
@@ -58,6 +59,46 @@ def compose(overrides: Sequence[str] = ()) -> Config:
     assert isinstance(cfg, Config)
     check(cfg)
     return cfg
+
+
+def vary(cfg: Config, overrides: Sequence[str]) -> RunConfig:
+    """The run of `cfg` with an arm's `overrides`: groups (`norm=local`) and dotted keys (`optim.lr=0.1`).
+
+    A group's file is laid over what `cfg` has, so that settings it does not mention stay as the study has them.
+
+    Raises:
+        UsageError: as `compose`.
+    """
+    refuse_unsafe(overrides)
+    tree = OmegaConf.structured(cfg)
+    try:
+        for override in overrides:
+            key, value = override.split("=", 1)
+            if (config_folder() / key).is_dir():
+                tree[key] = OmegaConf.merge(tree[key], _group(key, value))
+            else:
+                tree.merge_with_dotlist([override])
+        varied = OmegaConf.to_object(tree)
+    except OmegaConfBaseException as error:
+        raise UsageError(_one_line(error)) from error
+    assert isinstance(varied, Config)
+    check(varied)
+    return RunConfig(**{field.name: getattr(varied, field.name) for field in fields(RunConfig)})
+
+
+def _group(group: str, option: str) -> DictConfig:
+    """The file of `option` in a config group.
+
+    Raises:
+        UsageError: there is none; names those there are.
+    """
+    path = config_folder() / group / f"{option}.yaml"
+    if not path.is_file():
+        options = ", ".join(sorted(file.stem for file in path.parent.glob("*.yaml")))
+        raise UsageError(f"{group}={option} is not allowed: one of {options}")
+    tree = OmegaConf.load(path)
+    assert isinstance(tree, DictConfig)
+    return tree
 
 
 def refuse_unsafe(overrides: Sequence[str]) -> None:

@@ -16,6 +16,10 @@ from typing import Any, Protocol
 class Tracker(Protocol):
     """What the training loop reports to."""
 
+    def begin(self, step: int, **fields: Any) -> None:
+        """Record the start of an attempt from `step`; what was recorded beyond it is void."""
+        ...
+
     def metrics(self, step: int, values: Mapping[str, float]) -> None:
         """Record `values` as measured after `step` optimiser steps."""
         ...
@@ -32,6 +36,9 @@ class Tracker(Protocol):
 class Untracked:
     """The tracker of ranks that do not write."""
 
+    def begin(self, step: int, **fields: Any) -> None:
+        """Drop the fields."""
+
     def metrics(self, step: int, values: Mapping[str, float]) -> None:
         """Drop the values."""
 
@@ -47,17 +54,26 @@ class Journal:
 
     Args:
         path: the journal's file; its folder is made where it is missing.
-        from_step: records of an earlier attempt at or beyond this step are cut off first, as is a last line
-            that a crash left unfinished; None keeps everything.
     """
 
-    def __init__(self, path: Path, from_step: int | None = None) -> None:
+    def __init__(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        if from_step is not None and path.exists():
-            kept = [r for r in read_journal(path) if r.get("step", 0) <= from_step]
-            path.write_text("".join(map(_line, kept)))
         self.path = path
         self._file = path.open("a")
+
+    def begin(self, step: int, **fields: Any) -> None:
+        """Append a `start` record with its `attempt`, counted from 1.
+
+        Metrics beyond `step` are cut off first, as is a last line that a crash left unfinished. An attempt from
+        step 0 starts the journal anew.
+        """
+        records = read_journal(self.path) if step > 0 else []
+        kept = [record for record in records if record.get("step", 0) <= step]
+        self._file.close()
+        self.path.write_text("".join(map(_line, kept)))
+        self._file = self.path.open("a")
+        attempt = 1 + sum(record.get("event") == "start" for record in kept)
+        self._append({"event": "start", **fields, "attempt": attempt})
 
     def metrics(self, step: int, values: Mapping[str, float]) -> None:
         """Append one metrics record."""

@@ -1,0 +1,73 @@
+"""Runs and studies on the ranks of this machine.
+
+Several ranks are started by torchrun's own agent, in this process: it gives them their environment, hands signals
+on, and ends the others when one fails. Under torchrun, or for one rank, nothing is started at all.
+"""
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+from syncbn.compare.queue import run_trials
+from syncbn.config import Config, RunConfig
+from syncbn.launch.children import told
+from syncbn.launch.rank import run_rank
+from syncbn.launch.study import conduct
+from syncbn.runtime import Runtime, from_environment
+from syncbn.train import RunSummary
+
+Work = Callable[[Any, Runtime], Any]
+"""What every rank does with the config and its runtime: `run_rank` or `run_trials`."""
+
+
+def launch_run(cfg: RunConfig) -> RunSummary:
+    """Train the one run that `cfg` describes and return its summary.
+
+    Raises:
+        SyncbnError: the run failed; `ChildFailedError` where a rank that was started here failed.
+    """
+    return _on_ranks(cfg, run_rank, cfg.num_ranks)
+
+
+def launch_study(cfg: Config) -> dict[str, Any]:
+    """Run every trial of the study in `cfg` on one group of ranks; write and return the study's summary.
+
+    Raises:
+        SyncbnError: a trial failed; finished ones are kept.
+    """
+    return conduct(cfg, lambda: _on_ranks(cfg, run_trials, cfg.launcher.num_workers))
+
+
+def _on_ranks(cfg: RunConfig, work: Work, num_ranks: int) -> Any:
+    """Let `num_ranks` ranks do `work`; return what rank 0's returned."""
+    if num_ranks == 1 or "WORLD_SIZE" in os.environ:
+        return _work(cfg, work)
+    os.environ.setdefault("OMP_NUM_THREADS", str(cfg.train.num_threads))
+    launch = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=num_ranks,
+        rdzv_backend="c10d",
+        rdzv_endpoint="127.0.0.1:0",
+        local_addr="127.0.0.1",
+        max_restarts=0,
+        monitor_interval=0.1,
+        start_method="spawn",
+    )
+    return elastic_launch(launch, _rank)(cfg, work)[0]
+
+
+def _rank(cfg: RunConfig, work: Work) -> Any:
+    """What each process that the agent starts runs."""
+    with told():
+        return _work(cfg, work)
+
+
+def _work(cfg: RunConfig, work: Work) -> Any:
+    runtime = from_environment(cfg)
+    try:
+        return work(cfg, runtime)
+    finally:
+        runtime.close()

@@ -1,0 +1,21 @@
+"""What every rank does in one run, whichever launcher started it."""
+
+from contextlib import ExitStack
+
+from syncbn.checkpoint import RunLock
+from syncbn.config import RunConfig
+from syncbn.runtime.base import Runtime
+from syncbn.train.record import recorded_run
+from syncbn.train.summary import RunSummary
+
+
+def run_rank(cfg: RunConfig, runtime: Runtime) -> RunSummary:
+    """Train `cfg`; on rank 0 hold the run's folder and ship its journal to MLflow meanwhile.
+
+    Raises:
+        SyncbnError: see `recorded_run`; `CheckpointError` where another job holds the folder.
+    """
+    with ExitStack() as stack:
+        if runtime.is_main:
+            stack.enter_context(RunLock(cfg.folder))
+        return recorded_run(cfg, runtime)

@@ -1,0 +1,11 @@
+"""The one training loop, `train(cfg, runtime, tracker) -> RunSummary`, whatever started the ranks.
+
+`loop` orders the parts: `state` is what a checkpoint holds, `agreement` is the one small collective that keeps
+ranks of one mind, `evaluation` measures, `stopping` listens to signals.
+"""
+
+from syncbn.train.loop import train
+from syncbn.train.record import recorded_run
+from syncbn.train.summary import RunSummary
+
+__all__ = ["RunSummary", "recorded_run", "train"]

@@ -1,0 +1,67 @@
+"""How ranks stay of one mind: every few steps one small sum carries losses, and requests to stop.
+
+Anything that decides whether the loop goes on must be decided alike on all ranks, or the next collective waits
+for ever. So a rank never acts on its own loss, clock or signal, only on the sum of everybody's.
+"""
+
+import math
+import signal
+from dataclasses import dataclass, field
+
+import torch
+
+from syncbn.errors import NonFinite, Stopped
+from syncbn.runtime.base import Runtime
+
+
+@dataclass
+class Agreement:
+    """This rank's share of what has happened since the ranks last agreed.
+
+    A rank's share of a step's loss is its summed loss over the global batch, so that shares add up to the mean.
+    """
+
+    runtime: Runtime
+    _shares: list[tuple[int, torch.Tensor]] = field(default_factory=list)
+
+    def add(self, step: int, share: torch.Tensor) -> None:
+        """Record this rank's share `()` of the loss of `step`, without looking at it."""
+        self._shares.append((step, share.detach()))
+
+    def settle(self, signal_number: int, out_of_time: bool) -> tuple[dict[int, float], bool]:
+        """Sum everything over ranks: the mean loss by step since last time, and whether time is up on rank 0.
+
+        Raises:
+            NonFinite: a loss is NaN or infinite; names the step and the ranks.
+            Stopped: some rank received a signal.
+        """
+        steps = [step for step, _ in self._shares]
+        own = torch.stack([s for _, s in self._shares]) if steps else torch.empty(0)
+        losses, asked, late, bad = self._exchange(own.double().cpu(), signal_number, out_of_time)
+        self._shares.clear()
+        if any(bad):
+            ranks = ", ".join(str(rank) for rank, flag in enumerate(bad) if flag)
+            step = next(
+                (s for s, loss in zip(steps, losses, strict=True) if not math.isfinite(loss))
+            )
+            raise NonFinite(
+                f"the loss of step {step} is not finite on rank {ranks}: lower optim.lr, or set optim.clip_norm"
+            )
+        if asked:
+            raise Stopped(asked)
+        return dict(zip(steps, losses, strict=True)), late
+
+    def _exchange(
+        self, own: torch.Tensor, signal_number: int, out_of_time: bool
+    ) -> tuple[list[float], int, bool, list[bool]]:
+        """The one sum: losses, then a count of each signal, rank 0's clock, and a flag a rank."""
+        size, rank = self.runtime.world_size, self.runtime.rank
+        flags = torch.zeros(3 + size, dtype=torch.float64)
+        flags[0] = signal_number == signal.SIGINT
+        flags[1] = signal_number == signal.SIGTERM
+        flags[2] = out_of_time and self.runtime.is_main
+        flags[3 + rank] = not bool(torch.isfinite(own).all())
+        total = self.runtime.sum(torch.cat([own, flags]).to(self.runtime.device)).tolist()
+        interrupted, terminated, late, *bad = total[len(own) :]
+        asked = signal.SIGTERM if terminated else signal.SIGINT if interrupted else 0
+        return total[: len(own)], int(asked), bool(late), [bool(flag) for flag in bad]

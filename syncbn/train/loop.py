@@ -1,0 +1,153 @@
+"""The training loop: build, train, measure, close.
+
+Decisions: each rank's loss is its summed loss times W / B, so that the gradients DistributedDataParallel averages
+are those of the mean over the whole global batch, however unevenly it is shared; gradients are clipped after they
+are reduced; and whether to go on is decided only where ranks agree (`Agreement`).
+"""
+
+import time
+
+import torch
+from torch import Tensor, nn
+
+from syncbn.config import RunConfig, config_hash
+from syncbn.errors import Stopped
+from syncbn.optim import learning_rate
+from syncbn.runtime.base import Runtime
+from syncbn.tracking import Tracker
+from syncbn.train.agreement import Agreement
+from syncbn.train.evaluation import evaluate, settle_buffers
+from syncbn.train.progress import Advance, progress
+from syncbn.train.state import State, build, checkpoint, resume
+from syncbn.train.stopping import StopRequest, stop_on_signals
+from syncbn.train.summary import RunSummary
+
+
+def train(cfg: RunConfig, runtime: Runtime, tracker: Tracker) -> RunSummary:
+    """Train the model of `cfg` on the ranks of `runtime`, reporting to `tracker`.
+
+    A collective: every rank calls it with an equal config. The same config on the same number of ranks gives
+    the same bits on CPU, whatever launched them.
+
+    Returns:
+        The same summary on every rank.
+
+    Raises:
+        SyncbnError: bad data, config or checkpoint; `NonFinite`; `Stopped` by a signal, checkpoint saved.
+    """
+    torch.set_num_threads(cfg.train.num_threads)
+    state = build(cfg, runtime)
+    resume(state, tracker)
+    with stop_on_signals() as stop, progress(cfg, runtime.is_main) as advance:
+        return _Loop(state, tracker, stop).run(advance)
+
+
+class _Loop:
+    """One run of the loop, from the state's step to the end of the budget, or sooner."""
+
+    def __init__(self, state: State, tracker: Tracker, stop: StopRequest) -> None:
+        self.state, self.tracker, self.stop = state, tracker, stop
+        self.agreement = Agreement(state.runtime)
+        self.started = time.monotonic()
+        self.train_loss = float("nan")
+        self.measured: dict[str, float] = {}
+        self.measured_at = -1
+        self.best_error, self.evaluations_since_best = float("inf"), 0
+
+    def run(self, advance: Advance) -> RunSummary:
+        """Take the steps that are left, measure, save, and summarise."""
+        state, cfg = self.state, self.state.cfg
+        try:
+            for global_batch, x, y in state.batches():
+                self._step(global_batch, x, y)
+                advance(state.step)
+                if self._enough():
+                    break
+        except Stopped:
+            checkpoint(state, self.tracker)
+            raise
+        if self.measured_at != state.step:
+            self._measure()
+        checkpoint(state, self.tracker)
+        return RunSummary(
+            final={"train_loss": self.train_loss} | self.measured,
+            steps=state.step,
+            seconds=time.monotonic() - self.started,
+            world_size=state.runtime.world_size,
+            config_hash=config_hash(cfg),
+        )
+
+    def _step(self, global_batch: int, x: Tensor, y: Tensor) -> None:
+        """One optimiser step, and what its number makes due."""
+        state, cfg = self.state, self.state.cfg
+        rate = learning_rate(state.step, cfg.optim, cfg.train.steps, cfg.global_batch)
+        for group in state.optimizer.param_groups:
+            group["lr"] = rate
+        share = _backward(state, global_batch, x, y)
+        if cfg.optim.clip_norm is not None:
+            nn.utils.clip_grad_norm_(state.model.parameters(), cfg.optim.clip_norm)
+        state.optimizer.step()
+        state.optimizer.zero_grad(set_to_none=state.runtime.world_size == 1)
+        state.step += 1
+        self.agreement.add(state.step, share)
+
+    def _enough(self) -> bool:
+        """Do what is due after this step; whether to end before the budget does."""
+        state, train = self.state, self.state.cfg.train
+        last = state.step == train.steps
+        measuring, saving = (
+            _due(state.step, train.eval_every),
+            _due(state.step, train.checkpoint_every),
+        )
+        late = False
+        if last or measuring or saving or _due(state.step, train.agree_every):
+            late = self._agree()
+        if measuring or last:
+            self._measure()
+        if saving and not last:
+            checkpoint(state, self.tracker)
+        return late or (measuring and self._good_enough())
+
+    def _agree(self) -> bool:
+        """Settle with all ranks and record the losses; whether the time limit is over."""
+        cfg = self.state.cfg
+        limit = cfg.train.time_limit_s
+        late = limit is not None and time.monotonic() - self.started > limit
+        losses, late = self.agreement.settle(self.stop.signal_number, late)
+        for step, loss in losses.items():
+            if _due(step, cfg.train.log_every):
+                rate = learning_rate(step - 1, cfg.optim, cfg.train.steps, cfg.global_batch)
+                self.tracker.metrics(step, {"train_loss": loss, "lr": rate})
+        if losses:
+            self.train_loss = sum(losses.values()) / len(losses)
+        return late
+
+    def _measure(self) -> None:
+        state, cfg = self.state, self.state.cfg
+        settle_buffers(state.model, cfg.norm.name, state.runtime)
+        self.measured = evaluate(
+            state.model, state.sets.test, state.runtime, cfg.train.eval_batch, state.dtype
+        )
+        self.measured_at = state.step
+        self.tracker.metrics(state.step, self.measured)
+
+    def _good_enough(self) -> bool:
+        """Whether the target is reached, or patience with the test error is at an end."""
+        train, error = self.state.cfg.train, self.measured["test_error"]
+        self.evaluations_since_best += 1
+        if error < self.best_error:
+            self.best_error, self.evaluations_since_best = error, 0
+        reached = train.target_error is not None and error <= train.target_error
+        tired = train.patience is not None and self.evaluations_since_best >= train.patience
+        return reached or tired
+
+
+def _backward(state: State, global_batch: int, x: Tensor, y: Tensor) -> Tensor:
+    """Leave the gradient of the global mean loss in `.grad`; this rank's share of that loss, `()`."""
+    share = nn.functional.cross_entropy(state.wrapped(x), y, reduction="sum") / global_batch
+    (share * state.runtime.world_size).backward()
+    return share
+
+
+def _due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0

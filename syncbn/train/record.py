@@ -1,0 +1,76 @@
+"""One run with its files: the journal while it lasts, `summary.json` at its end, nothing trained twice."""
+
+import json
+from pathlib import Path
+
+import torch
+
+from syncbn.config import RunConfig, config_hash
+from syncbn.errors import Stopped, UsageError
+from syncbn.runtime.base import Runtime
+from syncbn.tracking import Journal, Tracker, Untracked
+from syncbn.train.loop import train
+from syncbn.train.summary import RunSummary
+
+
+def recorded_run(cfg: RunConfig, runtime: Runtime) -> RunSummary:
+    """Train `cfg` on the ranks of `runtime` and write its journal and summary; rank 0 writes.
+
+    A run that has finished before is not trained again: its summary is returned.
+
+    Raises:
+        UsageError: the folder holds a finished run of another config.
+        SyncbnError: see `train`; the journal then ends with how the run ended.
+    """
+    done = finished(cfg) if cfg.train.resume else None
+    if _on_main(done is not None, runtime):
+        assert done is not None
+        return done
+    tracker: Tracker = Journal(cfg.folder / "journal.jsonl") if runtime.is_main else Untracked()
+    try:
+        summary = train(cfg, runtime, tracker)
+    except BaseException as error:
+        status = "stopped" if isinstance(error, Stopped | KeyboardInterrupt) else "failed"
+        tracker.event("end", status=status, summary=None, error=f"{type(error).__name__}: {error}")
+        raise
+    else:
+        tracker.event("end", status="finished", summary=summary.to_dict(), error=None)
+    finally:
+        tracker.close()
+    if runtime.is_main:
+        write_summary(cfg.folder, summary)
+    return summary
+
+
+def finished(cfg: RunConfig) -> RunSummary | None:
+    """The summary of the run in `cfg.folder`, where it has finished.
+
+    Raises:
+        UsageError: it finished with another config.
+    """
+    path = cfg.folder / "summary.json"
+    if not path.is_file():
+        return None
+    try:
+        summary = RunSummary(**json.loads(path.read_text()))
+    except (ValueError, TypeError):
+        return None  # half a file from before a crash, or another program's: train again
+    if summary.config_hash != config_hash(cfg):
+        raise UsageError(
+            f"{cfg.folder} holds a finished run of config {summary.config_hash}, this one is {config_hash(cfg)}: "
+            "give it another name, or train.resume=false to replace it"
+        )
+    return summary
+
+
+def write_summary(folder: Path, summary: RunSummary) -> None:
+    """Write `summary.json` whole or not at all."""
+    beside = folder / ".summary.json"
+    beside.write_text(json.dumps(summary.to_dict(), indent=2) + "\n")
+    beside.replace(folder / "summary.json")
+
+
+def _on_main(flag: bool, runtime: Runtime) -> bool:
+    """Rank 0's `flag`, on every rank."""
+    value = torch.tensor(float(flag), dtype=torch.float64, device=runtime.device)
+    return bool(runtime.from_main(value))

@@ -1,0 +1,168 @@
+"""Everything a run is made of, how it is built, and how it is saved and found again.
+
+What is built depends on the config alone, never on which rank builds it; ranks differ only in their share of each
+global batch and in their random state after the weights are drawn.
+"""
+
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
+
+from syncbn.arms import apply_arm
+from syncbn.checkpoint import Meta, check_matches, load_latest, restore_model, rng, save
+from syncbn.config import RunConfig, config_hash
+from syncbn.data import DataSets, load_data
+from syncbn.errors import UsageError
+from syncbn.models import build_model
+from syncbn.norm import RanksDisagree
+from syncbn.optim import build_optimizer
+from syncbn.provenance import git_revision, versions
+from syncbn.runtime.base import Runtime
+from syncbn.sampling import SampleStream, rank_share
+from syncbn.tracking import Tracker
+from syncbn.train.evaluation import settle_buffers
+
+
+@dataclass
+class State:
+    """A run between two steps."""
+
+    cfg: RunConfig
+    runtime: Runtime
+    sets: DataSets
+    stream: SampleStream
+    model: nn.Module
+    """The network itself; `wrapped` is the same with gradients averaged over ranks."""
+    wrapped: nn.Module
+    optimizer: Optimizer
+    step: int = 0
+    """Optimiser steps done."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The floating dtype of parameters and inputs."""
+        return getattr(torch, self.cfg.train.dtype)
+
+    def batches(self) -> Iterator[tuple[int, Tensor, Tensor]]:
+        """For each step to come: the size of its global batch, and this rank's share of images and labels."""
+        sizes: deque[int] = deque()
+        for x, y in self.sets.train.batches(self._shares(sizes)):
+            yield sizes.popleft(), x.to(self.runtime.device, self.dtype), y.to(self.runtime.device)
+
+    def _shares(self, sizes: deque[int]) -> Iterator[Tensor]:
+        """This rank's sample indices step by step; appends the global batch's size to `sizes` as it goes."""
+        for step in range(self.step, self.cfg.train.steps):
+            whole = self.stream.batch(step)
+            sizes.append(len(whole))
+            yield rank_share(whole, self.runtime.rank, self.runtime.world_size)
+
+
+def build(cfg: RunConfig, runtime: Runtime) -> State:
+    """A run at step 0.
+
+    Raises:
+        UsageError: another number of ranks than the config asks for, or an unknown model.
+        DataError: see `load_data`, or fewer samples than one global batch.
+    """
+    if runtime.world_size != cfg.num_ranks:
+        raise UsageError(
+            f"norm={cfg.norm.name} with launcher.num_workers={cfg.launcher.num_workers} trains on "
+            f"{cfg.num_ranks} rank(s), but {runtime.world_size} were started"
+        )
+    sets = load_data(cfg.data, cfg.seed)
+    stream = SampleStream(len(sets.train), cfg.global_batch, cfg.seed, cfg.train.drop_last)
+    model = apply_arm(build_model(cfg.model, sets.shape, sets.num_classes, cfg.seed), cfg.norm)
+    model.to(runtime.device, getattr(torch, cfg.train.dtype))
+    torch.manual_seed(cfg.seed * 1_000_003 + runtime.rank)  # dropout: another stream a rank
+    optimizer = build_optimizer(model, cfg.optim)
+    return State(cfg, runtime, sets, stream, model, _wrapped(model, runtime), optimizer)
+
+
+def _wrapped(model: nn.Module, runtime: Runtime) -> nn.Module:
+    if runtime.world_size == 1:
+        return model
+    # Buffers are settled before they are used (`settle_buffers`), which spares a broadcast a step.
+    buffers = [name for name, _ in model.named_buffers()]
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, buffers)
+    return DistributedDataParallel(model, gradient_as_bucket_view=True)
+
+
+def resume(state: State, tracker: Tracker) -> None:
+    """Continue from the run's latest whole checkpoint, where there is one; all ranks read it.
+
+    Raises:
+        CheckpointError: none of its checkpoints is whole, or it belongs to another config.
+    """
+    cfg, runtime = state.cfg, state.runtime
+    checkpoint = load_latest(cfg.folder / "checkpoints") if cfg.train.resume else None
+    if checkpoint is None:
+        _begin(state, tracker)
+        return
+    meta = checkpoint.meta
+    notes = [*checkpoint.notes]
+    notes += check_matches(checkpoint, config_hash(cfg), runtime.world_size, cfg.global_batch)
+    notes += restore_model(state.model, checkpoint.model_state)
+    state.optimizer.load_state_dict(checkpoint.optimizer_state)
+    state.step = meta.step
+    if meta.world_size == runtime.world_size:
+        rng.restore(rng.from_text(meta.rng[runtime.rank]), runtime.device)
+    _begin(state, tracker)
+    tracker.event("resume", step=meta.step, checkpoint=checkpoint.path.name, notes=notes)
+
+
+def _begin(state: State, tracker: Tracker) -> None:
+    tracker.begin(
+        state.step,
+        config=asdict(state.cfg),
+        config_hash=config_hash(state.cfg),
+        world_size=state.runtime.world_size,
+        versions=versions(),
+        git=git_revision(),
+    )
+
+
+def checkpoint(state: State, tracker: Tracker) -> None:
+    """Save the run as it stands; rank 0 writes, all ranks take part.
+
+    Raises:
+        CheckpointError: it could not be written.
+        RanksDisagree: synchronised running statistics differ between ranks.
+    """
+    runtime = state.runtime
+    if state.cfg.norm.name == "sync":
+        _require_equal_buffers(state.model, runtime)
+    settle_buffers(state.model, state.cfg.norm.name, runtime)
+    states = _random_states(runtime)
+    if runtime.is_main:
+        meta = Meta(
+            step=state.step,
+            position=state.step * state.cfg.global_batch,
+            config_hash=config_hash(state.cfg),
+            world_size=runtime.world_size,
+            global_batch=state.cfg.global_batch,
+            rng=[rng.to_text(row) for row in states],
+        )
+        folder = state.cfg.folder / "checkpoints"
+        path = save(folder, state.model.state_dict(), state.optimizer.state_dict(), meta)
+        tracker.event("checkpoint", step=state.step, folder=path.name)
+    runtime.barrier()
+
+
+def _require_equal_buffers(model: nn.Module, runtime: Runtime) -> None:
+    for name, buffer in model.named_buffers():
+        differs = torch.tensor(not torch.equal(buffer, runtime.from_main(buffer.clone())))
+        if runtime.sum(differs.double().to(runtime.device)) > 0:
+            raise RanksDisagree(f"running statistics {name!r} differ between ranks before a save")
+
+
+def _random_states(runtime: Runtime) -> Tensor:
+    """The random state of every rank, (W, n) uint8."""
+    own = rng.capture(runtime.device)
+    rows = torch.zeros(runtime.world_size, len(own), dtype=torch.uint8, device=runtime.device)
+    rows[runtime.rank] = own
+    return runtime.sum(rows).cpu()

@@ -1,0 +1,62 @@
+"""Signals become a request that ranks agree on: finish the step, save, and leave with 128 + signal."""
+
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+REPEAT_S = 1.0
+"""A second signal sooner than this is the first one again: a terminal's Ctrl-C comes from the launcher as well."""
+
+
+class StopRequest:
+    """The signal that asked this rank to stop, or 0."""
+
+    def __init__(self) -> None:
+        self.signal_number = 0
+        self._first_at = 0.0
+
+    def ask(self, signal_number: int, _frame: FrameType | None) -> None:
+        """Remember the request; a second one ends the process at once."""
+        now = time.monotonic()
+        if self.signal_number == 0:
+            self.signal_number, self._first_at = signal_number, now
+        elif now - self._first_at > REPEAT_S:
+            signal.signal(signal_number, signal.SIG_DFL)
+            signal.raise_signal(signal_number)
+
+
+@contextmanager
+def stop_on_signals() -> Iterator[StopRequest]:
+    """Turn SIGINT and SIGTERM into a `StopRequest` while the context lasts.
+
+    Outside the main thread, as in a Ray worker, Python allows no handlers, and `ask_to_stop` takes their place.
+    """
+    request = StopRequest()
+    if threading.current_thread() is not threading.main_thread():
+        _elsewhere.append(request)
+        try:
+            yield request
+        finally:
+            _elsewhere.remove(request)
+        return
+    before = {number: signal.signal(number, request.ask) for number in SIGNALS}
+    try:
+        yield request
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def ask_to_stop(signal_number: int) -> None:
+    """Pass on a signal that another process received to the loops that run outside this one's main thread."""
+    for request in _elsewhere:
+        request.signal_number = signal_number
+
+
+_elsewhere: list[StopRequest] = []
