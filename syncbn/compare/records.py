@@ -39,6 +39,11 @@ class TrialRecord:
         """The trial's folder name."""
         return f"{self.arm}-{self.seed}"
 
+    @property
+    def diverged(self) -> bool:
+        """Whether the loss stopped being finite; the test error is 1 then, and no time was measured."""
+        return bool(self.final.get("diverged"))
+
 
 def read_trials(cfg: Config) -> list[TrialRecord]:
     """All trials of the study in `cfg`, arm by arm in the order of its seeds.

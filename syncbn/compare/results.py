@@ -7,7 +7,7 @@ returns values, and each file appears whole under its name or not at all.
 import json
 import math
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -56,8 +56,9 @@ def summarise(cfg: Config, study: StudyConfig, trials: Sequence[TrialRecord]) ->
     Raises:
         UsageError: a claim's metric is missing in some trial.
     """
+    metrics = dict.fromkeys(metric for trial in trials for metric in trial.final)
     measured = {
-        arm: measurements([t for t in trials if t.arm == arm], cfg.train.target_error)
+        arm: measurements([t for t in trials if t.arm == arm], metrics, cfg.train.target_error)
         for arm in study.arms
     }
     verdicts = claims.judge(study.claims, measured, study.seeds)
@@ -86,14 +87,18 @@ def design(cfg: Config, study: StudyConfig) -> dict[str, Any]:
 
 
 def measurements(
-    trials: Sequence[TrialRecord], target_error: float | None
+    trials: Sequence[TrialRecord], metrics: Iterable[str], target_error: float | None
 ) -> dict[str, list[float | None]]:
-    """Final metrics of one arm's trials, one value a seed; with a target also the steps to it."""
-    names = dict.fromkeys(name for trial in trials for name in trial.final)
+    """Final metrics of one arm's trials, one value a seed; with a target also the steps to it.
+
+    What a diverged trial could not measure is infinite: censored, not missing.
+    """
     table: dict[str, list[float | None]] = {
-        name: [trial.final.get(name) for trial in trials] for name in names
+        metric: [trial.final.get(metric, math.inf if trial.diverged else None) for trial in trials]
+        for metric in metrics
     }
-    table["seconds"] = [trial.seconds for trial in trials]
+    table["diverged"] = [float(trial.diverged) for trial in trials]
+    table["seconds"] = [math.inf if trial.diverged else trial.seconds for trial in trials]
     table["steps"] = [trial.steps for trial in trials]
     table["world_size"] = [trial.world_size for trial in trials]
     if target_error is not None:

@@ -39,12 +39,17 @@ def _arm_row(summary: Summary, arm: str) -> tuple[str, ...]:
     errors = summary["arms"][arm]["test_error"]
     row = (
         arm,
-        value_words("test_error", median_of(summary, arm, "test_error")),
+        value_words("test_error", median_of(summary, arm, "test_error")) + _diverged(summary, arm),
         range_words("test_error", *_interval(errors)),
         _range(errors),
         value_words("seconds", median_of(summary, arm, "seconds")),
     )
     return row + _target_cells(summary["arms"][arm]) if _has_target(summary) else row
+
+
+def _diverged(summary: Summary, arm: str) -> str:
+    number = sum(map(bool, summary["arms"][arm]["diverged"]))
+    return f" ({number} diverged)" if number else ""
 
 
 def _interval(values: Sequence[float | None]) -> tuple[float | None, float | None]:
