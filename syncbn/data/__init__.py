@@ -90,9 +90,7 @@ def hold_out(num_samples: int, share: float, limit: int | None) -> tuple[Tensor,
 
 
 def _check_labels(labels: Tensor, num_classes: int, what: str) -> None:
-    """Raise `DataError` for a set without samples or with a label outside 0 to `num_classes` - 1."""
-    if not len(labels):
-        raise DataError(f"{what} set is empty")
+    """Raise `DataError` for a label outside 0 to `num_classes` - 1."""
     wrong = ((labels < 0) | (labels >= num_classes)).nonzero()
     if len(wrong):
         first = int(wrong[0])

@@ -127,7 +127,7 @@ def _listed(root: Path, part: str, cfg: DataConfig) -> tuple[FileSamples, list[s
     except (OSError, ValueError) as error:
         raise DataError(f"{' '.join(str(error).split())} ({LAYOUT})") from error
     files = tuple(Path(file) for file, _ in found.samples)
-    check_files(files, root, "remove it or replace it")
+    check_files(files, root, "start again")
     labels = torch.tensor(found.targets, dtype=torch.int64)
     samples = FileSamples(files, labels, cfg.image_size, cfg.binarize, cfg.num_loaders)
     return samples, found.classes

@@ -34,7 +34,7 @@ def check_files(files: Sequence[Path], root: Path, remedy: str) -> None:
         if not os.access(file, os.R_OK):
             raise DataError(f"no permission to read {file}")
         if not file.stat().st_size:
-            raise DataError(f"{file} is damaged, it has 0 bytes: remove it, then {remedy}")
+            raise DataError(f"{file} is damaged (0 bytes): remove it, then {remedy}")
 
 
 def _refuse_outside(path: Path, inside: Path) -> None:
