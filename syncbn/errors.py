@@ -67,6 +67,23 @@ class Stopped(SyncbnError):
         self.exit_code = 128 + signal_number
 
 
+class RankFailed(SyncbnError):
+    """What made a rank fail, as told to the process that started it.
+
+    Args:
+        message: what went wrong, in one line.
+        exit_code: the rank's own exit code.
+        details: the rank's traceback, where the failure is a bug.
+    """
+
+    def __init__(self, message: str, exit_code: int, details: str = "") -> None:
+        super().__init__(message, exit_code, details)  # all of them, so that it can travel pickled
+        self.exit_code, self.details = exit_code, details
+
+    def __str__(self) -> str:
+        return str(self.args[0])
+
+
 def exit_code(error: BaseException) -> int:
     """The exit code that `error` carries, or 1: our bug."""
     return getattr(error, "exit_code", 1)

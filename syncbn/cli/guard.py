@@ -1,0 +1,98 @@
+"""The one place where errors become a line on stderr and an exit code.
+
+Every entry point runs through `invoke`. An error that carries an exit code speaks for itself in one line; anything
+else is a bug of ours, and shows its traceback unless a run's log already has it.
+"""
+
+import json
+import os
+import sys
+import traceback
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import click
+
+from syncbn.errors import UsageError, exit_code
+from syncbn.launch.streams import make_unbreakable
+
+
+def invoke(command: click.Command, argv: Sequence[str], prog_name: str | None = None) -> int:
+    """Run `command` with the arguments `argv` and return its exit code; never raises."""
+    make_unbreakable()
+    try:
+        return int(command.main(list(argv), prog_name=prog_name, standalone_mode=False) or 0)
+    except click.ClickException as error:
+        return _complain(UsageError(error.format_message()))
+    except (click.Abort, KeyboardInterrupt):
+        return 130
+    except Exception as error:
+        return _complain(error)
+
+
+def _complain(error: Exception) -> int:
+    """Say on stderr what went wrong, once however many ranks of this machine fail, and return the exit code."""
+    if _is_first_to_fail():
+        if exit_code(error) == 1 and not hasattr(error, "__notes__"):
+            click.echo(_details(error), err=True)
+        click.echo(f"syncbn: error: {_one_line(error)}", err=True)
+    return exit_code(error)
+
+
+def _details(error: Exception) -> str:
+    """The traceback behind `error`: the rank's, where it comes from one."""
+    return getattr(error, "details", "") or "".join(traceback.format_exception(error))
+
+
+def _one_line(error: Exception) -> str:
+    text = str(error) or type(error).__name__
+    if not hasattr(error, "exit_code"):
+        text = f"{type(error).__name__}: {text}"
+    return " ".join(" ".join([text, *getattr(error, "__notes__", [])]).split())
+
+
+def _is_first_to_fail() -> bool:
+    """Whether no other rank that torchrun started here has complained: the first to fail names the cause."""
+    error_file = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if error_file is None:
+        return True
+    try:
+        (Path(error_file).parent.parent / "syncbn-complained").touch(exist_ok=False)
+    except OSError:
+        return False
+    return True
+
+
+@contextmanager
+def logged(folder: Path) -> Iterator[None]:
+    """Keep the traceback of a failure within in `folder`/error.log, where `folder` can be written to."""
+    try:
+        yield
+    except Exception as error:
+        failure = _of_a_child(error)
+        with suppress(OSError):
+            (folder / "error.log").write_text(_details(failure))
+            if exit_code(failure) == 1:
+                failure.add_note(f"(traceback in {folder / 'error.log'})")
+        if failure is error:
+            raise
+        raise failure from error
+
+
+def _of_a_child(error: Exception) -> Exception:
+    """What a child process failed of, where `error` is torch's report of that; else `error` itself."""
+    if "torch.distributed" not in sys.modules:
+        return error
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    from syncbn.launch.children import first_failure
+
+    return first_failure(error) if isinstance(error, ChildFailedError) else error
+
+
+def say(value: dict[str, Any] | list[Any], text: str, as_json: bool) -> None:
+    """Print `value` as JSON, or `text` for people."""
+    sys.stdout.write((json.dumps(value, indent=2) if as_json else text) + "\n")
+    sys.stdout.flush()

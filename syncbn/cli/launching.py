@@ -1,0 +1,125 @@
+"""What `train` and `compare` share: overrides become a checked plan, and the plan is printed or followed.
+
+The config is checked before torch or Ray is imported, so that a mistake is answered at once.
+"""
+
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from importlib import import_module
+from typing import Any
+
+from syncbn.cli.guard import invoke, logged, say
+from syncbn.compose import compose, config_folder, vary
+from syncbn.config import Config
+from syncbn.errors import UsageError
+from syncbn.launch.plan import Plan, as_yaml
+
+
+def launch(verb: str, overrides: Sequence[str], dry_run: bool, as_json: bool) -> None:
+    """Plan `verb` (`train` or `compare`) with `overrides`; print the plan, or follow it and print the outcome.
+
+    Raises:
+        SyncbnError: the overrides cannot be used, or the run failed.
+    """
+    plan = make_plan(verb, overrides, os.environ)
+    if dry_run:
+        say_on_main(plan.to_dict(), as_yaml(plan.to_dict()), as_json)
+        return
+    with logged(plan.config.folder):
+        summary = follow(plan)
+    say_on_main(summary, _in_words(plan, summary), as_json)
+
+
+def make_plan(verb: str, overrides: Sequence[str], environ: Mapping[str, str]) -> Plan:
+    """The plan for `verb`; under torchrun, its world size takes the place of `launcher.num_workers`.
+
+    Raises:
+        UsageError: overrides that cannot be used, alone or with torchrun's environment.
+    """
+    world_size = _torchrun_world_size(environ)
+    of_torchrun = [] if world_size is None else [f"launcher.num_workers={world_size}"]
+    cfg = compose([*overrides, *of_torchrun])
+    _refuse_wrong_verb(verb, cfg)
+    if world_size is not None:
+        _refuse_under_torchrun(verb, cfg, world_size)
+    return Plan(verb, cfg, tuple(overrides))
+
+
+def follow(plan: Plan) -> dict[str, Any]:
+    """Start what `plan` says and return its summary as plain values."""
+    launcher = import_module(
+        "syncbn.launch.ray_train" if plan.config.launcher.name == "ray" else "syncbn.launch.local"
+    )
+    if plan.verb == "compare":
+        return launcher.launch_study(plan.config)
+    return launcher.launch_run(plan.config).to_dict()
+
+
+def say_on_main(value: dict[str, Any], text: str, as_json: bool) -> None:
+    """Print on rank 0 alone."""
+    if os.environ.get("RANK", "0") == "0":
+        say(value, text, as_json)
+
+
+def _torchrun_world_size(environ: Mapping[str, str]) -> int | None:
+    """The world size that torchrun set, or None where it did not start this process."""
+    if "WORLD_SIZE" not in environ:
+        return None
+    world_size, rank = _whole("WORLD_SIZE", environ), _whole("RANK", environ)
+    if world_size < 1:
+        raise UsageError(f"WORLD_SIZE={world_size} is not allowed: a whole number >= 1")
+    if not 0 <= rank < world_size:
+        raise UsageError(f"RANK={rank} is not allowed: 0 to WORLD_SIZE - 1 = {world_size - 1}")
+    return world_size
+
+
+def _whole(name: str, environ: Mapping[str, str]) -> int:
+    text = environ.get(name, "0")
+    try:
+        return int(text)
+    except ValueError:
+        raise UsageError(f"{name}={text!r} is not allowed: a whole number") from None
+
+
+def _refuse_wrong_verb(verb: str, cfg: Config) -> None:
+    if verb == "compare" and cfg.study is None:
+        studies = sorted(path.stem for path in (config_folder() / "study").glob("*.yaml"))
+        raise UsageError(f"compare needs study=NAME; studies: {', '.join(studies)}")
+    if cfg.study is not None:
+        for changes in cfg.study.arms.values():
+            vary(
+                cfg, changes
+            )  # an arm that cannot be composed is found now, not after the arms before it
+    if verb == "train" and cfg.study is not None:
+        raise UsageError("train runs one run and takes no study; give it to compare")
+
+
+def _refuse_under_torchrun(verb: str, cfg: Config, world_size: int) -> None:
+    if verb == "compare":
+        raise UsageError("compare starts its own ranks: run it with python, not with torchrun")
+    if cfg.launcher.name == "ray":
+        raise UsageError("launcher=ray starts its own ranks: run it with python, not with torchrun")
+    if cfg.norm.name == "big_batch" and world_size > 1:
+        raise UsageError(
+            f"norm=big_batch is one process that takes the whole batch, and torchrun started {world_size}: "
+            f"run it with python and launcher.num_workers={world_size}"
+        )
+
+
+def _in_words(plan: Plan, summary: Mapping[str, Any]) -> str:
+    """One line on how it ended and where to look."""
+    folder = plan.config.folder
+    if plan.verb == "compare":
+        return f"study {plan.config.name}: {len(plan.trials)} trials -> {folder / 'report.md'}"
+    final = ", ".join(f"{name} {value:.4g}" for name, value in summary["final"].items())
+    return (
+        f"run {plan.config.name}: {summary['steps']} steps in {summary['seconds']:.1f} s "
+        f"on {summary['world_size']} rank(s); {final} -> {folder / 'summary.json'}"
+    )
+
+
+def main(verb: str, argv: Sequence[str] | None = None) -> int:
+    """The entry point of jobs/<verb>.py: its exit code."""
+    command = getattr(import_module(f"syncbn.cli.{verb}"), verb)
+    return invoke(command, sys.argv[1:] if argv is None else argv, prog_name=f"{verb}.py")

@@ -1,0 +1,63 @@
+"""`syncbn submit`: send a run or a study to a Ray cluster."""
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from syncbn.cli.options import address, as_json, dry_run, overrides, token_file
+
+
+@click.command()
+@click.argument("verb", type=click.Choice(["train", "compare"]))
+@overrides
+@address
+@token_file
+@dry_run
+@as_json
+def submit(
+    verb: str,
+    overrides: tuple[str, ...],
+    address: str,
+    token_file: Path | None,
+    dry_run: bool,
+    as_json: bool,
+) -> None:
+    """Send a run (train) or a study (compare) to a Ray cluster. OVERRIDES are key=value settings.
+
+    Files go to runs_dir on the cluster, storage that its nodes share; without it, to ~/syncbn-runs there.
+    """
+    from syncbn.cli.cluster import enter, require_room
+    from syncbn.cli.guard import say
+    from syncbn.cli.launching import make_plan
+    from syncbn.launch.plan import as_yaml
+    from syncbn.launch.ray_jobs import entrypoint, files, job_overrides, project_folder, send
+
+    sent = job_overrides(overrides, Path.cwd())
+    plan = make_plan(verb, sent, {})
+    what: dict[str, Any] = {"address": address, "working_dir": str(project_folder())}
+    if dry_run:
+        what |= plan.to_dict() | {
+            "command": entrypoint(verb, sent),
+            "files": files(sent, plan.config.name),
+        }
+        say(what, as_yaml(what), as_json)
+        return
+    dashboard = enter(address, token_file)
+    require_room(dashboard, plan)
+    job_id = send(dashboard, verb, plan.config, sent)
+    what |= {"job_id": job_id, "files": files(sent, plan.config.name)}
+    say(what, _next_commands(job_id, address, what["files"]), as_json)
+
+
+def _next_commands(job_id: str, address: str, files: str) -> str:
+    follow = f"--address {address}"
+    return "\n".join(
+        [
+            f"sent {job_id}",
+            f"  files on the cluster: {files}",
+            f"  syncbn logs {job_id} -f {follow}",
+            f"  syncbn status {job_id} {follow}",
+            f"  syncbn stop {job_id} {follow}",
+        ]
+    )

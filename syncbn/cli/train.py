@@ -1,0 +1,16 @@
+"""`syncbn train`: one run."""
+
+import click
+
+from syncbn.cli.options import as_json, dry_run, overrides
+
+
+@click.command()
+@overrides
+@dry_run
+@as_json
+def train(overrides: tuple[str, ...], dry_run: bool, as_json: bool) -> None:
+    """Train one network. OVERRIDES are key=value settings, e.g. data=mnist norm=sync train.steps=100."""
+    from syncbn.cli.launching import launch
+
+    launch("train", overrides, dry_run, as_json)
