@@ -1,0 +1,137 @@
+"""A running Ray cluster as its dashboard shows it: who may enter, what it has, its jobs and their logs.
+
+Plain HTTP with short timeouts rather than Ray's client, which has none and takes a second to import; only sending a
+job needs the client (`ray_jobs`). Every visit begins by knocking without the token: a cluster that lets anybody in
+runs anybody's code, and is refused.
+"""
+
+import json
+import urllib.error
+import urllib.request
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from http.client import HTTPException
+from typing import Any
+from urllib.parse import quote, urlsplit
+
+from syncbn.errors import NotAuthorised, ServiceUnreachable, UsageError
+
+TIMEOUT_S = 5.0
+TERMINAL = ("SUCCEEDED", "FAILED", "STOPPED")
+"""States that a job does not leave."""
+
+
+@dataclass(frozen=True)
+class Dashboard:
+    """The dashboard at `address` (http://host:port), entered with `token`."""
+
+    address: str
+    token: str
+
+    def ask(self, path: str, method: str = "GET") -> Any:
+        """The JSON that the dashboard answers at `path`.
+
+        Raises:
+            ServiceUnreachable: nothing answers, or not as Ray does.
+            NotAuthorised: the token is refused.
+            UsageError: there is no such thing (404).
+        """
+        status, body = _request(self.address + path, method, self.token)
+        if status in (401, 403):
+            raise NotAuthorised(f"the cluster at {self.address} refuses this token (HTTP {status})")
+        if status == 404:
+            raise UsageError(f"{body.strip()}; see `syncbn jobs`")
+        if status != 200:
+            raise ServiceUnreachable(f"{self.address}{path} answered HTTP {status}: {body[-200:]}")
+        return _parsed(self.address, body)
+
+    def resources(self) -> Mapping[str, float]:
+        """What the live nodes have together, e.g. {"CPU": 8.0, "GPU": 2.0}."""
+        total: Counter[str] = Counter()
+        for node in self.ask("/api/v0/nodes?detail=1&limit=10000")["data"]["result"]["result"]:
+            if node["state"] == "ALIVE":
+                total.update(node["resources_total"])
+        return total
+
+    def jobs(self) -> list[dict[str, Any]]:
+        """Submitted jobs, oldest first."""
+        jobs = [job for job in self.ask("/api/jobs/") if job["type"] == "SUBMISSION"]
+        return sorted(jobs, key=lambda job: job["start_time"] or 0)
+
+    def job(self, job_id: str) -> dict[str, Any]:
+        """One job: `status`, `entrypoint`, `driver_exit_code`, `message`, times in ms."""
+        return self.ask(f"/api/jobs/{quote(job_id, safe='')}")
+
+    def logs(self, job_id: str) -> str:
+        """Everything the job has written so far."""
+        return self.ask(f"/api/jobs/{quote(job_id, safe='')}/logs")["logs"]
+
+    def stop(self, job_id: str) -> None:
+        """Ask the job to stop; it has a minute to save."""
+        self.ask(f"/api/jobs/{quote(job_id, safe='')}/stop", "POST")
+
+
+def require_token_mode(address: str) -> None:
+    """Knock at the dashboard at `address` without a token.
+
+    Raises:
+        UsageError: not an http(s) URL of a host.
+        ServiceUnreachable: nothing answers, or not as Ray does.
+        NotAuthorised: it lets anybody in.
+    """
+    _require_http(address)
+    status, body = _request(address + "/api/version", "GET", None)
+    if status in (401, 403):
+        return
+    if status != 200 or "ray_version" not in _parsed(address, body):
+        raise ServiceUnreachable(f"what answers at {address} is no Ray dashboard (HTTP {status})")
+    raise NotAuthorised(
+        f"the cluster at {address} answers without a token, so anybody who reaches it can run code there: "
+        "start it with RAY_AUTH_MODE=token"
+    )
+
+
+def require_same_ray(dashboard: Dashboard, own_version: str) -> None:
+    """Raise `UsageError` where the cluster runs another minor version of Ray than `own_version`."""
+    theirs = dashboard.ask("/api/version")["ray_version"]
+    if theirs.split(".")[:2] != own_version.split(".")[:2]:
+        raise UsageError(
+            f"the cluster at {dashboard.address} runs Ray {theirs}, this is {own_version}"
+        )
+
+
+def exit_code_of(job: Mapping[str, Any]) -> int:
+    """The exit code that a job's state stands for: 0 while it runs or once it succeeded, its own where it failed."""
+    if job["status"] == "STOPPED":
+        return 130
+    return (job.get("driver_exit_code") or 1) if job["status"] == "FAILED" else 0
+
+
+def _require_http(address: str) -> None:
+    url = urlsplit(address)
+    if url.scheme not in ("http", "https") or not url.hostname or url.username or url.path:
+        raise UsageError(
+            f"--address {address!r} is not allowed: the dashboard's URL, http://host:8265 or https://host"
+        )
+
+
+def _request(url: str, method: str, token: str | None) -> tuple[int, str]:
+    """Status and body of one request."""
+    headers = {"Authorization": f"Bearer {token}"} if token else {}
+    request = urllib.request.Request(url, method=method, headers=headers)  # noqa: S310  checked to be http(s)
+    try:
+        with urllib.request.urlopen(request, timeout=TIMEOUT_S) as answer:  # noqa: S310
+            return answer.status, answer.read().decode(errors="replace")
+    except urllib.error.HTTPError as error:
+        return error.code, error.read().decode(errors="replace")
+    except (OSError, HTTPException, ValueError) as error:
+        reason = getattr(error, "reason", error)
+        raise ServiceUnreachable(f"no Ray dashboard answers at {url}: {reason}") from error
+
+
+def _parsed(address: str, body: str) -> Any:
+    try:
+        return json.loads(body)
+    except ValueError:
+        raise ServiceUnreachable(f"what answers at {address} is no Ray dashboard") from None

@@ -1,0 +1,131 @@
+"""One worker group of Ray Train, from start to the outcome of its ranks.
+
+Kept apart from `ray_train` because importing Ray Train takes seconds, and a cluster that is out of reach or too
+small should be reported before that. What a rank fails of crosses back as a message and an exit code, since the
+rank's own exception may not survive pickling.
+"""
+
+import secrets
+import shutil
+import traceback
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig, TrainingFailedError
+from ray.train.torch import TorchTrainer
+
+from syncbn.config import Config
+from syncbn.errors import InfrastructureError, RankFailed, SyncbnError, exit_code
+from syncbn.launch.ray_progress import progress_of
+from syncbn.launch.ray_stop import signals_written_to, stopping_on
+from syncbn.runtime.base import Runtime
+from syncbn.runtime.ray import NamedInterfaceConfig, from_ray
+
+Work = Callable[[Any, Runtime], Any]
+"""What every rank does: `run_rank` or `run_trials`."""
+
+
+def fit(cfg: Config, work: Work, num_ranks: int) -> Any:
+    """Let `num_ranks` ranks do `work`; return what rank 0's returned.
+
+    SIGINT and SIGTERM ask the ranks to save a checkpoint and stop; a second one ends this process at once.
+
+    Raises:
+        RankFailed: a rank failed or was stopped; its message and exit code.
+        InfrastructureError: a worker or its node died.
+    """
+    cfg = _with_absolute_paths(cfg)
+    storage = Path(cfg.runs_dir) / ".ray" / f"{cfg.name}-{secrets.token_hex(4)}"
+    storage.mkdir(parents=True)
+    trainer = TorchTrainer(
+        _rank,
+        train_loop_config={"cfg": cfg, "work": work, "stop_file": storage / "stop"},
+        torch_config=_torch_config(cfg),
+        scaling_config=_scaling(cfg, num_ranks),
+        run_config=_run_config(storage),
+    )
+    try:
+        with signals_written_to(storage / "stop"), progress_of(cfg):
+            return _in_a_thread(trainer.fit).return_value
+    except TrainingFailedError as error:
+        raise cause(error) from error
+    finally:
+        shutil.rmtree(storage, ignore_errors=True)
+        with suppress(OSError):
+            storage.parent.rmdir()
+
+
+def _in_a_thread(function: Callable[[], Any]) -> Any:
+    """`function()`, away from the main thread, where Ray Train would take SIGINT for itself."""
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(function).result()
+
+
+def _rank(config: dict[str, Any]) -> Any:
+    """What each worker runs."""
+    cfg: Config = config["cfg"]
+    try:
+        with stopping_on(config["stop_file"]):
+            return config["work"](cfg, from_ray(cfg))
+    except Exception as error:
+        if hasattr(error, "exit_code"):
+            raise RankFailed(str(error), exit_code(error)) from None
+        message = f"{type(error).__name__}: {error}"
+        raise RankFailed(message, 1, traceback.format_exc()) from None
+
+
+def cause(error: TrainingFailedError) -> SyncbnError:
+    """The failure behind `error`: the first rank's that names one, else the death of a worker.
+
+    When a rank fails, its peers lose their connection to it and fail too, without knowing why; so a rank that says
+    what went wrong is heard before the others.
+    """
+    failures = getattr(error, "worker_failures", {})
+    told = [failures[rank] for rank in sorted(failures)]
+    told = [getattr(failure, "_base_exc", failure) for failure in told]
+    told = [failure for failure in told if isinstance(failure, RankFailed)]
+    if told:
+        return min(
+            told, key=lambda failure: failure.exit_code in (1, InfrastructureError.exit_code)
+        )
+    dead = ", ".join(f"rank {rank}" for rank in sorted(failures)) or "the worker group"
+    reason = str(next(iter(failures.values()), error)).strip().splitlines()[0]
+    return InfrastructureError(
+        f"{dead} died ({reason}): start it again to continue from its checkpoint"
+    )
+
+
+def _run_config(storage: Path) -> RunConfig:
+    """No restarts of Ray's own, under a name that no earlier attempt has used."""
+    return RunConfig(
+        name=storage.name,
+        storage_path=str(storage.parent),
+        failure_config=FailureConfig(
+            max_failures=0, controller_failure_limit=0, max_preemption_failures=0
+        ),
+        logging_config=LoggingConfig(log_level="ERROR"),
+    )
+
+
+def _torch_config(cfg: Config) -> NamedInterfaceConfig:
+    backend = "nccl" if cfg.launcher.gpus_per_worker and cfg.train.device != "cpu" else "gloo"
+    return NamedInterfaceConfig(backend=backend, timeout_s=max(1, round(cfg.launcher.timeout_s)))
+
+
+def _scaling(cfg: Config, num_ranks: int) -> ScalingConfig:
+    each = {"CPU": float(cfg.launcher.cpus_per_worker)}
+    if cfg.launcher.gpus_per_worker:
+        each["GPU"] = float(cfg.launcher.gpus_per_worker)
+    return ScalingConfig(num_workers=num_ranks, use_gpu="GPU" in each, resources_per_worker=each)
+
+
+def _with_absolute_paths(cfg: Config) -> Config:
+    """`cfg` with folders that mean the same to a worker, whose working folder is another."""
+    root = str(Path(cfg.data.root).resolve())
+    return replace(
+        cfg, runs_dir=str(Path(cfg.runs_dir).resolve()), data=replace(cfg.data, root=root)
+    )

@@ -1,0 +1,103 @@
+"""Sending a run or a study to a Ray cluster as a job.
+
+Users send a verb and settings, checked here first; the command, the environment and the files that travel are ours.
+What is sent is the project's folder less .gitignore and .rayignore, well under a megabyte.
+"""
+
+import os
+import secrets
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+
+from syncbn.compose import config_folder
+from syncbn.config import Config, config_hash
+from syncbn.errors import ServiceUnreachable, UsageError
+from syncbn.launch.plan import has_secrets
+from syncbn.launch.ray_dashboard import Dashboard
+
+HOME_ON_CLUSTER = "${oc.env:HOME}/syncbn-runs"
+"""Where files go when `runs_dir` is not given: beside the job's own folder, which Ray throws away."""
+
+ENVIRONMENT = {"RAY_JOB_STOP_SIGNAL": "SIGINT", "RAY_JOB_STOP_WAIT_TIME_S": "60"}
+"""A stopped job gets the signal it saves a checkpoint on, and a minute for it."""
+
+_OURS = ("launcher", "launcher.address")
+
+
+def job_overrides(overrides: Sequence[str], folder: Path) -> list[str]:
+    """`overrides` as the job gets them: on Ray, and with paths that do not depend on where they are read.
+
+    Relative paths are taken from `folder`, where the user stands, and must mean the same on the cluster's nodes.
+
+    Raises:
+        UsageError: an override that names another launcher, or carries a password or token.
+    """
+    if has_secrets(overrides):
+        raise UsageError(
+            "a password or token among the settings would be readable by everybody on the cluster: set it in the "
+            "cluster's environment, e.g. MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
+        )
+    kept = []
+    for override in overrides:
+        key, _, value = override.partition("=")
+        if key in _OURS and override != "launcher=ray":
+            raise UsageError(
+                f"{override!r} is not allowed on submit: a job runs on its own Ray cluster"
+            )
+        if key in ("runs_dir", "data.root") and not value.startswith("$"):
+            override = f"{key}={folder / value}"
+        if key not in _OURS:
+            kept.append(override)
+    if not any(override.startswith("runs_dir=") for override in kept):
+        kept.append(f"runs_dir={HOME_ON_CLUSTER}")
+    return [*kept, "launcher=ray", "launcher.address=auto"]
+
+
+def entrypoint(verb: str, overrides: Sequence[str]) -> str:
+    """The command that the cluster's head runs, quoted for its shell."""
+    return shlex.join(["python", f"jobs/{verb}.py", *overrides])
+
+
+def files(overrides: Sequence[str], name: str) -> str:
+    """The folder on the cluster where the job's files go, with `~` for the home folder there."""
+    runs_dir = next(o.partition("=")[2] for o in reversed(overrides) if o.startswith("runs_dir="))
+    return f"{runs_dir.replace('${oc.env:HOME}', '~')}/{name}"
+
+
+def project_folder() -> Path:
+    """The folder that travels: the one that holds `syncbn/`, `jobs/` and `conf/`.
+
+    Raises:
+        UsageError: this syncbn is installed apart from them.
+    """
+    folder = Path(__file__).resolve().parents[2]
+    if not (folder / "jobs" / "train.py").is_file() or config_folder() != folder / "conf":
+        raise UsageError(
+            "submit sends the project's folder, with its jobs/ and conf/: run it from a checkout installed with "
+            "`pip install -e`, without SYNCBN_CONF"
+        )
+    return folder
+
+
+def send(dashboard: Dashboard, verb: str, cfg: Config, overrides: Sequence[str]) -> str:
+    """Send the job and return its id. `overrides` are those of `job_overrides`, `cfg` what they compose to.
+
+    Raises:
+        ServiceUnreachable: the cluster did not take it.
+    """
+    for name in ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS"):
+        os.environ.pop(name, None)  # either would silently take the place of the address asked for
+    from ray.job_submission import JobSubmissionClient
+
+    headers = {"Authorization": f"Bearer {dashboard.token}"}
+    try:
+        client = JobSubmissionClient(dashboard.address, headers=headers)
+        return client.submit_job(
+            submission_id=f"{verb}-{cfg.name}-{secrets.token_hex(3)}",
+            entrypoint=entrypoint(verb, overrides),
+            runtime_env={"working_dir": str(project_folder()), "env_vars": dict(ENVIRONMENT)},
+            metadata={"verb": verb, "name": cfg.name, "config_hash": config_hash(cfg)},
+        )
+    except (RuntimeError, ConnectionError, OSError) as error:
+        raise ServiceUnreachable(f"{dashboard.address} did not take the job: {error}") from error
