@@ -2,7 +2,9 @@
 
 import math
 
+import numpy as np
 import pytest
+from scipy.stats import t as student
 
 from syncbn.compare.claims import INCONCLUSIVE, NOT_REPRODUCED, REPRODUCED, judge
 from syncbn.config import ClaimConfig
@@ -35,6 +37,15 @@ def verdict(a, b, *, metric="test_error", **more):
 )
 def test_a_claim_is_judged_by_where_its_whole_interval_lies(kind, threshold, word):
     assert verdict(LOW, HIGH, kind=kind, threshold=threshold).verdict == word
+
+
+def test_an_effect_past_the_threshold_with_a_small_p_is_not_enough_without_its_interval():
+    differences = np.subtract(LOW, HIGH)
+    error = differences.std(ddof=1) / math.sqrt(len(SEEDS))
+    v = verdict(LOW, HIGH, threshold=float(differences.mean() + student.ppf(0.96, 5) * error))
+    assert v.p == pytest.approx(0.04)
+    assert v.effect < v.claim.threshold < v.interval.high
+    assert v.verdict == INCONCLUSIVE
 
 
 def test_verdict_carries_effect_interval_pairs_and_number_of_seeds():
