@@ -26,7 +26,10 @@ class RankPool:
         self._workers: list[tuple[subprocess.Popen[bytes], Connection]] = []
 
     def run(self, module: str, function: str, kwargs: dict[str, Any], world_size: int) -> None:
-        """Call `module.function(**kwargs)` on every rank; raise when it fails, dies or hangs on any."""
+        """Call `module.function(**kwargs)` on every rank; raise when it fails, dies or hangs on any.
+
+        Keyword arguments are plain values: tensors would travel as shared file descriptors.
+        """
         while len(self._workers) < world_size:
             self._workers.append(_start())
         with tempfile.TemporaryDirectory() as folder:
@@ -41,7 +44,8 @@ class RankPool:
     def _failures(self, world_size: int) -> list[str]:
         deadline = time.monotonic() + TIMEOUT_S
         failures = []
-        for rank, (process, connection) in enumerate(self._workers[:world_size]):
+        for rank in range(world_size):
+            process, connection = self._workers[rank]
             try:
                 if not connection.poll(max(0.0, deadline - time.monotonic())):
                     failures.append(f"rank {rank} hangs after {TIMEOUT_S:g} s")

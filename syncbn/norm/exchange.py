@@ -26,7 +26,7 @@ FRAME_BYTES = HEADER.size + 16384
 """Header and 2 x 2048 float32 values: every layer of a ResNet-50 fits one frame."""
 
 FORWARD, BACKWARD, FAILED = 1, 2, 3
-_KINDS = {FORWARD: "forward", BACKWARD: "backward", FAILED: "failed"}
+_KINDS = {FORWARD: "forward", BACKWARD: "backward"}
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
@@ -64,11 +64,11 @@ class Header:
     def __str__(self) -> str:
         """The header in words, for error messages."""
         if self.kind == FAILED:
-            return self.layer
+            return f"failed in {self.layer}"
         mode = "" if self.needs_grad else ", no gradient"
         dtype = str(self.dtype).removeprefix("torch.")
         return (
-            f"{_KINDS[self.kind]} of SyncBatchNorm {self.layer!r} "
+            f"is in the {_KINDS[self.kind]} of SyncBatchNorm {self.layer!r} "
             f"(call {self.call}, {self.channels} channels, {dtype}{mode})"
         )
 
@@ -139,8 +139,7 @@ class Exchange:
         others = [r for r, h in enumerate(headers) if h != mine]
         other = next((r for r in others if headers[r].kind == FAILED), others[0])
         raise RanksDisagree(
-            f"rank {self._global(self.rank)} is in the {mine}; "
-            f"rank {self._global(other)} is in the {headers[other]}: "
+            f"rank {self._global(self.rank)} {mine}; rank {self._global(other)} {headers[other]}: "
             "every rank must run the same layers in the same order and mode"
         )
 

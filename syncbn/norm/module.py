@@ -91,8 +91,12 @@ class SyncBatchNorm(_BatchNorm):
             eps=self.eps,
             num_batches_tracked=self.num_batches_tracked,
             process_group=group,
-            name=self.layer_name or f"SyncBatchNorm({self.num_features})",
+            name=self._title,
         )
+
+    @property
+    def _title(self) -> str:
+        return self.layer_name or f"SyncBatchNorm({self.num_features})"
 
     def _check_input(self, input: Tensor, group: ProcessGroup | None = None) -> None:
         """Raise for an unusable input, after telling the ranks that would wait for this one."""
@@ -100,7 +104,7 @@ class SyncBatchNorm(_BatchNorm):
         if error is None:
             return
         if group is not None and not input.is_cuda:
-            exchange_of(group).fail(f"{self.layer_name or type(self).__name__}: {error}")
+            exchange_of(group).fail(f"{self._title}: {error}")
         raise error
 
     def _check_input_dim(self, input: Tensor) -> None:

@@ -151,7 +151,9 @@ def test_one_value_in_total_is_refused_on_every_rank(world_size):
 def test_one_value_a_rank_is_enough_together(world_size):
     whole = torch.tensor([[1.0, 5.0], [3.0, -5.0]], dtype=torch.float64)
     layer = syncbn.SyncBatchNorm(2, dtype=torch.float64)
-    assert_close(layer(own_part(whole, (1, 1))), own_part(nn.BatchNorm1d(2).double()(whole), (1, 1)), 1e-10)
+    assert_close(
+        layer(own_part(whole, (1, 1))), own_part(nn.BatchNorm1d(2).double()(whole), (1, 1)), 1e-10
+    )
 
 
 def _model():
@@ -177,7 +179,11 @@ def _batch(step):
 @pytest.mark.world_size(2, 3, 4)
 @pytest.mark.parametrize("even", [True, False], ids=["even", "uneven"])
 def test_twenty_ddp_steps_follow_one_process(world_size, even):
-    sizes = [12 // world_size] * world_size if even else {2: (8, 4), 3: (7, 0, 5), 4: (5, 3, 2, 2)}[world_size]
+    sizes = (
+        [12 // world_size] * world_size
+        if even
+        else {2: (8, 4), 3: (7, 0, 5), 4: (5, 3, 2, 2)}[world_size]
+    )
     oracle = _model()
     sync = syncbn.convert_sync_batchnorm(copy.deepcopy(oracle))
     ranks = DistributedDataParallel(sync, broadcast_buffers=False)
@@ -196,7 +202,9 @@ def test_twenty_ddp_steps_follow_one_process(world_size, even):
             optimizer.step()
             optimizer.zero_grad()
     for name, value in sync.state_dict().items():
-        assert_close(value.double(), oracle.state_dict()[name].double(), 1e-8, f"{name} after 20 steps")
+        assert_close(
+            value.double(), oracle.state_dict()[name].double(), 1e-8, f"{name} after 20 steps"
+        )
 
 
 @pytest.mark.world_size(4)

@@ -1,0 +1,113 @@
+"""Who is synchronised with whom: by name, by size, or by ProcessGroup."""
+
+import copy
+import os
+import pickle
+
+import pytest
+import torch
+import torch.distributed as dist
+from oracle import assert_close
+from torch import nn
+
+import syncbn
+from syncbn.norm.groups import resolve
+
+
+def _mean_seen(process_group):
+    """What the running mean becomes when rank r feeds values of mean r: the mean over the group's ranks."""
+    layer = syncbn.SyncBatchNorm(1, momentum=1.0, process_group=process_group)
+    layer(torch.tensor([[-1.0], [1.0]]) + dist.get_rank())
+    return float(layer.running_mean)
+
+
+@pytest.mark.world_size(4)
+@pytest.mark.parametrize(
+    ("spec", "means"),
+    [
+        (None, [1.5] * 4),
+        ("world", [1.5] * 4),
+        (4, [1.5] * 4),
+        (2, [0.5, 0.5, 2.5, 2.5]),
+        (1, [0.0, 1.0, 2.0, 3.0]),
+    ],
+    ids=str,
+)
+def test_statistics_are_shared_within_the_group_alone(world_size, spec, means):
+    assert _mean_seen(spec) == pytest.approx(means[dist.get_rank()])
+
+
+@pytest.mark.world_size(4)
+def test_a_process_group_of_our_own(world_size):
+    odd, even = dist.new_group([1, 3]), dist.new_group([0, 2])
+    own = odd if dist.get_rank() % 2 else even
+    assert _mean_seen(own) == (2.0 if dist.get_rank() % 2 else 1.0)
+
+
+@pytest.mark.world_size(3)
+def test_node_means_the_ranks_of_one_machine(world_size):
+    rank = dist.get_rank()
+    os.environ["LOCAL_RANK"] = str(
+        rank if rank < 2 else 0
+    )  # ranks 0 and 1 on one machine, 2 on another
+    try:
+        assert dist.get_process_group_ranks(resolve("node")) == ([0, 1] if rank < 2 else [2])
+    finally:
+        del os.environ["LOCAL_RANK"]
+
+
+@pytest.mark.world_size(3)
+def test_a_size_that_does_not_divide_the_world_is_refused(world_size):
+    with pytest.raises(ValueError, match="process_group=2 does not divide the world size 3"):
+        _mean_seen(2)
+
+
+@pytest.mark.world_size(2)
+def test_groups_are_made_once(world_size):
+    assert resolve(1) is resolve(1)
+
+
+@pytest.mark.world_size(2)
+def test_a_destroyed_group_is_refused(world_size):
+    group = dist.new_group([0, 1])
+    dist.barrier()  # both are connected
+    dist.destroy_process_group(group)
+    with pytest.raises(RuntimeError, match="process_group was destroyed"):
+        _mean_seen(group)
+
+
+@pytest.mark.world_size(2)
+def test_a_group_without_this_rank_is_refused(world_size):
+    group = dist.new_group([0])
+    if dist.get_rank() == 1:
+        with pytest.raises(ValueError, match="does not contain this rank"):
+            syncbn.SyncBatchNorm(3, process_group=group)
+
+
+@pytest.mark.world_size(2)
+def test_layers_in_named_groups_pickle_and_copy(world_size):
+    layer = syncbn.SyncBatchNorm(2, process_group="node")
+    for twin in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+        assert twin.process_group == "node"
+        assert twin.weight is not layer.weight
+        assert torch.equal(twin.weight, layer.weight)
+
+
+@pytest.mark.world_size(2)
+def test_deep_copies_share_a_process_group(world_size):
+    group = dist.new_group([0, 1])
+    model = nn.Sequential(syncbn.SyncBatchNorm(2, process_group=group))
+    twin = copy.deepcopy(model)
+    assert twin[0].process_group is group
+    x = torch.randn(4, 2)
+    assert_close(twin(x), model(x), 0.0)
+
+
+@pytest.mark.world_size(1)
+def test_a_world_of_one_is_plain_batch_norm_to_the_bit(world_size):
+    x = torch.randn(4, 3, 5, 5)
+    ours, theirs = syncbn.SyncBatchNorm(3), nn.BatchNorm2d(3)
+    assert torch.equal(ours(x), theirs(x))
+    assert torch.equal(ours.running_var, theirs.running_var)
+    with pytest.raises(ValueError, match="expected 3 channels, got 4"):
+        ours(torch.randn(2, 4))

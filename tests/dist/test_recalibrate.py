@@ -1,0 +1,60 @@
+"""`recalibrate` sets the population statistics of all data on all ranks."""
+
+import copy
+
+import pytest
+import torch
+import torch.distributed as dist
+from oracle import assert_close, own_part
+from torch import nn
+
+import syncbn
+
+
+def _model():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(3, 5), nn.BatchNorm1d(5), nn.Dropout(0.5), nn.ReLU()).double()
+
+
+@pytest.mark.world_size(1, 2, 3)
+def test_statistics_are_the_exact_moments_of_everything_that_entered_the_layer(world_size):
+    whole = torch.randn(24, 3, dtype=torch.float64) * 2 + 1
+    sizes = {1: (24,), 2: (15, 9), 3: (12, 6, 6)}[world_size]
+    model = _model().eval()
+    before = copy.deepcopy(model)
+    syncbn.recalibrate(model, [(part, None) for part in own_part(whole, sizes).chunk(3)])
+    entered = model[0](whole)
+    assert_close(model[1].running_mean, entered.mean(0), 1e-12)
+    assert_close(model[1].running_var, entered.var(0), 1e-12)
+    assert not any(module.training for module in model.modules())
+    assert torch.equal(model[1].num_batches_tracked, before[1].num_batches_tracked)
+    assert torch.equal(model[1].weight, before[1].weight)
+
+
+@pytest.mark.world_size(2)
+def test_a_rank_without_data_still_gets_everybodys_statistics(world_size):
+    whole = torch.randn(8, 3, dtype=torch.float64)
+    model = _model()
+    syncbn.recalibrate(model, [whole] if dist.get_rank() == 0 else [])
+    assert_close(model[1].running_mean, model[0](whole).mean(0), 1e-12)
+
+
+def test_a_failure_on_the_way_leaves_the_model_as_it_was():
+    model = _model().eval()
+
+    def loader():
+        yield torch.randn(4, 3, dtype=torch.float64)
+        raise OSError("disk gone")
+
+    with pytest.raises(OSError, match="disk gone"):
+        syncbn.recalibrate(model, loader())
+    assert torch.equal(model[1].running_mean, torch.zeros(5, dtype=torch.float64))
+    assert not model.training
+    assert not model[1]._forward_pre_hooks
+
+
+def test_nothing_to_recalibrate_is_said():
+    with pytest.raises(ValueError, match="no batch norm"):
+        syncbn.recalibrate(nn.Linear(2, 2), [])
+    with pytest.raises(ValueError, match="no data"):
+        syncbn.recalibrate(_model(), [])

@@ -1,0 +1,122 @@
+"""Conversion keeps everything but the class, and can be undone."""
+
+import copy
+
+import pytest
+import torch
+import torchvision
+from torch import nn
+
+import syncbn
+
+
+class Subclass(nn.BatchNorm2d):
+    def forward(self, x):
+        return super().forward(x) + 1
+
+
+def _model():
+    shared = nn.BatchNorm2d(4)
+    return nn.Sequential(
+        nn.Conv2d(3, 4, 3),
+        shared,
+        nn.Sequential(shared, nn.BatchNorm2d(4, momentum=None, affine=False)),
+    )
+
+
+def _fingerprint(model):
+    return {
+        name: (type(module), module.training, id(module)) for name, module in model.named_modules()
+    }
+
+
+@pytest.mark.parametrize("make", [_model, torchvision.models.resnet18, lambda: nn.BatchNorm1d(3)])
+def test_reverting_gives_back_the_same_model(make):
+    model = make().eval()
+    before, state = _fingerprint(model), copy.deepcopy(model.state_dict())
+    attributes = {n: sorted(m.__dict__) for n, m in model.named_modules()}
+    assert syncbn.convert_sync_batchnorm(model) is model
+    assert any(isinstance(m, syncbn.SyncBatchNorm) for m in model.modules())
+    assert not any(isinstance(m, nn.BatchNorm2d) for m in model.modules())
+    assert syncbn.revert_sync_batchnorm(model) is model
+    assert _fingerprint(model) == before
+    assert {n: sorted(m.__dict__) for n, m in model.named_modules()} == attributes
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, state[name]), name
+
+
+def test_hooks_attributes_buffers_flags_and_sharing_survive():
+    model = _model()
+    layer = model[1]
+    seen = []
+    layer.register_forward_hook(lambda *_: seen.append("hook"))
+    layer.note = "mine"
+    layer.register_buffer("extra", torch.ones(2))
+    layer.weight.requires_grad_(False)
+    layer.eval().double()
+    syncbn.convert_sync_batchnorm(model)
+    assert model[1] is layer
+    assert model[2][0] is layer
+    assert layer.note == "mine"
+    assert "1.extra" in model.state_dict()
+    assert not layer.weight.requires_grad
+    assert not layer.training
+    assert layer.weight.dtype == torch.float64
+    layer(torch.randn(2, 4, 3, 3, dtype=torch.float64))
+    assert seen == ["hook"]
+
+
+def test_converting_again_changes_the_group_alone():
+    model = syncbn.convert_sync_batchnorm(_model())
+    syncbn.SyncBatchNorm.convert_sync_batchnorm(model, process_group=2)
+    assert model[1].process_group == 2
+    assert type(syncbn.revert_sync_batchnorm(model)[1]) is nn.BatchNorm2d
+
+
+def test_torchs_sync_batch_norm_is_converted_and_gets_its_group_back():
+    model = nn.SyncBatchNorm.convert_sync_batchnorm(_model())
+    syncbn.convert_sync_batchnorm(model, process_group="node")
+    assert isinstance(model[1], syncbn.SyncBatchNorm)
+    syncbn.revert_sync_batchnorm(model)
+    assert type(model[1]) is nn.SyncBatchNorm
+    assert model[1].process_group is None
+
+
+def test_a_layer_made_as_sync_stays_sync():
+    layer = syncbn.SyncBatchNorm(3)
+    assert type(syncbn.revert_sync_batchnorm(layer)) is syncbn.SyncBatchNorm
+
+
+def test_layers_know_their_names():
+    model = syncbn.convert_sync_batchnorm(torchvision.models.resnet18())
+    assert model.layer3[0].bn1.layer_name == "layer3.0.bn1"
+
+
+def test_a_class_of_its_own_is_left_alone_and_reported():
+    model = nn.Sequential(Subclass(3), nn.BatchNorm2d(3))
+    rows = []
+    syncbn.convert_sync_batchnorm(model, report=rows.append)
+    assert type(model[0]) is Subclass
+    assert [(row.name, row.left_alone is None) for row in rows] == [("0", False), ("1", True)]
+    assert "Subclass" in rows[0].left_alone
+
+
+@pytest.mark.parametrize("model", [nn.Linear(2, 2), Subclass(3)])
+def test_strict_raises_when_nothing_was_converted(model):
+    with pytest.raises(ValueError, match="strict"):
+        syncbn.convert_sync_batchnorm(model, strict=True)
+
+
+def test_lazy_layers_want_a_batch_first():
+    model = nn.Sequential(nn.LazyBatchNorm2d())
+    with pytest.raises(ValueError, match="0 is lazy: run one batch first"):
+        syncbn.convert_sync_batchnorm(model)
+    model(torch.randn(2, 3, 4, 4))
+    assert isinstance(syncbn.convert_sync_batchnorm(model)[0], syncbn.SyncBatchNorm)
+
+
+def test_only_modules_are_taken():
+    with pytest.raises(TypeError, match=r"torch\.nn\.Module"):
+        syncbn.convert_sync_batchnorm("model")
+    with pytest.raises(ValueError, match="process_group='x'"):
+        syncbn.convert_sync_batchnorm(nn.BatchNorm1d(2), "x")

@@ -1,0 +1,133 @@
+"""The layer without ranks: arguments, plain behaviour, state."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from oracle import assert_close, batch_norm
+from torch import nn
+
+import syncbn
+from syncbn.norm.groups import check_spec, resolve
+from syncbn.norm.kernels import EagerKernels
+from syncbn.norm.moments import merge
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"num_features": 0}, ValueError, "num_features=0 is not allowed"),
+        ({"num_features": -1}, ValueError, "num_features=-1"),
+        ({"num_features": 2.5}, TypeError, "num_features=2.5"),
+        ({"num_features": "64"}, TypeError, "num_features='64'"),
+        ({"num_features": True}, TypeError, "num_features=True"),
+        ({"num_features": 4, "eps": 0}, ValueError, "eps=0"),
+        ({"num_features": 4, "eps": -1}, ValueError, "eps=-1"),
+        ({"num_features": 4, "eps": math.nan}, ValueError, "eps=nan"),
+        ({"num_features": 4, "eps": "x"}, TypeError, "eps='x'"),
+        ({"num_features": 4, "momentum": 5}, ValueError, "momentum=5"),
+        ({"num_features": 4, "momentum": -0.1}, ValueError, "momentum=-0.1"),
+        ({"num_features": 4, "momentum": math.nan}, ValueError, "momentum=nan"),
+        ({"num_features": 4, "momentum": "x"}, TypeError, "momentum='x'"),
+        ({"num_features": 4, "process_group": "everyone"}, ValueError, "'world' or 'node'"),
+        ({"num_features": 4, "process_group": 0}, ValueError, "process_group=0"),
+        ({"num_features": 4, "process_group": True}, TypeError, "process_group=True"),
+        ({"num_features": 4, "process_group": [0, 1]}, TypeError, "process_group="),
+    ],
+    ids=str,
+)
+def test_bad_arguments_are_named_with_what_is_allowed(arguments, error, message):
+    with pytest.raises(error, match=message):
+        syncbn.SyncBatchNorm(**arguments)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("shape", [(6, 4), (6, 4, 5), (6, 4, 5, 3), (2, 4, 2, 3, 2)], ids=str)
+def test_without_a_process_group_it_is_torchs_batch_norm_to_the_bit(shape, training):
+    ours, theirs = (
+        syncbn.SyncBatchNorm(4).train(training),
+        batch_norm(4, len(shape)).train(training),
+    )
+    ours.load_state_dict(theirs.state_dict())
+    x = torch.randn(shape)
+    assert torch.equal(ours(x), theirs(x))
+    for name, value in ours.state_dict().items():
+        assert torch.equal(value, theirs.state_dict()[name]), name
+
+
+@pytest.mark.parametrize(
+    ("x", "error"),
+    [(torch.randn(4), "1D"), (torch.randn(4, 5), "got 5"), (torch.zeros(2, 4).long(), "floating")],
+)
+def test_bad_input_is_refused_in_training_and_in_evaluation(x, error):
+    for layer in (syncbn.SyncBatchNorm(4), syncbn.SyncBatchNorm(4).eval()):
+        with pytest.raises((ValueError, TypeError), match=error):
+            layer(x)
+
+
+def test_state_dict_keys_are_batch_norms():
+    assert list(syncbn.SyncBatchNorm(4).state_dict()) == list(nn.BatchNorm2d(4).state_dict())
+
+
+def test_it_is_no_torch_sync_batch_norm_which_ddp_refuses_on_cpu():
+    assert not isinstance(syncbn.SyncBatchNorm(4), nn.SyncBatchNorm)
+
+
+def test_repr_shows_the_group():
+    assert "process_group='node'" in repr(syncbn.SyncBatchNorm(4, process_group="node"))
+    assert "process_group" not in repr(syncbn.SyncBatchNorm(4))
+
+
+def test_groups_resolve_to_nobody_without_torch_distributed():
+    check_spec("world")
+    assert resolve("world") is None
+
+
+def test_public_names_and_no_others():
+    assert dir(syncbn) == syncbn.__all__
+    with pytest.raises(AttributeError, match="nothing_such"):
+        getattr(syncbn, "nothing_such")  # noqa: B009
+
+
+counts = st.lists(st.integers(0, 7), min_size=1, max_size=5).filter(lambda c: sum(c) > 0)
+
+
+@given(counts=counts, seed=st.integers(0, 2**20), mean=st.floats(-1e3, 1e3))
+def test_merged_moments_are_those_of_the_whole_for_any_split(counts, seed, mean):
+    whole = (
+        torch.randn(sum(counts), 3, generator=torch.Generator().manual_seed(seed)).double() + mean
+    )
+    parts = [EagerKernels().moments(part) for part in whole.split(counts)]
+    merged = merge(*(torch.stack(column) for column in zip(*parts, strict=True)))
+    expected = EagerKernels().moments(whole)
+    assert merged.count == sum(counts)
+    torch.testing.assert_close(merged.mean, expected.mean, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(merged.M2, expected.M2, rtol=1e-9, atol=1e-9)
+
+
+def test_moments_of_nothing_are_zero():
+    moments = merge(torch.zeros(2), torch.zeros(2, 3), torch.zeros(2, 3))
+    assert moments.count == 0
+    assert torch.equal(moments.mean, torch.zeros(3))
+    assert torch.equal(moments.M2, torch.zeros(3))
+
+
+def test_the_free_function_serves_a_single_process_and_half_precision_at_a_large_mean():
+    x = torch.randn(64, 3, 8, 8) * 0.01 + 100
+    running_var = torch.ones(3)
+    y = syncbn.sync_batch_norm(x, torch.zeros(3), running_var, momentum=1.0)
+    exact = x.double().transpose(0, 1).flatten(1)
+    assert_close(running_var, exact.var(1), 1e-4, "variance")
+    assert abs(float(y.mean())) < 1e-3
+
+
+def test_gradients_pass_gradcheck():
+    torch.manual_seed(0)
+    x, w, b = (
+        torch.randn(s, dtype=torch.float64, requires_grad=True) for s in ((4, 3, 2), (3,), (3,))
+    )
+    assert torch.autograd.gradcheck(
+        lambda x, w, b: syncbn.sync_batch_norm(x, None, None, w, b), (x, w, b)
+    )
