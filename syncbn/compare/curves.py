@@ -43,7 +43,9 @@ def shared_points(trials: Sequence[TrialRecord], metric: str) -> tuple[Floats, F
 
 
 def smooth(values: Floats, window: int) -> Floats:
-    """Mean over `window` neighbours along the last axis, over fewer at the ends."""
+    """Mean over `window` neighbours along the last axis, over fewer at the ends; nothing stays nothing."""
+    if values.shape[-1] == 0:
+        return values
     ones = np.ones(window)
     count = np.convolve(np.ones(values.shape[-1]), ones, "same")
     return np.array([np.convolve(row, ones, "same") / count for row in values])
