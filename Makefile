@@ -30,11 +30,7 @@ demo: $(STAMP) ## Run the study `demo` on two ranks of this machine and print it
 	  echo "study took $$(($$(date +%s) - start)) s; see it with: make ui, or open runs/demo/report.html"
 
 ui: $(STAMP) ## Show runs, figures and reports in MLflow on 127.0.0.1 (PORT=5000)
-	@mkdir -p runs
-	@MLFLOW_DISABLE_TELEMETRY=true DO_NOT_TRACK=true MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false \
-	  $(BIN)/mlflow server --host 127.0.0.1 --port $(PORT) --workers 1 \
-	  --backend-store-uri "sqlite:///$(CURDIR)/runs/mlflow.db" \
-	  --default-artifact-root "$(CURDIR)/runs/mlartifacts"
+	@$(BIN)/syncbn ui --port $(PORT)
 
 test: $(STAMP) ## Run the tests that need no GPU and are not slow; every line of the layer must be covered
 	@$(BIN)/python -m pytest -m "not gpu and not slow" --cov --cov-report=

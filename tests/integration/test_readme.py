@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
-NEEDS_A_CLUSTER = ("status", "logs", "stop", "jobs", "doctor")
+NEEDS_A_CLUSTER = ("status", "logs", "stop", "jobs")
 
 
 def _blocks(language: str) -> list[str]:
