@@ -12,7 +12,9 @@ _pool = RankPool()
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     marker = metafunc.definition.get_closest_marker("world_size")
     if marker is not None:
-        metafunc.parametrize("world_size", marker.args, ids=[f"{size}-ranks" for size in marker.args])
+        metafunc.parametrize(
+            "world_size", marker.args, ids=[f"{size}-ranks" for size in marker.args]
+        )
 
 
 @pytest.hookimpl(tryfirst=True)

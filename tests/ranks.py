@@ -59,7 +59,7 @@ class RankPool:
 
     def close(self) -> None:
         """End the processes: at once after a failure, by closing their pipe otherwise."""
-        for process, connection in self._workers:
+        for _, connection in self._workers:
             connection.close()
         for process, _ in self._workers:
             try:
