@@ -43,7 +43,10 @@ def shared_points(trials: Sequence[TrialRecord], metric: str) -> tuple[Floats, F
 
 
 def smooth(values: Floats, window: int) -> Floats:
-    """Mean over `window` neighbours along the last axis, over fewer at the ends; nothing stays nothing."""
+    """Mean over `window` neighbours along the last axis, over fewer at the ends.
+
+    No values at all, as of an arm that diverged at once, stay none.
+    """
     if values.shape[-1] == 0:
         return values
     ones = np.ones(window)

@@ -161,8 +161,8 @@ def print_table(summary: Summary, console: "Console", folder: Path | None = None
     arms = _rich_table(f"{summary['study']}: {setting(summary)}", arm_header(summary))
     for row in arm_rows(summary):
         arms.add_row(*map(plain, row))
-    claims = _rich_table(tally(summary["claims"]), CLAIM_HEADER)
-    for name, verdict, *cells in claim_rows(summary):
+    claims = _rich_table(tally(summary["claims"]), CLAIM_HEADER[:-1])
+    for name, verdict, *cells, _ in claim_rows(summary):
         colour = COLOURS[verdict]
         claims.add_row(plain(name), f"[bold {colour}]{verdict}[/]", *map(plain, cells))
     console.print(arms)
@@ -180,6 +180,7 @@ def _rich_table(title: str, header: Sequence[str]) -> "Table":
     from rich.table import Table
 
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, title_style="bold")
+    table.pad_edge, table.collapse_padding = False, True
     for name in header:
         table.add_column(name, overflow="fold")
     return table

@@ -17,6 +17,7 @@ from syncbn.compare.wording import (
     range_words,
     threshold_words,
     value_words,
+    without_unit,
 )
 
 Summary = Mapping[str, Any]
@@ -85,8 +86,8 @@ def claim_rows(summary: Summary) -> list[tuple[str, ...]]:
             claim["name"],
             claim["verdict"],
             effect_words(claim, claim["effect"]),
-            interval_words(claim, claim["ci"]),
-            threshold_words(claim),
+            without_unit(claim, interval_words(claim, claim["ci"])),
+            without_unit(claim, threshold_words(claim)),
             p_words(claim["p_holm"]).removeprefix("= "),
         )
         for claim in summary["claims"]

@@ -93,11 +93,16 @@ def _unit(claim: Mapping[str, Any]) -> str:
 
 
 def interval_words(claim: Mapping[str, Any], ends: Sequence[float | None]) -> str:
-    """An interval of `claim`, in the unit of its effect."""
+    """An interval of `claim`, in the unit of its effect: `-38.3 to -24.9 points`."""
     if None in ends:
         return NOTHING
     sign = TIMES if claim["scale"] == "ratio" else ""
     return f"{sign}{effect_number(claim, ends[0])} to {effect_words(claim, ends[1])}"
+
+
+def without_unit(claim: Mapping[str, Any], words: str) -> str:
+    """`words` about `claim` for a cell beside its effect, which names the unit already."""
+    return words.removesuffix(_unit(claim))
 
 
 def threshold_words(claim: Mapping[str, Any]) -> str:

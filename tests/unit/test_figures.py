@@ -126,6 +126,10 @@ def test_a_window_of_one_changes_nothing():
     assert smooth(np.array([[1.0, 5.0, 2.0]]), 1).tolist() == [[1.0, 5.0, 2.0]]
 
 
+def test_no_values_stay_none():
+    assert smooth(np.empty((3, 0)), 2).shape == (3, 0)
+
+
 def test_curves_end_where_the_first_seed_stopped(tmp_path):
     cfg = study_config(tmp_path, ("sync",), (0, 1), steps=300)
     make_study(cfg, falling)
