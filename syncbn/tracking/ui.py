@@ -6,12 +6,17 @@ processes it can do with, which end with the terminal that started them.
 
 import os
 import socket
+import sqlite3
 import sys
+from contextlib import closing
 from pathlib import Path
 from typing import NoReturn
 
 from syncbn.errors import UsageError
 from syncbn.tracking.service import ENVIRONMENT, sqlite_path, store_uri
+
+MODEL_TRAINING = "workflowType=machine_learning"
+"""Part of every address: without it MLflow opens its pages for language models, which hide runs."""
 
 
 def serve_ui(runs_dir: str | Path, port: int = 5000, host: str = "127.0.0.1") -> NoReturn:
@@ -21,9 +26,9 @@ def serve_ui(runs_dir: str | Path, port: int = 5000, host: str = "127.0.0.1") ->
         UsageError: there is no store yet, or the port is taken or not allowed.
     """
     command = ui_command(runs_dir, port, host)
-    sys.stdout.write(
-        f"MLflow shows {Path(runs_dir).resolve()} on http://{host}:{port} (Ctrl-C ends it)\n"
-    )
+    sys.stdout.write(f"MLflow shows {Path(runs_dir).resolve()} in a few seconds; Ctrl-C ends it.\n")
+    for name, page in pages(runs_dir).items():
+        sys.stdout.write(f"  {name}: http://{host}:{port}/{page}\n")
     sys.stdout.flush()
     settings = ENVIRONMENT | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
     os.execve(command[0], command, settings | os.environ)  # noqa: S606 - a list of our own
@@ -43,6 +48,25 @@ def ui_command(runs_dir: str | Path, port: int, host: str) -> list[str]:
         sys.executable, "-m", "mlflow", "server", "--host", host, "--port", str(port), "--workers", "1",
         "--backend-store-uri", uri, "--artifacts-destination", str(artifacts),
     ]  # fmt: skip
+
+
+def pages(runs_dir: str | Path) -> dict[str, str]:
+    """Name and page of each experiment in the store of `runs_dir`, the latest first, and of all together.
+
+    Raises:
+        UsageError: the store is not one of MLflow's.
+    """
+    path = sqlite_path(store_uri(runs_dir))
+    try:
+        with closing(sqlite3.connect(f"{path.as_uri()}?mode=ro", uri=True)) as store:
+            rows = store.execute(
+                "SELECT experiment_id, name FROM experiments"
+                " WHERE lifecycle_stage = 'active' AND name != 'Default' ORDER BY creation_time DESC"
+            ).fetchall()
+    except sqlite3.Error as error:
+        raise UsageError(f"{path} is not a store of MLflow: {error}") from error
+    links = {name: f"#/experiments/{number}/runs?{MODEL_TRAINING}" for number, name in rows}
+    return links | {"all experiments": f"#/experiments?{MODEL_TRAINING}"}
 
 
 def refuse_taken(port: int, host: str) -> None:
