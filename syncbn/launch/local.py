@@ -52,6 +52,7 @@ def _on_ranks(cfg: RunConfig, work: Work, num_ranks: int) -> Any:
         rdzv_backend="c10d",
         rdzv_endpoint="127.0.0.1:0",
         local_addr="127.0.0.1",
+        run_id="syncbn",
         max_restarts=0,
         monitor_interval=0.1,
         start_method="spawn",

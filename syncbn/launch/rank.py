@@ -4,6 +4,7 @@ from contextlib import ExitStack
 
 from syncbn.checkpoint import RunLock
 from syncbn.config import RunConfig
+from syncbn.launch.tracked import tracked
 from syncbn.runtime.base import Runtime
 from syncbn.train.record import recorded_run
 from syncbn.train.summary import RunSummary
@@ -18,4 +19,5 @@ def run_rank(cfg: RunConfig, runtime: Runtime) -> RunSummary:
     with ExitStack() as stack:
         if runtime.is_main:
             stack.enter_context(RunLock(cfg.folder))
+            stack.enter_context(tracked(cfg))
         return recorded_run(cfg, runtime)

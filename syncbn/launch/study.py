@@ -1,9 +1,13 @@
 """What the process that starts a study does around its trials, whichever launcher runs them."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
+import psutil
 from rich.console import Console
 
 from syncbn.checkpoint import RunLock
@@ -11,20 +15,73 @@ from syncbn.compare.queue import trials
 from syncbn.compare.report import print_table
 from syncbn.compare.results import write_results
 from syncbn.config import Config
+from syncbn.errors import Stopped
+from syncbn.launch.tracked import probe_tracking
+from syncbn.tracking import read_journal
+from syncbn.tracking.study import StudyTracker
 
 
 def conduct(cfg: Config, run: Callable[[], object]) -> dict[str, Any]:
     """Let `run` take the trials of the study in `cfg`, then write its results, print them, and return the summary.
 
     Raises:
-        SyncbnError: a trial failed, or the results cannot be compared; finished trials are kept.
+        SyncbnError: MLflow cannot be used, a trial failed, or the results cannot be compared; finished trials are
+            kept.
     """
-    began = time.time()
-    todo = trials(cfg)
-    with RunLock(cfg.folder):
+    clock = Clock()
+    folders = [trial.config.folder for trial in trials(cfg)]
+    probe_tracking(cfg)
+    with RunLock(cfg.folder), _tracked(cfg, clock) as tracker:
+        tracker.follow(folders)
+        began = time.time()
         run()
-        ran = time.time()
+        first = _first_start(folders, since=began)
+        clock.lap("start", until=first)
+        clock.lap("training")
         summary = write_results(cfg)
-        wrote = time.time()
-    print_table(summary, Console(), cfg.folder)
+        clock.lap("statistics, figures, report")
+    console = Console()
+    print_table(summary, console, cfg.folder)
+    console.print(f"Time: {clock}")
     return summary
+
+
+@contextmanager
+def _tracked(cfg: Config, clock: "Clock") -> Iterator[StudyTracker]:
+    """The study's launch as MLflow sees it, ended in its true state."""
+    tracker = StudyTracker(cfg)
+    try:
+        yield tracker
+    except BaseException as error:
+        stopped = isinstance(error, Stopped | KeyboardInterrupt)
+        tracker.finish("stopped" if stopped else "failed", f"{type(error).__name__}: {error}")
+        raise
+    tracker.finish()
+    clock.lap("last records to MLflow")
+
+
+def _first_start(folders: list[Path], since: float) -> float | None:
+    """When the first trial of this launch began, in seconds since the epoch; None where none had to."""
+    journals = [folder / "journal.jsonl" for folder in folders]
+    records = (record for path in journals if path.is_file() for record in read_journal(path))
+    starts = [r["time"] for r in records if r.get("event") == "start" and r["time"] >= since]
+    return min(starts, default=None)
+
+
+@dataclass
+class Clock:
+    """How long each part of this process's life took, in seconds."""
+
+    parts: dict[str, float] = field(default_factory=dict)
+    _since: float = field(default_factory=lambda: psutil.Process().create_time())
+
+    def lap(self, part: str, until: float | None = None) -> None:
+        """Book the time since the last lap under `part`; up to `until` (since the epoch) where it is given."""
+        now = time.time() if until is None else until
+        self.parts[part] = now - self._since
+        self._since = now
+
+    def __str__(self) -> str:
+        """All parts and their sum."""
+        parts = ", ".join(f"{part} {seconds:.1f} s" for part, seconds in self.parts.items())
+        return f"{parts}; {sum(self.parts.values()):.1f} s in all"

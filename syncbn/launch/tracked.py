@@ -1,0 +1,35 @@
+"""MLflow beside a run: looked for once before anything starts, then followed to from the journal."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from syncbn.config import RunConfig
+from syncbn.tracking.service import probe, tracking_uri
+from syncbn.tracking.study import start_shipping
+
+
+def probe_tracking(cfg: RunConfig) -> None:
+    """Find out within 5 s whether the MLflow store of `cfg` can be used.
+
+    Raises:
+        UsageError: a URI that MLflow does not know.
+        ServiceUnreachable: it does not answer.
+        NotAuthorised: it refuses us.
+    """
+    if cfg.tracking.name == "mlflow":
+        probe(tracking_uri(cfg))
+
+
+@contextmanager
+def tracked(cfg: RunConfig) -> Iterator[None]:
+    """Ship the journal of the run `cfg` to MLflow while the context lasts.
+
+    Raises:
+        SyncbnError: see `probe_tracking`.
+    """
+    probe_tracking(cfg)
+    shipping = start_shipping(cfg, cfg.folder / "journal.jsonl")
+    try:
+        yield
+    finally:
+        shipping.close()
