@@ -49,10 +49,6 @@ class _Loop:
         self.state, self.tracker, self.stop = state, tracker, stop
         self.agreement = Agreement(state.runtime)
         self.started = time.monotonic()
-        self.train_loss = float("nan")
-        self.measured: dict[str, float] = {}
-        self.measured_at = -1
-        self.best_error, self.evaluations_since_best = float("inf"), 0
 
     def run(self, advance: Advance) -> RunSummary:
         """Take the steps that are left, measure, save, and summarise."""
@@ -66,11 +62,11 @@ class _Loop:
         except Stopped:
             checkpoint(state, self.tracker)
             raise
-        if self.measured_at != state.step:
+        if state.standing.measured_at != state.step:
             self._measure()
         checkpoint(state, self.tracker)
         return RunSummary(
-            final={"train_loss": self.train_loss} | self.measured,
+            final={"train_loss": state.standing.train_loss} | state.standing.measured,
             steps=state.step,
             seconds=time.monotonic() - self.started,
             world_size=state.runtime.world_size,
@@ -119,26 +115,27 @@ class _Loop:
                 rate = learning_rate(step - 1, cfg.optim, cfg.train.steps, cfg.global_batch)
                 self.tracker.metrics(step, {"train_loss": loss, "lr": rate})
         if losses:
-            self.train_loss = sum(losses.values()) / len(losses)
+            self.state.standing.train_loss = sum(losses.values()) / len(losses)
         return late
 
     def _measure(self) -> None:
         state, cfg = self.state, self.state.cfg
         settle_buffers(state.model, cfg.norm.name, state.runtime)
-        self.measured = evaluate(
+        measured = evaluate(
             state.model, state.sets.test, state.runtime, cfg.train.eval_batch, state.dtype
         )
-        self.measured_at = state.step
-        self.tracker.metrics(state.step, self.measured)
+        state.standing.measured, state.standing.measured_at = measured, state.step
+        self.tracker.metrics(state.step, measured)
 
     def _good_enough(self) -> bool:
         """Whether the target is reached, or patience with the test error is at an end."""
-        train, error = self.state.cfg.train, self.measured["test_error"]
-        self.evaluations_since_best += 1
-        if error < self.best_error:
-            self.best_error, self.evaluations_since_best = error, 0
+        train, standing = self.state.cfg.train, self.state.standing
+        error = standing.measured["test_error"]
+        standing.evaluations_since_best += 1
+        if error < standing.best_error:
+            standing.best_error, standing.evaluations_since_best = error, 0
         reached = train.target_error is not None and error <= train.target_error
-        tired = train.patience is not None and self.evaluations_since_best >= train.patience
+        tired = train.patience is not None and standing.evaluations_since_best >= train.patience
         return reached or tired
 
 

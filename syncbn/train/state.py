@@ -4,9 +4,10 @@ What is built depends on the config alone, never on which rank builds it; ranks 
 global batch and in their random state after the weights are drawn.
 """
 
+import math
 from collections import deque
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +30,20 @@ from syncbn.train.evaluation import settle_buffers
 
 
 @dataclass
+class Standing:
+    """What the loop has seen so far, saved with the run so that resuming changes no decision."""
+
+    train_loss: float = math.nan
+    """Mean training loss over the last agreed steps."""
+    measured: dict[str, float] = field(default_factory=dict)
+    """The last evaluation."""
+    measured_at: int = -1
+    """The step of the last evaluation."""
+    best_error: float = math.inf
+    evaluations_since_best: int = 0
+
+
+@dataclass
 class State:
     """A run between two steps."""
 
@@ -42,6 +57,7 @@ class State:
     optimizer: Optimizer
     step: int = 0
     """Optimiser steps done."""
+    standing: Standing = field(default_factory=Standing)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -108,7 +124,7 @@ def resume(state: State, tracker: Tracker) -> None:
     notes += check_matches(checkpoint, config_hash(cfg), runtime.world_size, cfg.global_batch)
     notes += restore_model(state.model, checkpoint.model_state)
     state.optimizer.load_state_dict(checkpoint.optimizer_state)
-    state.step = meta.step
+    state.step, state.standing = meta.step, Standing(**checkpoint.extra)
     if meta.world_size == runtime.world_size:
         rng.restore(rng.from_text(meta.rng[runtime.rank]), runtime.device)
     _begin(state, tracker)
@@ -148,7 +164,8 @@ def checkpoint(state: State, tracker: Tracker) -> None:
             rng=[rng.to_text(row) for row in states],
         )
         folder = state.cfg.folder / "checkpoints"
-        path = save(folder, state.model.state_dict(), state.optimizer.state_dict(), meta)
+        weights, momenta = state.model.state_dict(), state.optimizer.state_dict()
+        path = save(folder, weights, momenta, meta, extra=asdict(state.standing))
         tracker.event("checkpoint", step=state.step, folder=path.name)
     runtime.barrier()
 

@@ -1,0 +1,180 @@
+"""The training loop on ranks: one run is the same run however it is shared out."""
+
+import json
+import os
+import signal
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from oracle import assert_close
+
+from syncbn.checkpoint import load_latest
+from syncbn.config import (
+    DataConfig,
+    LauncherConfig,
+    ModelConfig,
+    NormConfig,
+    OptimConfig,
+    RunConfig,
+    TrainConfig,
+)
+from syncbn.errors import NonFinite, Stopped
+from syncbn.norm import RanksDisagree
+from syncbn.runtime import Solo, TorchrunRuntime
+from syncbn.tracking import Untracked, read_journal
+from syncbn.train import recorded_run, train
+from syncbn.train.agreement import Agreement
+
+CPU = torch.device("cpu")
+
+
+def _config(folder, world_size, arm="sync", **train_options) -> RunConfig:
+    options = {"steps": 20, "per_rank_batch": 24 // world_size, "dtype": "float64"} | train_options
+    return RunConfig(
+        name=f"{arm}",
+        runs_dir=str(folder),
+        model=ModelConfig(hidden=[16]),
+        data=DataConfig(limit=60),
+        norm=NormConfig(name=arm),
+        optim=OptimConfig(lr=0.05),
+        train=TrainConfig(**options),
+        launcher=LauncherConfig(num_workers=world_size),
+    )
+
+
+def _losses(folder: Path) -> dict[int, float]:
+    records = read_journal(folder / "journal.jsonl")
+    return {
+        r["step"]: r["metrics"]["train_loss"]
+        for r in records
+        if "train_loss" in r.get("metrics", {})
+    }
+
+
+@pytest.mark.world_size(2, 3, 4)
+@pytest.mark.parametrize("drop_last", [True, False], ids=["whole batches", "uneven last batches"])
+def test_synchronised_ranks_train_as_one_process_on_the_whole_batch(
+    world_size, tmp_path, drop_last
+):
+    cfg = _config(tmp_path, world_size, drop_last=drop_last)
+    if not drop_last:  # an epoch of 65 ends with a batch of 17, which no world size here divides
+        cfg = replace(cfg, data=replace(cfg.data, limit=60 + 5))
+    ours = train(cfg, TorchrunRuntime(CPU), Untracked())
+    oracle_cfg = replace(cfg, name="oracle", norm=NormConfig(name="big_batch"))
+    if dist.get_rank() == 0:
+        oracle = train(oracle_cfg, Solo(CPU), Untracked())
+        assert ours.final["train_loss"] == pytest.approx(oracle.final["train_loss"], rel=1e-9)
+        ranks, one = (load_latest(c.folder / "checkpoints") for c in (cfg, oracle_cfg))
+        for name, value in ranks.model_state.items():
+            assert_close(value.double(), one.model_state[name].double(), 1e-8, name)
+
+
+@pytest.mark.world_size(2)
+def test_every_rank_gets_the_same_summary_and_rank_0_alone_writes(world_size, tmp_path):
+    cfg = _config(tmp_path, world_size)
+    summary = recorded_run(cfg, TorchrunRuntime(CPU))
+    finals = [None] * world_size
+    dist.all_gather_object(finals, summary.final)
+    assert finals[0] == finals[1]
+    assert json.loads((cfg.folder / "summary.json").read_text())["final"] == summary.final
+    events = [r["event"] for r in read_journal(cfg.folder / "journal.jsonl") if "event" in r]
+    assert events == ["start", "checkpoint", "end"]
+    assert list(_losses(cfg.folder)) == list(range(1, 21))
+
+
+@pytest.mark.world_size(2)
+def test_a_signal_on_any_rank_stops_all_after_a_save_and_resuming_is_bit_exact(
+    world_size, tmp_path
+):
+    runtime = TorchrunRuntime(CPU)
+    straight = _config(tmp_path / "straight", world_size, agree_every=1)
+    recorded_run(straight, runtime)
+    cfg = _config(tmp_path / "stopped", world_size, agree_every=1)
+    tracker = _KillAt(7, dist.get_rank() == 1)
+    with pytest.raises(Stopped) as stopped:
+        train(cfg, runtime, tracker)
+    assert stopped.value.exit_code == 143
+    assert load_latest(cfg.folder / "checkpoints").meta.step < 20
+    recorded_run(cfg, runtime)
+    ours, theirs = (load_latest(c.folder / "checkpoints") for c in (cfg, straight))
+    for name, value in ours.model_state.items():
+        assert torch.equal(value, theirs.model_state[name]), name
+
+
+class _KillAt(Untracked):
+    """Sends this process SIGTERM once `step` is recorded, if it is the chosen rank."""
+
+    def __init__(self, step, chosen):
+        self.step, self.chosen = step, chosen
+
+    def metrics(self, step, values):
+        if self.chosen and step == self.step:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+@pytest.mark.world_size(2, 3)
+def test_a_loss_that_is_not_finite_on_one_rank_ends_all_with_its_name(world_size):
+    agreement = Agreement(TorchrunRuntime(CPU))
+    for step in (1, 2, 3):
+        bad = step == 2 and dist.get_rank() == 1
+        agreement.add(step, torch.tensor(float("nan") if bad else 0.5))
+    with pytest.raises(NonFinite, match=r"loss of step 2 is not finite on rank 1:"):
+        agreement.settle(0, False)
+
+
+@pytest.mark.world_size(2)
+def test_a_run_that_diverges_ends_with_an_error_on_every_rank(world_size, tmp_path):
+    cfg = _config(tmp_path, world_size, arm="none", dtype="float32")
+    cfg = replace(cfg, optim=OptimConfig(lr=1e30, momentum=0.0))
+    with pytest.raises(NonFinite, match="not finite"):
+        train(cfg, TorchrunRuntime(CPU), Untracked())
+
+
+@pytest.mark.world_size(2)
+def test_local_statistics_are_rank_zeros_and_local_avg_the_mean_of_all(world_size, tmp_path):
+    runtime = TorchrunRuntime(CPU)
+    states = {}
+    for arm in ("local", "local_avg"):
+        cfg = _config(tmp_path, world_size, arm=arm)
+        train(cfg, runtime, Untracked())
+        states[arm] = load_latest(cfg.folder / "checkpoints").model_state
+    key = next(name for name in states["local"] if name.endswith("running_mean"))
+    weights = key.replace("running_mean", "weight")
+    assert torch.equal(states["local"][weights], states["local_avg"][weights])
+    assert not torch.equal(states["local"][key], states["local_avg"][key])
+
+
+@pytest.mark.world_size(2)
+def test_running_statistics_that_differ_are_not_saved(world_size, tmp_path):
+    from syncbn.train.state import build, checkpoint
+
+    state = build(_config(tmp_path, world_size), TorchrunRuntime(CPU))
+    for buffer in state.model.buffers():
+        buffer += dist.get_rank()
+    with pytest.raises(RanksDisagree, match="running_mean"):
+        checkpoint(state, Untracked())
+    assert load_latest(state.cfg.folder / "checkpoints") is None
+
+
+@pytest.mark.world_size(2)
+def test_gradients_are_clipped_after_they_are_reduced(world_size, tmp_path):
+    cfg = _config(tmp_path, world_size, steps=3)
+    cfg = replace(cfg, optim=OptimConfig(lr=0.05, clip_norm=0.1))
+    train(cfg, TorchrunRuntime(CPU), Untracked())
+    if dist.get_rank() == 0:
+        oracle_cfg = replace(cfg, name="oracle", norm=NormConfig(name="big_batch"))
+        train(oracle_cfg, Solo(CPU), Untracked())
+        ranks, one = (load_latest(c.folder / "checkpoints") for c in (cfg, oracle_cfg))
+        for name, value in ranks.model_state.items():
+            assert_close(value.double(), one.model_state[name].double(), 1e-9, name)
+
+
+@pytest.mark.world_size(2)
+def test_the_time_limit_of_rank_0_ends_all(world_size, tmp_path):
+    cfg = _config(tmp_path, world_size, steps=10_000, time_limit_s=0.2)
+    summary = train(cfg, TorchrunRuntime(CPU), Untracked())
+    assert 0 < summary.steps < 10_000
+    assert "test_error" in summary.final
