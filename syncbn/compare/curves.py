@@ -85,6 +85,13 @@ def _convergence_title(summary: Summary, by_arm: Mapping[str, Sequence[TrialReco
     )
 
 
+def any_loss(trials: Sequence[TrialRecord]) -> bool:
+    """Whether some trial recorded a training loss that a log scale can show."""
+    return any(
+        0 < loss < np.inf for t in trials for loss in t.points.get("train_loss", {}).values()
+    )
+
+
 def training_loss(summary: Summary, trials: Sequence[TrialRecord]) -> Picture:
     """Smoothed training loss over the steps."""
     from matplotlib.ticker import LogLocator, NullLocator
@@ -112,9 +119,7 @@ def training_loss(summary: Summary, trials: Sequence[TrialRecord]) -> Picture:
 def _lines(
     axes: "Axes", steps: Floats, values: Floats, look: Look, label: str, marked: bool
 ) -> None:
-    """Median, band and each seed's own line; `values` is (seeds, steps)."""
-    if not len(steps):
-        return
+    """Median, band and each seed's own line; `values` is (seeds, steps), without steps a legend."""
     low, middle, high = statistics.band(values)
     marker = look.marker if marked else ""
     axes.plot(steps, values.T, color=look.colour, linewidth=0.6, alpha=0.35)

@@ -41,12 +41,9 @@ def draw(summary: Summary, trials: Sequence[TrialRecord]) -> list[Picture]:
     with styled():
         pictures = [_error_by_arm(summary)]
         pictures += [_paired_differences(summary)] if _judged(summary) else []
-        return [
-            *pictures,
-            curves.convergence(summary, trials),
-            curves.training_loss(summary, trials),
-            _seconds(summary),
-        ]
+        pictures += [curves.convergence(summary, trials)]
+        pictures += [curves.training_loss(summary, trials)] if curves.any_loss(trials) else []
+        return [*pictures, _seconds(summary)]
 
 
 def _error_by_arm(summary: Summary) -> Picture:
@@ -68,6 +65,8 @@ def _seconds_title(summary: Summary) -> str:
         *(summary["arms"][name]["seconds"] for name in (arm, against))
     )
     ratio = statistics.effect(logs)
+    if np.isnan(ratio.median):
+        return f"{arm} or {against} has trials that diverged before they could be timed"
     low, middle, high = np.exp([ratio.interval.low, ratio.median, ratio.interval.high])
     interval = f" (95 % interval {number(low)} to {number(high)})" if np.isfinite(high) else ""
     return f"{arm} takes {number(middle)} times as long as {against}{interval}"

@@ -61,6 +61,17 @@ def test_a_title_admits_when_the_other_arm_is_never_reached(tmp_path):
     assert worse["paired_differences"].title == "0 of 1 claim reproduced, 1 not reproduced"
 
 
+def test_no_ratio_of_times_is_told_where_a_trial_diverged(tmp_path):
+    cfg = study_config(tmp_path, ("local", "sync"), (0, 1), steps=100)
+    make_study(cfg, falling)
+    trials = read_trials(cfg)
+    trials[0].final["diverged"] = 1.0
+    pictures = {p.name: p for p in draw(summarise(cfg, cfg.study, trials), trials)}
+    assert pictures["seconds"].title == (
+        "sync or local has trials that diverged before they could be timed"
+    )
+
+
 def test_every_caption_says_real_ranks_and_how_many(pictures):
     assert all("2 real ranks" in picture.caption for picture in pictures.values())
 

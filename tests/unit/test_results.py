@@ -264,10 +264,19 @@ def test_a_diverged_trial_counts_with_an_error_of_one_and_without_a_time(tmp_pat
     assert "(3 diverged)" in (cfg.folder / "report.md").read_text()
 
 
-def diverge(folder: Path) -> None:
-    """Leave what a trial leaves whose loss stopped being finite at step 50."""
+def test_a_study_whose_every_trial_diverged_at_once_still_has_a_report(tmp_path):
+    cfg = small(tmp_path, seeds=(0, 1), claims=DEMO_CLAIMS[:1])
+    for trial in (cfg.folder / "trials").iterdir():
+        diverge(trial, at_step=1)
+    summary = write_results(cfg)
+    assert summary["claims"][0]["verdict"] == "NOT REPRODUCED"
+    assert pq.read_table(cfg.folder / "metrics.parquet").num_rows == 0
+
+
+def diverge(folder: Path, at_step: int = 50) -> None:
+    """Leave what a trial leaves whose loss stopped being finite at `at_step`."""
     lines = (folder / "journal.jsonl").read_text().splitlines(keepends=True)
-    early = [line for line in lines if json.loads(line).get("step", 0) < 50]
+    early = [line for line in lines if json.loads(line).get("step", 0) < at_step]
     (folder / "journal.jsonl").write_text("".join(early))
     summary = json.loads((folder / "summary.json").read_text())
     final = {"test_error": 1.0, "diverged": 1.0}
