@@ -81,6 +81,12 @@ def test_every_norm_is_replaced_also_deep_inside_a_resnet(arm):
     assert {type(model.get_submodule(name)) for name in names} == {STANDS[arm]}
 
 
+@pytest.mark.parametrize(("arm", "group"), [("sync", None), ("sync_group", 3)])
+def test_sync_arms_share_statistics_with_the_world_or_with_their_group(arm, group):
+    model = apply_arm(nn.Sequential(nn.BatchNorm1d(4)), NormConfig(arm, group_size=3))
+    assert model[0].process_group == group
+
+
 @pytest.mark.parametrize("arm", BATCH_NORM_ARMS)
 def test_a_batch_norm_state_dict_fits_every_batch_norm_arm(arm):
     plain, changed = model_of("cnn", None).state_dict(), model_of("cnn", arm).state_dict()

@@ -12,6 +12,7 @@ from sklearn.datasets import load_digits
 
 from syncbn.config import DataConfig
 from syncbn.data import embedded, hold_out, load_data, source
+from syncbn.data.augment import Augment
 from syncbn.data.embedded import stratified
 from syncbn.errors import DataError
 
@@ -243,6 +244,12 @@ def test_augmented_digits_are_shifted_by_up_to_one_pixel_and_never_mirrored():
     }
     seen = {fetch(varied, 5, first_step=step)[0].numpy().tobytes() for step in range(200)}
     assert seen == shifts
+
+
+def test_samples_of_one_step_are_varied_each_in_its_own_way():
+    same = torch.arange(64.0).reshape(1, 1, 8, 8).expand(40, 1, 8, 8)
+    views = Augment(seed=0, flip=True).batch(same, 3, torch.arange(40))
+    assert len({view.numpy().tobytes() for view in views}) > 10  # of 9 shifts x 2 directions
 
 
 def test_the_test_set_is_never_augmented():
