@@ -67,7 +67,8 @@ class State:
     def batches(self) -> Iterator[tuple[int, Tensor, Tensor]]:
         """For each step to come: the size of its global batch, and this rank's share of images and labels."""
         sizes: deque[int] = deque()
-        for x, y in self.sets.train.batches(self._shares(sizes)):
+        shares = self.sets.train.batches(self._shares(sizes), first_step=self.step)
+        for x, y in shares:
             yield sizes.popleft(), x.to(self.runtime.device, self.dtype), y.to(self.runtime.device)
 
     def _shares(self, sizes: deque[int]) -> Iterator[Tensor]:

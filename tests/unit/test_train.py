@@ -68,10 +68,12 @@ def test_another_seed_gives_other_numbers(tmp_path):
     assert one.final != other.final
 
 
-def test_resuming_continues_bit_for_bit(tmp_path):
-    straight = _config(tmp_path / "straight")
+@pytest.mark.parametrize("augment", [False, True], ids=["as is", "augmented"])
+def test_resuming_continues_bit_for_bit(tmp_path, augment):
+    data = DataConfig(limit=100, augment=augment)
+    straight = replace(_config(tmp_path / "straight"), data=data)
     recorded_run(straight, SOLO)
-    cfg = _config(tmp_path / "resumed", checkpoint_every=5)
+    cfg = replace(_config(tmp_path / "resumed", checkpoint_every=5), data=data)
     recorded_run(cfg, SOLO)
     (cfg.folder / "summary.json").unlink()
     (cfg.folder / "checkpoints" / "LATEST").write_text(
