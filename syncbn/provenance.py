@@ -1,5 +1,6 @@
 """Where numbers come from: versions of what computed them, and the revision of the code."""
 
+import os
 import platform
 import subprocess
 from functools import cache
@@ -23,7 +24,12 @@ def versions() -> dict[str, str]:
 
 @cache
 def git_revision() -> str:
-    """Short revision of the checkout this package runs from, `-dirty` where it has changes; "" outside one."""
+    """Short revision of the checkout this package runs from, `-dirty` where it has changes; "" outside one.
+
+    A job runs from a copy without history; who sent it has named the revision in SYNCBN_REVISION.
+    """
+    if "SYNCBN_REVISION" in os.environ:
+        return os.environ["SYNCBN_REVISION"]
     command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
     folder = Path(__file__).parent
     try:

@@ -72,13 +72,19 @@ def logged(folder: Path) -> Iterator[None]:
         yield
     except Exception as error:
         failure = _of_a_child(error)
-        with suppress(OSError):
-            (folder / "error.log").write_text(_details(failure))
-            if exit_code(failure) == 1:
-                failure.add_note(f"(traceback in {folder / 'error.log'})")
+        if exit_code(failure) < 128:  # a signal is no failure
+            _keep(failure, folder / "error.log")
         if failure is error:
             raise
         raise failure from error
+
+
+def _keep(failure: Exception, log: Path) -> None:
+    """Write the traceback to `log`; where the failure is a bug, say so with it."""
+    with suppress(OSError):
+        log.write_text(_details(failure))
+        if exit_code(failure) == 1:
+            failure.add_note(f"(traceback in {log})")
 
 
 def _of_a_child(error: Exception) -> Exception:

@@ -37,6 +37,7 @@ def submit(
     plan = make_plan(verb, sent, {})
     what: dict[str, Any] = {"address": address, "working_dir": str(project_folder())}
     if dry_run:
+        plan.config.launcher.address = address
         what |= plan.to_dict() | {
             "command": entrypoint(verb, sent),
             "files": files(sent, plan.config.name),

@@ -6,6 +6,7 @@ runs anybody's code, and is refused.
 """
 
 import json
+import re
 import urllib.error
 import urllib.request
 from collections import Counter
@@ -46,13 +47,28 @@ class Dashboard:
             raise ServiceUnreachable(f"{self.address}{path} answered HTTP {status}: {body[-200:]}")
         return _parsed(self.address, body)
 
+    def nodes(self) -> list[dict[str, Any]]:
+        """The live nodes: `node_id`, `is_head_node`, `resources_total`."""
+        nodes = self.ask("/api/v0/nodes?limit=10000")["data"]["result"]["result"]
+        return [node for node in nodes if node["state"] == "ALIVE"]
+
     def resources(self) -> Mapping[str, float]:
         """What the live nodes have together, e.g. {"CPU": 8.0, "GPU": 2.0}."""
         total: Counter[str] = Counter()
-        for node in self.ask("/api/v0/nodes?detail=1&limit=10000")["data"]["result"]["result"]:
-            if node["state"] == "ALIVE":
-                total.update(node["resources_total"])
+        for node in self.nodes():
+            total.update(node["resources_total"])
         return total
+
+    def python(self) -> str:
+        """The interpreter that Ray runs with on the head, or `python` where it does not say.
+
+        The head may have been started from an environment that is not on its PATH.
+        """
+        heads = [node["node_id"] for node in self.nodes() if node["is_head_node"]]
+        detail = self.ask(f"/nodes/{heads[0]}")["data"]["detail"] if heads else {}
+        commands = " ".join(detail.get("cmdline") or [])
+        found = re.search(r"--python_worker_command=(\S+)", commands)
+        return found.group(1) if found else "python"
 
     def jobs(self) -> list[dict[str, Any]]:
         """Submitted jobs, oldest first."""

@@ -10,7 +10,6 @@ import shutil
 import traceback
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -39,7 +38,7 @@ def fit(cfg: Config, work: Work, num_ranks: int) -> Any:
         InfrastructureError: a worker or its node died.
     """
     cfg = _with_absolute_paths(cfg)
-    storage = Path(cfg.runs_dir) / ".ray" / f"{cfg.name}-{secrets.token_hex(4)}"
+    storage = cfg.folder / f".ray-{secrets.token_hex(4)}"
     storage.mkdir(parents=True)
     trainer = TorchTrainer(
         _rank,
@@ -55,8 +54,6 @@ def fit(cfg: Config, work: Work, num_ranks: int) -> Any:
         raise cause(error) from error
     finally:
         shutil.rmtree(storage, ignore_errors=True)
-        with suppress(OSError):
-            storage.parent.rmdir()
 
 
 def _in_a_thread(function: Callable[[], Any]) -> Any:

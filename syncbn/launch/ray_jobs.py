@@ -4,6 +4,7 @@ Users send a verb and settings, checked here first; the command, the environment
 What is sent is the project's folder less .gitignore and .rayignore, well under a megabyte.
 """
 
+import logging
 import os
 import secrets
 import shlex
@@ -15,6 +16,7 @@ from syncbn.config import Config, config_hash
 from syncbn.errors import ServiceUnreachable, UsageError
 from syncbn.launch.plan import has_secrets
 from syncbn.launch.ray_dashboard import Dashboard
+from syncbn.provenance import git_revision
 
 HOME_ON_CLUSTER = "${oc.env:HOME}/syncbn-runs"
 """Where files go when `runs_dir` is not given: beside the job's own folder, which Ray throws away."""
@@ -54,9 +56,9 @@ def job_overrides(overrides: Sequence[str], folder: Path) -> list[str]:
     return [*kept, "launcher=ray", "launcher.address=auto"]
 
 
-def entrypoint(verb: str, overrides: Sequence[str]) -> str:
+def entrypoint(verb: str, overrides: Sequence[str], python: str = "python") -> str:
     """The command that the cluster's head runs, quoted for its shell."""
-    return shlex.join(["python", f"jobs/{verb}.py", *overrides])
+    return shlex.join([python, f"jobs/{verb}.py", *overrides])
 
 
 def files(overrides: Sequence[str], name: str) -> str:
@@ -90,14 +92,18 @@ def send(dashboard: Dashboard, verb: str, cfg: Config, overrides: Sequence[str])
         os.environ.pop(name, None)  # either would silently take the place of the address asked for
     from ray.job_submission import JobSubmissionClient
 
+    logging.disable(logging.WARNING)  # the client tells of each file it leaves out
+    environment = ENVIRONMENT | {"SYNCBN_REVISION": git_revision()}
     headers = {"Authorization": f"Bearer {dashboard.token}"}
     try:
         client = JobSubmissionClient(dashboard.address, headers=headers)
         return client.submit_job(
             submission_id=f"{verb}-{cfg.name}-{secrets.token_hex(3)}",
-            entrypoint=entrypoint(verb, overrides),
-            runtime_env={"working_dir": str(project_folder()), "env_vars": dict(ENVIRONMENT)},
+            entrypoint=entrypoint(verb, overrides, dashboard.python()),
+            runtime_env={"working_dir": str(project_folder()), "env_vars": environment},
             metadata={"verb": verb, "name": cfg.name, "config_hash": config_hash(cfg)},
         )
     except (RuntimeError, ConnectionError, OSError) as error:
         raise ServiceUnreachable(f"{dashboard.address} did not take the job: {error}") from error
+    finally:
+        logging.disable(logging.NOTSET)
