@@ -32,7 +32,7 @@ demo: $(STAMP) ## Run the study `demo` on two ranks of this machine and print it
 ui: $(STAMP) ## Show runs, figures and reports in MLflow on 127.0.0.1 (PORT=5000)
 	@$(BIN)/syncbn ui --port $(PORT)
 
-test: $(STAMP) ## Run the tests that need no GPU and are not slow; every line of the layer must be covered
+test: $(STAMP) ## Run the tests that need no GPU and are not slow; every line of the layer that runs on a CPU is covered
 	@$(BIN)/python -m pytest -m "not gpu and not slow" --cov --cov-report=
 	@$(BIN)/coverage report --include 'syncbn/norm/*' --skip-covered --show-missing --fail-under 100
 

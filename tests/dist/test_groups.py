@@ -38,6 +38,13 @@ def test_statistics_are_shared_within_the_group_alone(world_size, spec, means):
 
 
 @pytest.mark.world_size(4)
+def test_layers_of_one_model_may_share_with_different_ranks(world_size):
+    rank = dist.get_rank()
+    seen = [_mean_seen(spec) for spec in (None, 2, None)]
+    assert seen == [1.5, 0.5 if rank < 2 else 2.5, 1.5]
+
+
+@pytest.mark.world_size(4)
 def test_a_process_group_of_our_own(world_size):
     odd, even = dist.new_group([1, 3]), dist.new_group([0, 2])
     own = odd if dist.get_rank() % 2 else even

@@ -114,6 +114,14 @@ def test_moments_of_nothing_are_zero():
     assert torch.equal(moments.M2, torch.zeros(3))
 
 
+def test_without_momentum_running_statistics_average_all_batches():
+    layer = syncbn.SyncBatchNorm(3, momentum=None)
+    batches = [torch.randn(8, 3) + mean for mean in (0.0, 1.0, 5.0)]
+    for batch in batches:
+        layer(batch)
+    assert_close(layer.running_mean, torch.stack([b.mean(0) for b in batches]).mean(0), 1e-6)
+
+
 def test_the_free_function_serves_a_single_process_and_half_precision_at_a_large_mean():
     x = torch.randn(64, 3, 8, 8) * 0.01 + 100
     running_var = torch.ones(3)
