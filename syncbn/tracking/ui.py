@@ -29,6 +29,7 @@ def serve_ui(runs_dir: str | Path, port: int = 5000, host: str = "127.0.0.1") ->
     sys.stdout.write(f"MLflow shows {Path(runs_dir).resolve()} in a few seconds; Ctrl-C ends it.\n")
     for name, page in pages(runs_dir).items():
         sys.stdout.write(f"  {name}: http://{host}:{port}/{page}\n")
+    sys.stdout.write("Choose 'Model training' there at the top left, once in a browser.\n")
     sys.stdout.flush()
     settings = ENVIRONMENT | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
     os.execve(command[0], command, settings | os.environ)  # noqa: S606 - a list of our own
