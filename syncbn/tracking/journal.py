@@ -65,8 +65,11 @@ class Journal:
         """Append a `start` record with its `attempt`, counted from 1.
 
         Metrics beyond `step` are cut off first, as is a last line that a crash left unfinished. An attempt from
-        step 0 starts the journal anew.
+        step 0 starts the journal anew; its `supersedes` is the time at which the journal it replaces began.
         """
+        began = None if step > 0 else _began(self.path)
+        if began is not None:
+            fields["supersedes"] = began
         records = read_journal(self.path) if step > 0 else []
         kept = [record for record in records if record.get("step", 0) <= step]
         self._file.close()
@@ -98,6 +101,14 @@ def read_journal(path: Path) -> Iterator[dict[str, Any]]:
         for line in lines:
             if line.endswith("\n"):
                 yield json.loads(line)
+
+
+def _began(path: Path) -> float | None:
+    """Time of the journal's first record; None where it has none, or not one that can be read."""
+    try:
+        return next(read_journal(path))["time"]
+    except (StopIteration, ValueError, KeyError):
+        return None
 
 
 def _line(record: Mapping[str, Any]) -> str:

@@ -79,6 +79,14 @@ def test_attempts_are_counted(journal):
 def test_an_attempt_from_the_first_step_starts_the_journal_anew(journal):
     journal.begin(0)
     journal.metrics(5, {"loss": 1.0})
+    (replaced, *_) = read_journal(journal.path)
+    journal.begin(0)
+    (start,) = read_journal(journal.path)
+    assert (start["attempt"], start["supersedes"]) == (1, replaced["time"])
+
+
+def test_a_damaged_journal_can_be_begun_anew(journal):
+    journal.path.write_text("garbage\n")
     journal.begin(0)
     assert [record["attempt"] for record in read_journal(journal.path)] == [1]
 

@@ -216,6 +216,15 @@ def test_a_journal_begun_anew_is_another_run_and_ends_the_old_one(tmp_path):
     assert (new["status"], len(new["points"])) == ("RUNNING", 9)
 
 
+def test_a_journal_begun_anew_after_a_crash_ends_the_old_run_too(tmp_path):
+    service = Service()
+    train(begin(tmp_path), 1, 5)
+    source(tmp_path).pump(service)
+    train(begin(tmp_path), 1, 9)
+    source(tmp_path).pump(service)
+    assert [run["status"] for run in service.runs.values()] == ["KILLED", "RUNNING"]
+
+
 def test_a_run_without_an_end_was_killed(tmp_path):
     service = Service()
     train(begin(tmp_path), 1, 5)
