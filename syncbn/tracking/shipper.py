@@ -15,6 +15,10 @@ from syncbn.tracking.redact import redact_text
 from syncbn.tracking.source import RunSource, Sink
 
 FIRST_DELAY_S, LONGEST_DELAY_S = 0.5, 30.0
+CLOSE_S = 30.0
+"""Longest wait at the end of a run: importing mlflow and making a store takes 6 s, 13 s on a busy machine."""
+CLOSE_FAILING_S = 10.0
+"""The same for a service that has failed meanwhile."""
 
 log = logging.getLogger("syncbn.tracking")
 
@@ -22,7 +26,7 @@ log = logging.getLogger("syncbn.tracking")
 class Shipping(Protocol):
     """Something that takes a run's journal elsewhere until it is closed."""
 
-    def close(self, timeout_s: float = 10.0) -> int:
+    def close(self, timeout_s: float = CLOSE_S) -> int:
         """Send the rest, for at most `timeout_s` seconds, and return how many records remain unsent."""
         ...
 
@@ -30,7 +34,7 @@ class Shipping(Protocol):
 class NoShipper:
     """The shipping of a run whose journal is all there is."""
 
-    def close(self, timeout_s: float = 10.0) -> int:  # noqa: ARG002 - the protocol's signature
+    def close(self, timeout_s: float = CLOSE_S) -> int:  # noqa: ARG002 - the protocol's signature
         """Nothing is unsent."""
         return 0
 
@@ -69,13 +73,15 @@ class Shipper:
         """Follow `source` too."""
         self._sources.append(source)
 
-    def close(self, timeout_s: float = 10.0) -> int:
+    def close(self, timeout_s: float = CLOSE_S) -> int:
         """Send the rest, waiting at most `timeout_s` seconds; one warning says what then is unsent.
+
+        A service that fails is tried again for no more than `CLOSE_FAILING_S` of them.
 
         Returns:
             How many journal records the service does not have yet.
         """
-        self._deadline = time.monotonic() + timeout_s
+        self._deadline = time.monotonic() + min(timeout_s, CLOSE_FAILING_S)
         self._delay_s = FIRST_DELAY_S
         self._closing.set()
         self._thread.join(timeout_s)
@@ -123,7 +129,7 @@ class Shipper:
         return True
 
     def _wait_after_failure(self) -> bool:
-        """Sleep for the back-off, or to the deadline; whether there is time to try again."""
+        """Sleep for the back-off, or to the deadline for failures; whether there is time to try again."""
         delay, self._delay_s = self._delay_s, min(2 * self._delay_s, LONGEST_DELAY_S)
         if not self._closing.is_set():
             self._closing.wait(delay)

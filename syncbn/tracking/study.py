@@ -17,7 +17,7 @@ from syncbn.tracking.describe import closing_words
 from syncbn.tracking.journal import Journal, read_journal
 from syncbn.tracking.redact import HIDDEN, redact
 from syncbn.tracking.service import probe, store_uri, tracking_uri
-from syncbn.tracking.shipper import NoShipper, Shipper, Shipping, one_line
+from syncbn.tracking.shipper import CLOSE_S, NoShipper, Shipper, Shipping, one_line
 from syncbn.tracking.source import RunSource
 
 LAUNCH = "launch.jsonl"
@@ -61,7 +61,7 @@ class StudyTracker:
                 self._shipper.add(trial_source(folder, self._experiment, self._source))
 
     def finish(
-        self, status: str = "finished", error: str | None = None, timeout_s: float = 30.0
+        self, status: str = "finished", error: str | None = None, timeout_s: float = CLOSE_S
     ) -> int:
         """Ship the rest, with figures and report where they are written, waiting at most `timeout_s` seconds.
 

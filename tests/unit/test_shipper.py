@@ -180,6 +180,15 @@ def test_close_says_once_what_is_left_and_how_to_send_it(tmp_path, caplog):
     assert "pw" not in record.getMessage()
 
 
+def test_close_tries_a_failing_service_for_a_part_of_its_time_only(tmp_path, monkeypatch):
+    monkeypatch.setattr("syncbn.tracking.shipper.CLOSE_FAILING_S", 0.2)
+    shipper = Shipper(lambda: Service(broken=True), "here", [source(tmp_path)], poll_s=0.01)
+    train(begin(tmp_path), 1, 3)
+    start = time.monotonic()
+    assert shipper.close(timeout_s=20) == 4
+    assert time.monotonic() - start < 5
+
+
 def test_close_does_not_wait_for_a_service_that_hangs(tmp_path):
     forever = threading.Event()
 
