@@ -278,5 +278,15 @@ def identity_of(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def config_hash(cfg: RunConfig) -> str:
     """First 12 hex digits of the sha256 of `identity(cfg)`; equal hashes promise equal runs."""
-    text = json.dumps(identity(cfg), sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:12]
+    return _digest(identity(cfg))
+
+
+def resume_hash(cfg: RunConfig) -> str:
+    """`config_hash` without the world size and the batch a rank, which may change where their product does not."""
+    tree = identity(cfg)
+    del tree["launcher"]["num_workers"], tree["train"]["per_rank_batch"]
+    return _digest(tree)
+
+
+def _digest(tree: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()[:12]

@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 
 from syncbn.arms import apply_arm
 from syncbn.checkpoint import Meta, check_matches, load_latest, restore_model, rng, save
-from syncbn.config import RunConfig, config_hash
+from syncbn.config import RunConfig, config_hash, resume_hash
 from syncbn.data import DataSets, load_data
 from syncbn.errors import UsageError
 from syncbn.models import build_model
@@ -122,7 +122,7 @@ def resume(state: State, tracker: Tracker) -> None:
         return
     meta = checkpoint.meta
     notes = [*checkpoint.notes]
-    notes += check_matches(checkpoint, config_hash(cfg), runtime.world_size, cfg.global_batch)
+    notes += check_matches(checkpoint, resume_hash(cfg), runtime.world_size, cfg.global_batch)
     notes += restore_model(state.model, checkpoint.model_state)
     state.optimizer.load_state_dict(checkpoint.optimizer_state)
     state.step, state.standing = meta.step, Standing(**checkpoint.extra)
@@ -159,7 +159,7 @@ def checkpoint(state: State, tracker: Tracker) -> None:
         meta = Meta(
             step=state.step,
             position=state.step * state.cfg.global_batch,
-            config_hash=config_hash(state.cfg),
+            config_hash=resume_hash(state.cfg),
             world_size=runtime.world_size,
             global_batch=state.cfg.global_batch,
             rng=[rng.to_text(row) for row in states],

@@ -104,6 +104,22 @@ def test_a_signal_on_any_rank_stops_all_after_a_save_and_resuming_is_bit_exact(
         assert torch.equal(value, theirs.model_state[name]), name
 
 
+@pytest.mark.world_size(2)
+def test_a_run_of_one_process_goes_on_on_two_ranks_with_the_same_global_batch(world_size, tmp_path):
+    straight = _config(tmp_path / "straight", 1)
+    alone = _config(tmp_path / "moved", 1, time_limit_s=1e-6)
+    if dist.get_rank() == 0:
+        train(straight, Solo(CPU), Untracked())
+        train(alone, Solo(CPU), Untracked())
+    dist.barrier()
+    moved = _config(tmp_path / "moved", world_size)
+    assert 0 < load_latest(moved.folder / "checkpoints").meta.step < 20
+    train(moved, TorchrunRuntime(CPU), Untracked())
+    ours, theirs = (load_latest(c.folder / "checkpoints") for c in (moved, straight))
+    for name, value in ours.model_state.items():
+        assert_close(value.double(), theirs.model_state[name].double(), 1e-8, name)
+
+
 class _KillAt(Untracked):
     """Sends this process SIGTERM once `step` is recorded, if it is the chosen rank."""
 
