@@ -9,6 +9,7 @@ from syncbn.config import RunConfig, config_hash
 from syncbn.errors import Stopped, UsageError
 from syncbn.runtime.base import Runtime
 from syncbn.tracking import Journal, Tracker, Untracked
+from syncbn.tracking.redact import redact_text
 from syncbn.train.loop import train
 from syncbn.train.summary import RunSummary
 
@@ -31,7 +32,8 @@ def recorded_run(cfg: RunConfig, runtime: Runtime) -> RunSummary:
         summary = train(cfg, runtime, tracker)
     except BaseException as error:
         status = "stopped" if isinstance(error, Stopped | KeyboardInterrupt) else "failed"
-        tracker.event("end", status=status, summary=None, error=f"{type(error).__name__}: {error}")
+        reason = redact_text(f"{type(error).__name__}: {error}")
+        tracker.event("end", status=status, summary=None, error=reason)
         raise
     else:
         tracker.event("end", status="finished", summary=summary.to_dict(), error=None)

@@ -26,6 +26,7 @@ from syncbn.provenance import git_revision, versions
 from syncbn.runtime.base import Runtime
 from syncbn.sampling import SampleStream, rank_share
 from syncbn.tracking import Tracker
+from syncbn.tracking.redact import redact
 from syncbn.train.evaluation import settle_buffers
 
 
@@ -135,7 +136,7 @@ def resume(state: State, tracker: Tracker) -> None:
 def _begin(state: State, tracker: Tracker) -> None:
     tracker.begin(
         state.step,
-        config=asdict(state.cfg),
+        config=redact(asdict(state.cfg)),
         config_hash=config_hash(state.cfg),
         world_size=state.runtime.world_size,
         versions=versions(),

@@ -108,10 +108,13 @@ def test_a_signal_on_any_rank_stops_all_after_a_save_and_resuming_is_bit_exact(
 def test_a_run_of_one_process_goes_on_on_two_ranks_with_the_same_global_batch(world_size, tmp_path):
     straight = _config(tmp_path / "straight", 1)
     alone = _config(tmp_path / "moved", 1, time_limit_s=1e-6)
-    if dist.get_rank() == 0:
+    rank = dist.get_rank()
+    dist.destroy_process_group()  # a process alone is one without ranks around it
+    if rank == 0:
         train(straight, Solo(CPU), Untracked())
         train(alone, Solo(CPU), Untracked())
-    dist.barrier()
+    store = dist.FileStore(str(tmp_path / "store"), world_size)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size)
     moved = _config(tmp_path / "moved", world_size)
     assert 0 < load_latest(moved.folder / "checkpoints").meta.step < 20
     train(moved, TorchrunRuntime(CPU), Untracked())

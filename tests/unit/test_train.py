@@ -51,6 +51,13 @@ def test_the_journal_has_true_steps_losses_rates_and_evaluations(tmp_path):
     assert last["summary"] == json.loads((cfg.folder / "summary.json").read_text())
 
 
+def test_the_journal_holds_no_password(tmp_path):
+    cfg = _config(tmp_path)
+    cfg.tracking.uri = "http://user:hunter2@127.0.0.1:5000"
+    recorded_run(cfg, SOLO)
+    assert "hunter2" not in (cfg.folder / "journal.jsonl").read_text()
+
+
 def test_training_learns(tmp_path):
     cfg = _config(tmp_path, steps=150)
     summary = recorded_run(replace(cfg, data=DataConfig()), SOLO)
