@@ -4,7 +4,11 @@ import inspect
 from collections.abc import Iterator
 
 import pytest
+from hypothesis import settings
 from ranks import RankPool
+
+settings.register_profile("patient", deadline=None)  # a busy machine is slow, not wrong
+settings.load_profile("patient")
 
 _pool = RankPool()
 

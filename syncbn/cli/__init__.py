@@ -8,7 +8,19 @@ from importlib import import_module
 
 import click
 
-VERBS = ("train", "compare", "submit", "jobs", "status", "logs", "stop", "doctor", "ship", "ui", "version")
+VERBS = (
+    "train",
+    "compare",
+    "submit",
+    "jobs",
+    "status",
+    "logs",
+    "stop",
+    "doctor",
+    "ship",
+    "ui",
+    "version",
+)
 
 
 class Verbs(click.Group):

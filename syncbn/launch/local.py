@@ -4,14 +4,17 @@ Several ranks are started by torchrun's own agent, in this process: it gives the
 on, and ends the others when one fails. Under torchrun, or for one rank, nothing is started at all.
 """
 
+import logging
 import os
 from collections.abc import Callable
 from typing import Any
 
+from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from syncbn.compare.queue import run_trials
 from syncbn.config import Config, RunConfig
+from syncbn.errors import Stopped
 from syncbn.launch.children import told
 from syncbn.launch.rank import run_rank
 from syncbn.launch.study import conduct
@@ -57,7 +60,13 @@ def _on_ranks(cfg: RunConfig, work: Work, num_ranks: int) -> Any:
         monitor_interval=0.1,
         start_method="spawn",
     )
-    return elastic_launch(launch, _rank)(cfg, work)[0]
+    logging.getLogger("torch.distributed.elastic").setLevel(
+        logging.CRITICAL
+    )  # we say it in one line
+    try:
+        return elastic_launch(launch, _rank)(cfg, work)[0]
+    except SignalException as signalled:
+        raise Stopped(signalled.sigval) from signalled
 
 
 def _rank(cfg: RunConfig, work: Work) -> Any:

@@ -90,9 +90,10 @@ def cause(error: TrainingFailedError) -> SyncbnError:
             told, key=lambda failure: failure.exit_code in (1, InfrastructureError.exit_code)
         )
     dead = ", ".join(f"rank {rank}" for rank in sorted(failures)) or "the worker group"
-    reason = str(next(iter(failures.values()), error)).strip().splitlines()[0]
+    reason = next(iter(failures.values()), getattr(error, "controller_failure", error))
+    first_line = str(reason).strip().partition("\n")[0]
     return InfrastructureError(
-        f"{dead} died ({reason}): start it again to continue from its checkpoint"
+        f"{dead} died ({type(reason).__name__}: {first_line}): start it again to continue from its checkpoint"
     )
 
 

@@ -22,8 +22,8 @@ from torch.distributed import ProcessGroup
 
 HEADER = struct.Struct("<6q80s")
 """kind, call number, channels, dtype, needs gradient, payload bytes; the layer's name, or what failed."""
-FRAME_BYTES = HEADER.size + 16384
-"""Header and 2 x 2048 float32 values: every layer of a ResNet-50 fits one frame."""
+PAYLOAD_BYTES = 4 * (2 * 2048 + 2)
+"""Count, mean and M2 of 2048 channels in float32: every layer of a ResNet-50 fits one frame."""
 
 FORWARD, BACKWARD, FAILED = 1, 2, 3
 _KINDS = {FORWARD: "forward", BACKWARD: "backward"}
@@ -113,10 +113,9 @@ class Exchange:
 
     def _gather_frames(self, header: Header, payload: Tensor) -> Tensor:
         """Payloads of all ranks, `(W, bytes)`."""
-        room = FRAME_BYTES - HEADER.size
-        frame = torch.zeros(FRAME_BYTES, dtype=torch.uint8)
+        frame = torch.zeros(HEADER.size + PAYLOAD_BYTES, dtype=torch.uint8)
         frame[: HEADER.size] = torch.frombuffer(bytearray(header.pack()), dtype=torch.uint8)
-        first, rest = payload[:room], payload[room:]
+        first, rest = payload[:PAYLOAD_BYTES], payload[PAYLOAD_BYTES:]
         frame[HEADER.size : HEADER.size + first.numel()] = first
         frames = self._all_gather(frame)
         headers = frames[:, : HEADER.size]

@@ -33,7 +33,9 @@ class EagerKernels:
         count = x.numel() // x.shape[1]
         mean = x.sum(_reduced(x)) / max(count, 1)
         M2 = (x - _per_channel(mean, x)).square_().sum(_reduced(x))
-        return Moments(torch.tensor(float(count), dtype=torch.float64, device=x.device), mean, M2)
+        # full, not tensor: a copy from the host would stall a GPU
+        total = torch.full((), float(count), dtype=torch.float64, device=x.device)
+        return Moments(total, mean, M2)
 
     def normalize(
         self, x: Tensor, mean: Tensor, invstd: Tensor, weight: Tensor | None, bias: Tensor | None
