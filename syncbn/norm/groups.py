@@ -5,6 +5,7 @@ models can be built, pickled, copied and loaded before, and without, any process
 """
 
 import os
+import weakref
 from typing import Literal
 
 import torch
@@ -15,15 +16,10 @@ GroupSpec = Literal["world", "node"] | int | ProcessGroup | None
 """None and "world": all ranks. "node": the ranks of one machine. k: consecutive ranks, k at a time."""
 
 
-class _Resolved:
-    """Groups made so far, valid for one default process group."""
-
-    def __init__(self, world: ProcessGroup | None = None) -> None:
-        self.world = world
-        self.groups: dict[str | int, ProcessGroup] = {}
-
-
-_resolved = _Resolved()
+_made: weakref.WeakKeyDictionary[
+    ProcessGroup, weakref.WeakValueDictionary[str | int, ProcessGroup]
+] = weakref.WeakKeyDictionary()
+"""Groups made so far, by the default group they are parts of. torch.distributed owns them, until it is shut down."""
 
 
 def check_spec(spec: GroupSpec) -> None:
@@ -64,12 +60,11 @@ def resolve(spec: GroupSpec) -> ProcessGroup | None:
     assert world is not None
     if spec is None or spec == "world":
         return world
-    global _resolved
-    if _resolved.world is not world:
-        _resolved = _Resolved(world)
-    if spec not in _resolved.groups:
-        _resolved.groups[spec] = _make(spec)
-    return _resolved.groups[spec]
+    groups = _made.setdefault(world, weakref.WeakValueDictionary())
+    group = groups.get(spec)
+    if group is None:
+        group = groups[spec] = _make(spec)
+    return group
 
 
 def _alive(group: ProcessGroup) -> ProcessGroup:

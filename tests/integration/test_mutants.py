@@ -130,9 +130,23 @@ MUTANTS = [
     Mutant(
         "the second frame forgotten",
         "syncbn/norm/exchange.py",
-        "parts.append(self._all_gather(rest))",
-        "parts.append(torch.zeros(self.world_size, rest.numel(), dtype=torch.uint8))",
+        "parts += [self._frames.gather(part, part.numel(), header) for part in rest]",
+        "parts += [torch.zeros_like(frames[:, : part.numel()]) for part in rest]",
         f"{EQUIVALENCE}::test_wide_layers_need_more_than_one_frame_and_stay_exact",
+    ),
+    Mutant(
+        "frames read before they are written",
+        "syncbn/norm/shared.py",
+        "        self._wait(doing)\n",
+        "",
+        "tests/dist/test_shared_memory.py::test_a_thousand_exchanges_bring_every_ranks_latest_values",
+    ),
+    Mutant(
+        "shared memory that not all ranks can map",
+        "syncbn/norm/shared.py",
+        "if memory is None or not bool(verdicts.all()):",
+        "if memory is None:",
+        "tests/dist/test_shared_memory.py::test_ranks_that_cannot_share_memory_all_take_the_wire",
     ),
 ]
 
