@@ -1,4 +1,8 @@
-"""What the process that starts a study does around its trials, whichever launcher runs them."""
+"""What the process that starts a study does around its trials, whichever launcher runs them.
+
+Statistics and figures are imported once the trials are done: ranks that are started from here import this module too,
+and scipy would cost each of them a second and a half.
+"""
 
 import time
 from collections.abc import Callable, Iterator
@@ -12,8 +16,6 @@ from rich.console import Console
 
 from syncbn.checkpoint import RunLock
 from syncbn.compare.queue import trials
-from syncbn.compare.report import print_table
-from syncbn.compare.results import write_results
 from syncbn.config import Config
 from syncbn.errors import Stopped
 from syncbn.launch.tracked import probe_tracking
@@ -38,8 +40,12 @@ def conduct(cfg: Config, run: Callable[[], object]) -> dict[str, Any]:
         first = _first_start(folders, since=began)
         clock.lap("start", until=first)
         clock.lap("training")
+        from syncbn.compare.results import write_results
+
         summary = write_results(cfg)
         clock.lap("statistics, figures, report")
+    from syncbn.compare.report import print_table
+
     console = Console()
     print_table(summary, console, cfg.folder)
     console.print(f"Time: {clock}")

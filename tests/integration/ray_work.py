@@ -47,7 +47,7 @@ def main():
     with connected(cfg, 2, address):
         for cfg.name in CASES:
             outcomes[cfg.name] = outcome(cfg)
-    sys.stdout.write(json.dumps(outcomes))
+    sys.stdout.write("\n" + json.dumps(outcomes))
 
 
 if __name__ == "__main__":
