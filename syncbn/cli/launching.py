@@ -6,6 +6,7 @@ The config is checked before torch or Ray is imported, so that a mistake is answ
 import os
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext, redirect_stdout
 from importlib import import_module
 from typing import Any
 
@@ -26,7 +27,7 @@ def launch(verb: str, overrides: Sequence[str], dry_run: bool, as_json: bool) ->
     if dry_run:
         say_on_main(plan.to_dict(), as_yaml(plan.to_dict()), as_json)
         return
-    with logged(plan.config.folder):
+    with logged(plan.config.folder), redirect_stdout(sys.stderr) if as_json else nullcontext():
         summary = follow(plan)
     say_on_main(summary, _in_words(plan, summary), as_json)
 

@@ -47,7 +47,10 @@ def first_failure(error: ChildFailedError) -> SyncbnError:
     reports = [_read(failure) for failure in error.failures.values()]
     reports = sorted((r for r in reports if r), key=lambda r: (r["exit_code"] == 1, r["time"]))
     if reports:
-        return RankFailed(str(reports[0]["message"]["message"]), int(reports[0]["exit_code"]))
+        told = reports[0]["message"]
+        return RankFailed(
+            told["message"], reports[0]["exit_code"], told["extraInfo"]["py_callstack"]
+        )
     rank, failure = error.get_first_failure()
     how = f"signal {-failure.exitcode}" if failure.exitcode < 0 else f"exit code {failure.exitcode}"
     return InfrastructureError(

@@ -11,10 +11,11 @@ import shutil
 import tempfile
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import grpc
+import psutil
 import ray
 from ray.core.generated import gcs_service_pb2, gcs_service_pb2_grpc
 
@@ -23,6 +24,7 @@ from syncbn.errors import NotAuthorised, ServiceUnreachable, UsageError
 from syncbn.launch.ray_access import require_capacity
 
 PROBE_TIMEOUT_S = 5.0
+SHUTDOWN_TIMEOUT_S = 5.0
 
 
 @contextmanager
@@ -64,8 +66,23 @@ def _started(runtime_env: dict[str, dict[str, str]]) -> Iterator[None]:
         )
         yield
     finally:
-        ray.shutdown()
+        _shut_down(folder)
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _shut_down(folder: str) -> None:
+    """Disconnect, and end the processes of our cluster in `folder` that have not noticed after a few seconds.
+
+    A controller whose worker died may hang for most of a minute.
+    """
+    servers = [p for p in psutil.Process().children() if folder in " ".join(p.cmdline())]
+    processes = servers + [child for server in servers for child in server.children(recursive=True)]
+    ray.shutdown()
+    _, left = psutil.wait_procs(processes, timeout=SHUTDOWN_TIMEOUT_S)
+    for process in left:
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
+    psutil.wait_procs(left, timeout=SHUTDOWN_TIMEOUT_S)
 
 
 @contextmanager

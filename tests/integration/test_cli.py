@@ -71,6 +71,13 @@ def test_under_torchrun_only_rank_0_speaks(bench):
     assert summary == json.loads((bench.folder / "runs" / "run" / "summary.json").read_text())
 
 
+def test_a_study_as_json_is_json_alone(bench):
+    result = bench.run(*COMPARE, "study=demo", "study.seeds=[0,1]", *TINY,
+                       "launcher.num_workers=1", "train.eval_every=0", "--json")  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    assert json.loads(result.stdout)["study"] == "demo"
+
+
 def test_under_torchrun_an_error_is_said_once(bench):
     result = bench.run(*TORCHRUN, "optim.lr=abc")
     assert result.returncode != 0
