@@ -15,6 +15,7 @@ from syncbn.compose import compose, config_folder, vary
 from syncbn.config import Config
 from syncbn.errors import UsageError
 from syncbn.launch.plan import Plan, as_yaml
+from syncbn.layout import require_folders
 
 
 def launch(verb: str, overrides: Sequence[str], dry_run: bool, as_json: bool) -> None:
@@ -48,7 +49,13 @@ def make_plan(verb: str, overrides: Sequence[str], environ: Mapping[str, str]) -
 
 
 def follow(plan: Plan) -> dict[str, Any]:
-    """Start what `plan` says and return its summary as plain values."""
+    """Start what `plan` says and return its summary as plain values.
+
+    Raises:
+        SyncbnError: the data's folder is missing, which on a cluster its nodes find out, or the run failed.
+    """
+    if plan.config.launcher.address is None:
+        require_folders(plan.config.data)
     launcher = import_module(
         "syncbn.launch.ray_train" if plan.config.launcher.name == "ray" else "syncbn.launch.local"
     )

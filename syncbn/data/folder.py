@@ -14,12 +14,11 @@ from torch.utils.data import DataLoader, Dataset
 
 from syncbn.config import DataConfig
 from syncbn.data.augment import Augment
-from syncbn.data.paths import check_files, check_folder
 from syncbn.data.prepare import preparation
 from syncbn.data.source import Source, Split
 from syncbn.errors import DataError
+from syncbn.layout import IMAGE_FOLDER, check_files, check_folder
 
-LAYOUT = "data=image_folder reads data.root=PATH with PATH/train/<class>/ and PATH/test/<class>/"
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
@@ -31,7 +30,7 @@ def read_image_folder(cfg: DataConfig, seed: int) -> Source:
     """RGB images, resized and cropped to (3, image_size, image_size); classes are folders by name."""
     del seed
     root = Path(cfg.root).expanduser()
-    check_folder(root, LAYOUT)
+    check_folder(root, IMAGE_FOLDER)
     train, train_classes = _listed(root, "train", cfg)
     test, test_classes = _listed(root, "test", cfg)
     if train_classes != test_classes:
@@ -121,11 +120,11 @@ def _listed(root: Path, part: str, cfg: DataConfig) -> tuple[FileSamples, list[s
     """The image files of `root`/`part` and the names of its classes, in order."""
     from torchvision.datasets import ImageFolder
 
-    check_folder(root / part, LAYOUT)
+    check_folder(root / part, IMAGE_FOLDER)
     try:
         found = ImageFolder(root / part)
     except (OSError, ValueError) as error:
-        raise DataError(f"{' '.join(str(error).split())} ({LAYOUT})") from error
+        raise DataError(f"{' '.join(str(error).split())} ({IMAGE_FOLDER})") from error
     files = tuple(Path(file) for file, _ in found.samples)
     check_files(files, root, "start again")
     labels = torch.tensor(found.targets, dtype=torch.int64)

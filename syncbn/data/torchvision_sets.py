@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 from syncbn.config import DataConfig
-from syncbn.data.paths import check_files, check_folder
 from syncbn.data.prepare import preparation
 from syncbn.data.source import Source, TensorSamples
 from syncbn.errors import DataError
+from syncbn.layout import PUBLISHED, check_files, check_folder, remedy
 
 
 @dataclass(frozen=True)
@@ -27,23 +27,30 @@ class Published:
     """A published data set: its torchvision class, its mean and std per channel in [0, 1], its layout.
 
     Args:
-        class_name: name in `torchvision.datasets`.
-        folder: where its files lie under data.root.
+        name: its name in a config, which `PUBLISHED` has class and folder of.
         mirrors: whether a mirrored image still belongs to its class.
     """
 
-    class_name: str
-    folder: str
+    name: str
     mean: tuple[float, ...]
     std: tuple[float, ...]
     mirrors: bool
 
+    @property
+    def class_name(self) -> str:
+        """Its class in `torchvision.datasets`."""
+        return PUBLISHED[self.name][0]
 
-MNIST = Published("MNIST", "MNIST/raw", (0.1307,), (0.3081,), mirrors=False)
-FASHION_MNIST = Published("FashionMNIST", "FashionMNIST/raw", (0.2860,), (0.3530,), mirrors=True)
+    @property
+    def folder(self) -> str:
+        """Where its files lie under data.root."""
+        return PUBLISHED[self.name][1]
+
+
+MNIST = Published("mnist", (0.1307,), (0.3081,), mirrors=False)
+FASHION_MNIST = Published("fashion_mnist", (0.2860,), (0.3530,), mirrors=True)
 CIFAR10 = Published(
-    "CIFAR10",
-    "cifar-10-batches-py",
+    "cifar10",
     (0.4914, 0.4822, 0.4465),
     (0.2470, 0.2435, 0.2616),
     mirrors=True,
@@ -90,13 +97,10 @@ def _check(which: Published, dataset: Any, root: Path, download: bool) -> None:
     files = [folder / name for name in _file_names(dataset)]
     if download:
         _download(dataset, root, files)
-    remedy = (
-        f"set data.root=PATH where PATH/{which.folder}/ holds {which.class_name} in torchvision's layout, "
-        "or fetch it with data.download=true"
-    )
-    check_folder(root, remedy)
-    check_folder(folder, remedy)
-    check_files(files, root, remedy)
+    how = remedy(which.name)
+    check_folder(root, how)
+    check_folder(folder, how)
+    check_files(files, root, how)
 
 
 def _file_names(dataset: Any) -> Sequence[str]:
