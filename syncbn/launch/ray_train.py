@@ -1,6 +1,6 @@
 """Runs and studies on Ray Train.
 
-One worker group serves a whole study: starting one costs 17 to 23 s on two cores, a trial on digits about one. Ray's
+One worker group serves a whole study, because starting one costs far more than a trial on digits takes. Ray's
 own restarts are off: a run resumes from its own checkpoint, by the same command, on whichever launcher.
 """
 
