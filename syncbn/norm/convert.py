@@ -7,15 +7,15 @@ training flag and sharing between modules survive because nothing is copied; the
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm, _LazyNormBase
-from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from syncbn.norm.groups import GroupSpec, check_spec
 from syncbn.norm.module import SyncBatchNorm
 
 _CONVERTED = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 _ORIGINAL = "_syncbn_original_class"
+_ADDED = ("layer_name", "process_group")
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ def convert_sync_batchnorm(
 ) -> nn.Module:
     """Turn every BatchNorm1d/2d/3d and torch.nn.SyncBatchNorm inside `module` into `SyncBatchNorm`, in place.
 
-    Idempotent: layers converted before only get the new group.
+    Idempotent: layers that are synchronised already keep their group, or get `process_group` where it is given.
 
     Args:
         module: a model, or one layer.
@@ -54,9 +54,7 @@ def convert_sync_batchnorm(
     if not isinstance(module, nn.Module):
         raise TypeError(f"module={type(module).__name__} is not allowed: a torch.nn.Module")
     check_spec(process_group)
-    layers = [
-        (n, m) for n, m in module.named_modules() if isinstance(m, _BatchNorm | _LazyNormBase)
-    ]
+    layers = [(n, m) for n, m in module.named_modules() if isinstance(m, _BatchNorm)]
     conversions = [_conversion(name, layer) for name, layer in layers]
     for (name, layer), conversion in zip(layers, conversions, strict=True):
         if conversion.left_alone is None:
@@ -77,7 +75,7 @@ def revert_sync_batchnorm(module: nn.Module) -> nn.Module:
         original = layer.__dict__.get(_ORIGINAL)
         if original is None:
             continue
-        for attribute in (_ORIGINAL, "layer_name", "process_group"):
+        for attribute in (_ORIGINAL, *_ADDED):
             del layer.__dict__[attribute]
         layer.__dict__.update(layer.__dict__.pop("_syncbn_replaced"))
         layer.__class__ = original
@@ -85,10 +83,12 @@ def revert_sync_batchnorm(module: nn.Module) -> nn.Module:
 
 
 def _conversion(name: str, layer: nn.Module) -> Conversion:
-    if any(isinstance(p, UninitializedParameter | UninitializedBuffer) for p in _tensors(layer)):
+    if isinstance(layer, _LazyNormBase):  # it becomes an ordinary one with its first batch
         raise ValueError(
             f"{name or type(layer).__name__} is lazy: run one batch first, then convert"
         )
+    if "forward" in layer.__dict__:
+        return Conversion(name, type(layer), "its forward was replaced, and would still be used")
     if type(layer) in _CONVERTED or isinstance(layer, SyncBatchNorm):
         return Conversion(name, type(layer))
     reason = (
@@ -97,15 +97,13 @@ def _conversion(name: str, layer: nn.Module) -> Conversion:
     return Conversion(name, type(layer), reason)
 
 
-def _tensors(layer: nn.Module) -> list[Tensor]:
-    return [*layer.parameters(recurse=False), *layer.buffers(recurse=False)]
-
-
 def _convert(layer: nn.Module, name: str, process_group: GroupSpec) -> None:
     if not isinstance(layer, SyncBatchNorm):
         layer.__dict__[_ORIGINAL] = type(layer)
-        replaced = {k: layer.__dict__[k] for k in ("process_group",) if k in layer.__dict__}
+        replaced = {key: layer.__dict__[key] for key in _ADDED if key in layer.__dict__}
         layer.__dict__["_syncbn_replaced"] = replaced
         layer.__dict__["layer_name"] = name
+        layer.__dict__["process_group"] = process_group
         layer.__class__ = SyncBatchNorm
-    layer.__dict__["process_group"] = process_group
+    elif process_group is not None:
+        layer.__dict__["process_group"] = process_group

@@ -85,18 +85,19 @@ class Exchange:
         frames = self._frames.gather(torch.cat([front, first]), FRAME_BYTES, header)
         headers = frames[:, : HEADER.size]
         if not torch.equal(headers, headers[:1].expand_as(headers)):
-            self._raise_difference([Header.unpack(bytes(h.tolist())) for h in headers])
+            self._raise_difference([bytes(h.tolist()) for h in headers])
         parts = [frames[:, HEADER.size :]]
         parts += [self._frames.gather(part, part.numel(), header) for part in rest]
         return torch.cat(parts, dim=1)
 
-    def _raise_difference(self, headers: list[Header]) -> None:
+    def _raise_difference(self, packed: list[bytes]) -> None:
         """Name this rank's place and that of a rank elsewhere, one that failed before all others."""
-        mine, ranks = headers[self._wire.rank], self._wire.ranks
-        others = [r for r, h in enumerate(headers) if h != mine]
+        own, ranks = self._wire.rank, self._wire.ranks
+        headers = [Header.unpack(header) for header in packed]
+        others = [rank for rank, header in enumerate(packed) if header != packed[own]]
         other = next((r for r in others if headers[r].kind == FAILED), others[0])
         raise RanksDisagree(
-            f"rank {ranks[self._wire.rank]} {mine}; rank {ranks[other]} {headers[other]}: "
+            f"rank {ranks[own]} {headers[own]}; rank {ranks[other]} {headers[other]}: "
             "every rank must run the same layers in the same order and mode"
         )
 
@@ -110,7 +111,8 @@ def _transport(wire: Wire) -> Transport:
     choice = os.environ.get("SYNCBN_EXCHANGE", "auto")
     if choice not in ("auto", "gloo", "shared"):
         raise ValueError(f"SYNCBN_EXCHANGE={choice!r} is not allowed: auto, gloo or shared")
-    memory = None if choice == "gloo" else SharedMemory.shared_over(wire, FRAME_BYTES)
+    # Every rank takes part, also one that wants no memory: ranks that choose differently must agree too.
+    memory = SharedMemory.shared_over(wire, FRAME_BYTES, willing=choice != "gloo")
     if memory is None and choice == "shared":
         raise RuntimeError(
             "SYNCBN_EXCHANGE=shared, but the ranks of this group cannot share memory"

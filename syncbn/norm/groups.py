@@ -6,6 +6,7 @@ models can be built, pickled, copied and loaded before, and without, any process
 
 import os
 import weakref
+from datetime import timedelta
 from typing import Literal
 
 import torch
@@ -79,13 +80,21 @@ def _alive(group: ProcessGroup) -> ProcessGroup:
 
 def _make(spec: str | int) -> ProcessGroup:
     """Make every group of the partition that `spec` describes; return the one with this rank in it."""
-    own = None
+    own, timeout = None, _timeout_of_world()
     for ranks in _partition(spec):
-        group = dist.new_group(ranks)
+        group = dist.new_group(ranks, timeout=timeout)
         if dist.get_rank() in ranks:
             own = group
     assert isinstance(own, ProcessGroup)
     return own
+
+
+def _timeout_of_world() -> timedelta:
+    """The time limit that the user gave: groups made here wait no longer than theirs."""
+    world = dist.group.WORLD
+    assert world is not None
+    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+    return world._get_backend(torch.device(device)).options._timeout
 
 
 def _partition(spec: str | int) -> list[list[int]]:

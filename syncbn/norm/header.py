@@ -19,7 +19,8 @@ class Header:
     kind: int
     call: int
     channels: int
-    dtype: torch.dtype
+    dtype: torch.dtype | None
+    """None for one that has no code of its own."""
     needs_grad: bool
     payload_bytes: int
     layer: str
@@ -35,14 +36,16 @@ class Header:
         """The header that `pack` made."""
         kind, call, channels, code, needs_grad, size, layer = HEADER.unpack(data)
         text = layer.rstrip(b"\0").decode(errors="replace")
-        return Header(kind, call, channels, _DTYPES[code], bool(needs_grad), size, text)
+        return Header(
+            kind, call, channels, _DTYPES[code] if code >= 0 else None, bool(needs_grad), size, text
+        )
 
     def __str__(self) -> str:
         """The header in words, for error messages."""
         if self.kind == FAILED:
             return f"failed in {self.layer}"
         mode = "" if self.needs_grad else ", no gradient"
-        dtype = str(self.dtype).removeprefix("torch.")
+        dtype = str(self.dtype or "another dtype").removeprefix("torch.")
         return (
             f"is in the {_KINDS[self.kind]} of SyncBatchNorm {self.layer!r} "
             f"(call {self.call}, {self.channels} channels, {dtype}{mode})"

@@ -83,13 +83,13 @@ class SyncBatchNorm(_BatchNorm):
         self._check_input(input, group)
         return sync_batch_norm(
             input,
-            self.running_mean,
-            self.running_var,
+            self.running_mean if self.track_running_stats else None,
+            self.running_var if self.track_running_stats else None,
             self.weight,
             self.bias,
             momentum=self.momentum,
             eps=self.eps,
-            num_batches_tracked=self.num_batches_tracked,
+            num_batches_tracked=self.num_batches_tracked if self.track_running_stats else None,
             process_group=group,
             name=self._title,
         )
@@ -100,12 +100,22 @@ class SyncBatchNorm(_BatchNorm):
 
     def _check_input(self, input: Tensor, group: ProcessGroup | None = None) -> None:
         """Raise for an unusable input, after telling the ranks that would wait for this one."""
-        error = _complaint(input, self.num_features)
+        error = _complaint(input, self.num_features) or self._complaint_of_original(input)
         if error is None:
             return
         if group is not None and not input.is_cuda:
             exchange_of(group).fail(f"{self._title}: {error}")
         raise error
+
+    def _complaint_of_original(self, input: Tensor) -> ValueError | None:
+        """What the class that this layer was converted from says of the input's dimensions."""
+        original = self.__dict__.get("_syncbn_original_class")
+        try:
+            if original is not None:
+                original._check_input_dim(self, input)
+        except ValueError as error:
+            return error
+        return None
 
     def _check_input_dim(self, input: Tensor) -> None:
         """Satisfy torch's `_BatchNorm.forward`; `_check_input` has looked already."""
@@ -117,8 +127,12 @@ class SyncBatchNorm(_BatchNorm):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "SyncBatchNorm":
         """A copy in the same group: groups are shared, never copied."""
-        if isinstance(self.process_group, ProcessGroup):
-            memo[id(self.process_group)] = self.process_group
+        for group in (
+            self.process_group,
+            self.__dict__.get("_syncbn_replaced", {}).get("process_group"),
+        ):
+            if isinstance(group, ProcessGroup):
+                memo[id(group)] = group
         duplicate = type(self).__new__(type(self))
         memo[id(self)] = duplicate
         duplicate.__setstate__(copy.deepcopy(self.__dict__, memo))

@@ -30,7 +30,7 @@ def recalibrate(model: nn.Module, loader: Iterable[Any]) -> None:
         loader: batches; of a tuple or list, the first element is the input.
 
     Raises:
-        ValueError: no batch norm with running statistics in `model`, or no data on any rank.
+        ValueError: no batch norm with running statistics in `model`, or one that no data reached; nothing is set.
     """
     layers = {
         n: m
@@ -39,7 +39,7 @@ def recalibrate(model: nn.Module, loader: Iterable[Any]) -> None:
     }
     if not layers:
         raise ValueError("recalibrate: the model has no batch norm that tracks running statistics")
-    before = {layer: _buffers(layer) for layer in layers.values()}
+    before = [buffer.clone() for buffer in model.buffers()]
     own: dict[nn.Module, Moments] = {}
 
     def collect(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
@@ -58,10 +58,14 @@ def recalibrate(model: nn.Module, loader: Iterable[Any]) -> None:
             hook.remove()
         for module, training in modes.items():
             module.training = training
-        for layer, buffers in before.items():
-            _restore(layer, buffers)
-    for name, layer in layers.items():
-        _set(layer, _over_ranks(own.get(layer) or _nothing(layer), name))
+        for buffer, value in zip(model.buffers(), before, strict=True):
+            buffer.copy_(value)
+    populations = {n: _over_ranks(own.get(m) or _nothing(m), n) for n, m in layers.items()}
+    for name, population in populations.items():
+        if population.count == 0:
+            raise ValueError(f"recalibrate: no data reached layer {name!r} on any rank")
+    for name, population in populations.items():
+        _set(layers[name], population)
 
 
 def _union(parts: list[Moments]) -> Moments:
@@ -94,16 +98,5 @@ def _over_ranks(own: Moments, name: str) -> Moments:
 def _set(layer: _BatchNorm, population: Moments) -> None:
     assert layer.running_mean is not None
     assert layer.running_var is not None
-    if population.count == 0:
-        raise ValueError("recalibrate: the loader yielded no data on any rank")
     layer.running_mean.copy_(population.mean)
     layer.running_var.copy_(population.M2 / (population.count - 1).clamp(min=1))
-
-
-def _buffers(layer: _BatchNorm) -> list[Tensor]:
-    return [buffer.clone() for buffer in layer.buffers()]
-
-
-def _restore(layer: _BatchNorm, saved: list[Tensor]) -> None:
-    for buffer, value in zip(layer.buffers(), saved, strict=True):
-        buffer.copy_(value)

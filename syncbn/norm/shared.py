@@ -4,7 +4,7 @@ Each rank has two slots and a counter. It writes its frame into the slot of its 
 it reads the others' slots once their counters are as high. Two slots are enough: a rank can be one exchange
 ahead of the slowest, not two, because for the second it has waited for everybody's first.
 
-Nothing is left behind, however a process ends: the file's name is removed as soon as all ranks have mapped it.
+Nothing is left behind, however a process ends: the memory never has a name, and goes with those who map it.
 The order "frame first, counter second" is what x86-64 promises of plain stores; elsewhere the group serves.
 """
 
@@ -12,7 +12,6 @@ import contextlib
 import mmap
 import os
 import platform
-import tempfile
 import time
 from pathlib import Path
 from typing import Self
@@ -22,7 +21,6 @@ from torch import Tensor
 
 from syncbn.norm.wire import Wire
 
-FOLDER = Path("/dev/shm")  # noqa: S108  memory, and not a place for files that stay
 LINE = 64
 """Bytes of a cache line: counters that share one slow each other down."""
 SPINS = 2000
@@ -65,26 +63,27 @@ class SharedMemory:
         return world_size * (LINE + 2 * frame_bytes) + SIGNATURE_BYTES
 
     @classmethod
-    def shared_over(cls, wire: Wire, frame_bytes: int) -> Self | None:
-        """The memory that all ranks of `wire` share, or None where some of them cannot; a collective.
+    def shared_over(cls, wire: Wire, frame_bytes: int, willing: bool = True) -> Self | None:
+        """The memory that all ranks of `wire` share, or None where some cannot or are not willing; a collective.
 
-        Rank 0 makes a file and tells its name; a rank that finds it, and in it what rank 0 wrote, is on the same
-        machine. All of them must, or none uses it.
+        Rank 0 makes nameless memory and tells where it can be opened; a rank that finds it there, signed by
+        rank 0, is on the same machine. All of them must, or none uses it.
         """
         frame_bytes = -(-frame_bytes // LINE) * LINE
         size = cls.size(wire.world_size, frame_bytes)
         secret = os.urandom(8).hex().encode()
-        path = _make(size, secret) if wire.rank == 0 else None
-        offer = (secret + os.fsencode(path or "")).ljust(OFFER_BYTES, b"\0")
-        offers = wire.gather(torch.frombuffer(bytearray(offer), dtype=torch.uint8), OFFER_BYTES)
-        secret, slash, name = bytes(offers[0].tolist()).rstrip(b"\0").partition(b"/")
-        memory = _map(Path(os.fsdecode(slash + name)), size, secret) if name else None
-        verdicts = wire.gather(torch.tensor([memory is not None], dtype=torch.uint8), 1)
-        if path is not None:
-            path.unlink()
-        if memory is None or not bool(verdicts.all()):
-            return None
-        return cls(memory, wire, frame_bytes)
+        descriptor = _make(size, secret) if wire.rank == 0 and willing else None
+        try:
+            path = "" if descriptor is None else f"/proc/{os.getpid()}/fd/{descriptor}"
+            offer = (secret + path.encode()).ljust(OFFER_BYTES, b"\0")
+            offers = wire.gather(torch.frombuffer(bytearray(offer), dtype=torch.uint8), OFFER_BYTES)
+            secret, slash, rest = bytes(offers[0].tolist()).rstrip(b"\0").partition(b"/")
+            memory = _map(Path((slash + rest).decode()), size, secret) if rest and willing else None
+            verdicts = wire.gather(torch.tensor([memory is not None], dtype=torch.uint8), 1)
+        finally:
+            if descriptor is not None:
+                os.close(descriptor)
+        return cls(memory, wire, frame_bytes) if memory and bool(verdicts.all()) else None
 
     def gather(self, frame: Tensor, size: int, doing: object = "") -> Tensor:
         """Every rank's `frame`, uint8, no larger than a slot, as `(W, k)`; `size` does not matter here.
@@ -114,37 +113,45 @@ class SharedMemory:
             if spins > self._spins:
                 now = time.monotonic()
                 deadline = deadline or now + self.timeout_s
-                self._look_after(waited_for[-1], doing, now > deadline)
+                self._look_after(waited_for, doing, now > deadline)
                 time.sleep(0 if spins < PATIENCE else 1e-4)
 
-    def _look_after(self, rank: int, doing: object, late: bool) -> None:
-        """Raise where `rank` has died or is too late."""
-        pid = self._pids[rank]
-        if not late and (pid == 0 or Path(f"/proc/{pid}").exists()):
+    def _look_after(self, ranks: list[int], doing: object, late: bool) -> None:
+        """Raise where one of `ranks` has died, or all are too late."""
+        dead = [rank for rank in ranks if not _lives(self._pids[rank])]
+        if not dead and not late:
             return
-        who, me = self.ranks[rank], self.ranks[self.rank]
-        why = f"it did not come within {self.timeout_s:g} s" if late else "it died"
+        who, me = self.ranks[(dead or ranks)[-1]], self.ranks[self.rank]
+        why = "it died" if dead else f"it did not come within {self.timeout_s:g} s"
         raise RuntimeError(f"rank {me} {doing} and waits for rank {who}: {why}")
 
 
-def _make(size: int, secret: bytes) -> Path | None:
-    """A file of `size` bytes in memory, zero but for the signature at its end; None where there can be none."""
+def _lives(pid: int) -> bool:
+    """Whether the process runs; one that nobody has buried yet does not. 0: it has not told its id."""
+    try:
+        return (
+            pid == 0
+            or Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+        )
+    except OSError:
+        return False
+
+
+def _make(size: int, secret: bytes) -> int | None:
+    """The descriptor of `size` bytes, zero but for the signature at their end; None where there can be none."""
     if platform.machine() not in ("x86_64", "AMD64"):
         return None
     try:
-        descriptor, name = tempfile.mkstemp(prefix="syncbn-", dir=FOLDER)
+        descriptor = os.memfd_create("syncbn")
     except OSError:
         return None
-    path = Path(name)
     try:
         os.posix_fallocate(descriptor, 0, size)  # full memory shows here, not as a bus error later
         os.pwrite(descriptor, secret + _namespace(), size - SIGNATURE_BYTES)
     except OSError:
-        path.unlink()
-        return None
-    finally:
         os.close(descriptor)
-    return path
+        return None
+    return descriptor
 
 
 def _map(path: Path, size: int, secret: bytes) -> mmap.mmap | None:

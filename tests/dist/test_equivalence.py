@@ -123,6 +123,15 @@ def test_options_mean_what_they_mean_in_torch(world_size, options):
 
 
 @pytest.mark.world_size(2)
+def test_statistics_frozen_by_attribute_stay_frozen(world_size):
+    layer = syncbn.convert_sync_batchnorm(batch_norm(4))
+    layer.track_running_stats = False
+    layer(torch.randn(3, 4, 2, 2) + 5)
+    assert torch.equal(layer.running_mean, torch.zeros(4))
+    assert layer.num_batches_tracked == 0
+
+
+@pytest.mark.world_size(2)
 def test_a_batch_empty_on_all_ranks_changes_nothing(world_size):
     layer = syncbn.SyncBatchNorm(4)
     layer(torch.randn(3, 4))

@@ -12,6 +12,7 @@ from torch import nn
 
 import syncbn
 from syncbn.norm.groups import resolve
+from syncbn.norm.wire import Wire
 
 
 def _mean_seen(process_group):
@@ -70,6 +71,11 @@ def test_a_size_that_does_not_divide_the_world_is_refused(world_size):
 
 
 @pytest.mark.world_size(2)
+def test_groups_wait_no_longer_than_the_world_does(world_size):
+    assert Wire(resolve(2)).timeout_s == Wire(dist.group.WORLD).timeout_s == 30
+
+
+@pytest.mark.world_size(2)
 def test_groups_are_made_once(world_size):
     assert resolve(1) is resolve(1)
 
@@ -101,9 +107,12 @@ def test_layers_in_named_groups_pickle_and_copy(world_size):
 
 
 @pytest.mark.world_size(2)
-def test_deep_copies_share_a_process_group(world_size):
+@pytest.mark.parametrize("converted", [True, False])
+def test_deep_copies_share_a_process_group(world_size, converted):
     group = dist.new_group([0, 1])
     model = nn.Sequential(syncbn.SyncBatchNorm(2, process_group=group))
+    if converted:
+        model = syncbn.convert_sync_batchnorm(nn.Sequential(nn.SyncBatchNorm(2, process_group=group)), group)
     twin = copy.deepcopy(model)
     assert twin[0].process_group is group
     x = torch.randn(4, 2)

@@ -53,8 +53,21 @@ def test_a_failure_on_the_way_leaves_the_model_as_it_was():
     assert not model[1]._forward_pre_hooks
 
 
+def test_other_buffers_come_back_and_a_layer_without_data_changes_nothing():
+    model = nn.ModuleDict({"used": nn.Sequential(nn.InstanceNorm1d(3, track_running_stats=True), nn.BatchNorm1d(3))})
+    model.forward = model["used"].forward
+    before = [buffer.clone() for buffer in model["used"][0].buffers()]
+    syncbn.recalibrate(model, [torch.randn(4, 3, 5) + 2])
+    assert all(torch.equal(a, b) for a, b in zip(model["used"][0].buffers(), before, strict=True))
+    mean = model["used"][1].running_mean.clone()
+    model["unused"] = nn.BatchNorm1d(3)
+    with pytest.raises(ValueError, match="no data reached layer 'unused'"):
+        syncbn.recalibrate(model, [torch.randn(4, 3, 5)])
+    assert torch.equal(model["used"][1].running_mean, mean)
+
+
 def test_nothing_to_recalibrate_is_said():
     with pytest.raises(ValueError, match="no batch norm"):
         syncbn.recalibrate(nn.Linear(2, 2), [])
-    with pytest.raises(ValueError, match="no data"):
+    with pytest.raises(ValueError, match="no data reached layer '1'"):
         syncbn.recalibrate(_model(), [])

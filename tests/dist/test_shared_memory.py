@@ -1,9 +1,10 @@
 """Ranks of one machine exchange through memory: the same bits as through gloo, and no hang when it goes wrong."""
 
+import gc
 import os
 import subprocess
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
 
@@ -60,21 +61,36 @@ def test_a_thousand_exchanges_bring_every_ranks_latest_values(world_size):
 
 
 @pytest.mark.world_size(2)
-def test_no_file_is_left_behind(world_size):
-    _gather(_group(), torch.ones(3))
-    assert not list(shared.FOLDER.glob("syncbn-*"))
+def test_the_memory_has_no_name_and_goes_with_the_group(world_size):
+    group = _group()
+    _gather(group, torch.ones(3))
+    assert not list(Path("/dev/shm").glob("*syncbn*"))
+    assert any("memfd:syncbn" in link for link in _open_files())
+    dist.barrier()
+    dist.destroy_process_group(group)
+    del group
+    gc.collect()
+    assert not any("memfd:syncbn" in link for link in _open_files())
+
+
+def _open_files():
+    for descriptor in Path("/proc/self/fd").iterdir():
+        with suppress(OSError):
+            yield str(descriptor.readlink())
 
 
 @pytest.mark.world_size(2)
-@pytest.mark.parametrize("obstacle", ["machine", "folder", "full", "elsewhere"])
-def test_ranks_that_cannot_share_memory_all_take_the_wire(world_size, obstacle, tmp_path):
+@pytest.mark.parametrize("obstacle", ["machine", "kernel", "full", "elsewhere", "unwilling"])
+def test_ranks_that_cannot_share_memory_all_take_the_wire(world_size, obstacle):
     patch = pytest.MonkeyPatch()
     if obstacle == "machine":
         patch.setattr(shared.platform, "machine", lambda: "aarch64")
-    elif obstacle == "folder":
-        patch.setattr(shared, "FOLDER", tmp_path / "missing")
+    elif obstacle == "kernel":
+        patch.setattr(shared.os, "memfd_create", _no_space)
     elif obstacle == "full":
         patch.setattr(shared.os, "posix_fallocate", _no_space)
+    elif obstacle == "unwilling" and dist.get_rank() == 1:
+        patch.setenv("SYNCBN_EXCHANGE", "gloo")
     elif dist.get_rank() == 1:
         patch.setattr(shared, "_namespace", lambda: b"pid:[another machine's]")
     try:
@@ -82,7 +98,6 @@ def test_ranks_that_cannot_share_memory_all_take_the_wire(world_size, obstacle, 
     finally:
         patch.undo()
     assert type(exchange_of(group)._frames) is Wire
-    assert not list(shared.FOLDER.glob("syncbn-*"))
 
 
 def _no_space(*_):
@@ -120,14 +135,17 @@ def test_a_rank_that_does_not_come_is_named_when_the_time_is_up(world_size):
 
 
 @pytest.mark.world_size(2)
-def test_a_rank_that_died_is_named_at_once(world_size):
+@pytest.mark.parametrize("buried", [True, False], ids=["buried", "zombie"])
+def test_a_rank_that_died_is_named_at_once(world_size, buried):
     group = _group()
     _gather(group, torch.ones(2))
     if dist.get_rank() == 1:
         ended = subprocess.Popen(["true"])
-        ended.wait()
+        if buried:
+            ended.wait()
+        else:
+            time.sleep(0.5)
         exchange_of(group)._frames._pids[1] = ended.pid
-        assert not Path(f"/proc/{ended.pid}").exists()
     dist.barrier()
     if dist.get_rank() == 0:
         began = time.monotonic()

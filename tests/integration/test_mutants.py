@@ -144,8 +144,8 @@ MUTANTS = [
     Mutant(
         "shared memory that not all ranks can map",
         "syncbn/norm/shared.py",
-        "if memory is None or not bool(verdicts.all()):",
-        "if memory is None:",
+        "if memory and bool(verdicts.all()) else None",
+        "if memory else None",
         "tests/dist/test_shared_memory.py::test_ranks_that_cannot_share_memory_all_take_the_wire",
     ),
 ]

@@ -82,6 +82,33 @@ def test_torchs_sync_batch_norm_is_converted_and_gets_its_group_back():
     assert model[1].process_group is None
 
 
+def test_a_converted_layer_takes_the_dimensions_its_class_took():
+    layer = syncbn.convert_sync_batchnorm(nn.BatchNorm2d(3))
+    with pytest.raises(ValueError, match="expected 4D input"):
+        layer(torch.randn(3, 3, 8))
+
+
+def test_a_group_given_by_hand_survives_converting_the_model_around_it():
+    model = nn.Sequential(syncbn.SyncBatchNorm(3, process_group="node"), nn.BatchNorm1d(3))
+    syncbn.convert_sync_batchnorm(model)
+    assert model[0].process_group == "node"
+
+
+def test_an_attribute_of_the_same_name_comes_back():
+    layer = nn.BatchNorm1d(3)
+    layer.layer_name = "mine"
+    syncbn.revert_sync_batchnorm(syncbn.convert_sync_batchnorm(layer))
+    assert layer.layer_name == "mine"
+
+
+def test_a_replaced_forward_is_left_alone():
+    layer = nn.BatchNorm1d(3)
+    layer.forward = lambda x: x
+    with pytest.raises(ValueError, match="strict"):
+        syncbn.convert_sync_batchnorm(layer, strict=True)
+    assert type(layer) is nn.BatchNorm1d
+
+
 def test_a_layer_made_as_sync_stays_sync():
     layer = syncbn.SyncBatchNorm(3)
     assert type(syncbn.revert_sync_batchnorm(layer)) is syncbn.SyncBatchNorm
