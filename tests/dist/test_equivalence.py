@@ -217,7 +217,7 @@ def test_twenty_ddp_steps_follow_one_process(world_size, even):
 
 
 @pytest.mark.world_size(4)
-def test_unweighted_losses_of_uneven_ranks_are_wrong_by_a_tenth_at_least(world_size):
+def test_unweighted_losses_of_uneven_ranks_are_wrong_by_forty_percent(world_size):
     sizes = (5, 3, 2, 2)
     oracle = _model()
     ranks = DistributedDataParallel(syncbn.convert_sync_batchnorm(copy.deepcopy(oracle)))
@@ -225,7 +225,7 @@ def test_unweighted_losses_of_uneven_ranks_are_wrong_by_a_tenth_at_least(world_s
     nn.functional.cross_entropy(oracle(x), target).backward()
     nn.functional.cross_entropy(ranks(own_part(x, sizes)), own_part(target, sizes)).backward()
     wrong, right = ranks.module[0].weight.grad, oracle[0].weight.grad
-    assert (wrong - right).norm() / right.norm() > 0.1
+    assert 0.35 < (wrong - right).norm() / right.norm() < 0.45
 
 
 @pytest.mark.world_size(2, 3)
