@@ -208,7 +208,7 @@ def test_a_single_run_resumed_is_one_run_with_each_step_once(runs_dir):
 def test_secrets_and_long_values_do_not_get_through(runs_dir):
     cfg = run_config(runs_dir)
     cfg.data.root = "x" * 7000
-    cfg.tracking.uri = "http://ann:pa55@host:1/"
+    cfg.tracking.uri = "http://login0:pa55@host:1/"
     write_trial(cfg)
     ship(cfg.folder, store_uri(cfg.runs_dir))
     run = runs_of(store_uri(cfg.runs_dir), "runs")["run"]

@@ -56,7 +56,7 @@ def test_a_plan_is_yaml_and_json():
 
 
 def test_passwords_stay_out_of_a_plan():
-    plan = plan_of("train", "tracking.uri=http://ann:sesame@host:5000")
+    plan = plan_of("train", "tracking.uri=http://login0:sesame@host:5000")
     assert "sesame" not in as_yaml(plan.to_dict())
     assert has_secrets(plan.overrides)
     assert not has_secrets(["tracking.uri=http://host:5000", "data=mnist"])

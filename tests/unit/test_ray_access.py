@@ -210,7 +210,7 @@ def test_a_jobs_data_are_looked_for_at_an_absolute_path():
 
 @pytest.mark.parametrize(
     "override",
-    ["launcher=local", "launcher.address=head:1", "tracking.uri=http://ann:sesame@host:5000"],
+    ["launcher=local", "launcher.address=head:1", "tracking.uri=http://login0:sesame@host:5000"],
 )
 def test_settings_that_no_job_may_have_are_refused(override):
     with pytest.raises(UsageError):

@@ -121,8 +121,8 @@ def test_user_and_password_of_the_uri_are_sent_but_never_shown():
         return 401, b""
 
     with server(answer) as uri, pytest.raises(NotAuthorised) as error:
-        probe(uri.replace("http://", "http://ann:secret@"))
-    assert said == ["Basic " + base64.b64encode(b"ann:secret").decode()]
+        probe(uri.replace("http://", "http://login0:secret@"))
+    assert said == ["Basic " + base64.b64encode(b"login0:secret").decode()]
     assert "secret" not in str(error.value)
 
 
