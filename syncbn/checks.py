@@ -159,7 +159,7 @@ def _check_study(study: StudyConfig) -> None:
     """Raise `UsageError` for a study without arms or seeds, or with a claim on an arm it has not."""
     if not study.arms:
         raise UsageError("study.arms is empty: a study compares at least two arms")
-    if not study.seeds or len(set(study.seeds)) != len(study.seeds):
+    if not study.seeds or len(set(study.seeds)) != len(study.seeds) or min(study.seeds) < 0:
         raise UsageError(f"study.seeds={study.seeds} is not allowed: distinct whole numbers >= 0")
     for arm in study.arms:
         if not is_folder_name(arm):

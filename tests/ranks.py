@@ -105,6 +105,7 @@ def _attempt(
             timeout=timedelta(seconds=30),
         )
         getattr(importlib.import_module(module), function)(**kwargs)
+        dist.barrier()  # a rank that leaves early breaks the connections others are still making
     except BaseException:
         return traceback.format_exc()
     finally:

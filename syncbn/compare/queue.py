@@ -54,7 +54,8 @@ def run_trials(cfg: Config, runtime: Runtime) -> None:
     Raises:
         SyncbnError: a trial failed otherwise; finished ones are kept.
     """
-    pending = [trial for trial in trials(cfg) if finished(trial.config) is None]
+    again = not cfg.train.resume
+    pending = [trial for trial in trials(cfg) if again or finished(trial.config) is None]
     together = [trial for trial in pending if trial.config.num_ranks == runtime.world_size]
     alone = [trial for trial in pending if trial.config.num_ranks != runtime.world_size]
     runtime.barrier()  # every rank has looked before any trial finishes

@@ -48,7 +48,7 @@ def evaluate(
 
 
 def _own_batches(num_samples: int, runtime: Runtime, batch: int) -> Iterator[Tensor]:
-    own = torch.arange(runtime.rank, num_samples, runtime.world_size)
+    own = torch.arange(num_samples)[runtime.rank :: runtime.world_size]
     yield from own.split(batch)
 
 

@@ -27,6 +27,8 @@ def recorded_run(cfg: RunConfig, runtime: Runtime) -> RunSummary:
     if _on_main(done is not None, runtime):
         assert done is not None
         return done
+    if runtime.is_main:  # an interrupted attempt must not leave its predecessor's outcome behind
+        (cfg.folder / "summary.json").unlink(missing_ok=True)
     tracker: Tracker = Journal(cfg.folder / "journal.jsonl") if runtime.is_main else Untracked()
     try:
         summary = train(cfg, runtime, tracker)
