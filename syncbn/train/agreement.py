@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from syncbn.errors import NonFinite, Stopped
+from syncbn.errors import NonFinite
 from syncbn.runtime.base import Runtime
 
 
@@ -28,12 +28,11 @@ class Agreement:
         """Record this rank's share `()` of the loss of `step`, without looking at it."""
         self._shares.append((step, share.detach()))
 
-    def settle(self, signal_number: int, out_of_time: bool) -> tuple[dict[int, float], bool]:
-        """Sum everything over ranks: the mean loss by step since last time, and whether time is up on rank 0.
+    def settle(self, signal_number: int, out_of_time: bool) -> tuple[dict[int, float], bool, int]:
+        """Sum over ranks: mean loss by step since last time, whether time is up on rank 0, and a signal or 0.
 
         Raises:
             NonFinite: a loss is NaN or infinite; names the step and the ranks.
-            Stopped: some rank received a signal.
         """
         steps = [step for step, _ in self._shares]
         own = torch.stack([s for _, s in self._shares]) if steps else torch.empty(0)
@@ -47,9 +46,7 @@ class Agreement:
             raise NonFinite(
                 f"the loss of step {step} is not finite on rank {ranks}: lower optim.lr, or set optim.clip_norm"
             )
-        if asked:
-            raise Stopped(asked)
-        return dict(zip(steps, losses, strict=True)), late
+        return dict(zip(steps, losses, strict=True)), late, asked
 
     def _exchange(
         self, own: torch.Tensor, signal_number: int, out_of_time: bool

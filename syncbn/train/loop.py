@@ -95,28 +95,31 @@ class _Loop:
             _due(state.step, train.eval_every),
             _due(state.step, train.checkpoint_every),
         )
-        late = False
+        late, asked = False, 0
         if last or measuring or saving or _due(state.step, train.agree_every):
-            late = self._agree()
+            late, asked = self._agree()
         if measuring or last:
             self._measure()
+        enough = measuring and self._good_enough()
+        if asked:  # what this step made due is done: resuming repeats and loses nothing
+            raise Stopped(asked)
         if saving and not last:
             checkpoint(state, self.tracker)
-        return late or (measuring and self._good_enough())
+        return late or enough
 
-    def _agree(self) -> bool:
-        """Settle with all ranks and record the losses; whether the time limit is over."""
+    def _agree(self) -> tuple[bool, int]:
+        """Settle with all ranks and record the losses; whether time is over, and the signal to stop, or 0."""
         cfg = self.state.cfg
         limit = cfg.train.time_limit_s
         late = limit is not None and time.monotonic() - self.started > limit
-        losses, late = self.agreement.settle(self.stop.signal_number, late)
+        losses, late, asked = self.agreement.settle(self.stop.signal_number, late)
         for step, loss in losses.items():
             if _due(step, cfg.train.log_every):
                 rate = learning_rate(step - 1, cfg.optim, cfg.train.steps, cfg.global_batch)
                 self.tracker.metrics(step, {"train_loss": loss, "lr": rate})
         if losses:
             self.state.standing.train_loss = sum(losses.values()) / len(losses)
-        return late
+        return late, asked
 
     def _measure(self) -> None:
         state, cfg = self.state, self.state.cfg
