@@ -2,12 +2,18 @@
 
 M2 is the sum of squared deviations from the mean. Moments are merged, never variances or raw sums of squares:
 the merge is exact for any counts, and it does not cancel when the mean is large against the spread.
+
+Between kernels, exchange and merge they travel *packed*, one tensor `(2 + 2C,)`: the count as two values, then C
+means, then C M2s, all in the dtype of the statistics.
 """
 
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+LOW_BITS = 2**20
+"""The count travels as count % 2^20 and count // 2^20, because a float32 alone is exact only to 2^24."""
 
 
 class Moments(NamedTuple):
@@ -22,6 +28,36 @@ class Moments(NamedTuple):
     count: Tensor
     mean: Tensor
     M2: Tensor
+
+
+class Statistics(NamedTuple):
+    """What all ranks normalise with.
+
+    Attributes:
+        total: values per channel over all ranks, `()`, float64.
+        mean: `(C,)`, float32, or float64 for float64 input.
+        var: M2 / N, as `mean`.
+        invstd: 1 / sqrt(var + eps), as `mean`.
+    """
+
+    total: Tensor
+    mean: Tensor
+    var: Tensor
+    invstd: Tensor
+
+
+def pack(moments: Moments) -> Tensor:
+    """`moments` as one tensor, `(2 + 2C,)`."""
+    low = moments.count % LOW_BITS
+    counts = torch.stack([low, (moments.count - low) / LOW_BITS]).to(moments.mean.dtype)
+    return torch.cat([counts, moments.mean, moments.M2])
+
+
+def unpack(packed: Tensor) -> Moments:
+    """Counts `(W,)`, means `(W, C)` and M2s `(W, C)` of packed moments `(W, 2 + 2C)`."""
+    counts = packed[:, :2].to(torch.float64)
+    means, M2s = packed[:, 2:].chunk(2, dim=1)
+    return Moments(counts[:, 0] + counts[:, 1] * LOW_BITS, means, M2s)
 
 
 def merge(counts: Tensor, means: Tensor, M2s: Tensor) -> Moments:

@@ -1,17 +1,28 @@
-"""The arithmetic on one rank: four functions over an input `(N, C, *)`, behind one small interface.
+"""The arithmetic on one rank: a few functions over an input `(N, C, *)`, behind one small interface.
 
 Every implementation gives the same results within rounding and passes the same tests; `pick` chooses one for a
-tensor. Nothing here knows of other ranks.
+tensor. Nothing here knows of other ranks, and nothing here waits for a GPU.
 """
 
 from typing import Protocol
 
 from torch import Tensor
 
+from syncbn.norm.kernels.activations import ACTIVATIONS, check_act
 from syncbn.norm.kernels.eager import EagerKernels
-from syncbn.norm.moments import Moments
+from syncbn.norm.kernels.operands import Affine, Fused, Running
+from syncbn.norm.moments import Statistics
 
-__all__ = ["EagerKernels", "Kernels", "pick"]
+__all__ = [
+    "ACTIVATIONS",
+    "Affine",
+    "EagerKernels",
+    "Fused",
+    "Kernels",
+    "Running",
+    "check_act",
+    "pick",
+]
 
 
 class Kernels(Protocol):
@@ -21,33 +32,39 @@ class Kernels(Protocol):
     dtype and memory format of `x`. An empty `x` gives zero sums and empty results.
     """
 
-    def moments(self, x: Tensor) -> Moments:
-        """Count, mean and M2 per channel."""
+    def moments(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        """The packed moments (see `syncbn.norm.moments`) of the values where `mask` is true, `(2 + 2C,)`."""
         ...
 
-    def normalize(
-        self, x: Tensor, mean: Tensor, invstd: Tensor, weight: Tensor | None, bias: Tensor | None
-    ) -> Tensor:
-        """(x - mean) * invstd * weight + bias."""
+    def merge(self, packed: Tensor, eps: float) -> Statistics:
+        """What W ranks' packed moments, `(W, 2 + 2C)`, come down to; the same bits on every rank."""
         ...
 
-    def backward_sums(
-        self, dy: Tensor, x: Tensor, mean: Tensor, invstd: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Sum of dy, and sum of dy * xhat, per channel."""
+    def update(self, running: Running, statistics: Statistics) -> None:
+        """Move the running statistics towards those of this batch, in place; an empty batch moves nothing."""
+        ...
+
+    def normalize(self, x: Tensor, affine: Affine, fused: Fused) -> Tensor:
+        """act((x - mean) * invstd * weight + bias + residual), and 0 where the mask is false."""
+        ...
+
+    def backward_sums(self, dy: Tensor, x: Tensor, affine: Affine, fused: Fused) -> Tensor:
+        """Sum of dz, and sum of dz * xhat, per channel, `(2, C)`; dz = dy * act'(z), 0 outside the mask."""
         ...
 
     def backward_input(
-        self,
-        dy: Tensor,
-        x: Tensor,
-        mean: Tensor,
-        invstd: Tensor,
-        weight: Tensor | None,
-        mean_dy: Tensor,
-        mean_dy_xhat: Tensor,
+        self, dy: Tensor, x: Tensor, affine: Affine, fused: Fused, sums: Tensor, total: Tensor
     ) -> Tensor:
-        """Weight * invstd * (dy - mean_dy - xhat * mean_dy_xhat), the gradient of the input."""
+        """Weight * invstd * (dz - sums[0] / total - xhat * sums[1] / total), and 0 outside the mask.
+
+        Args:
+            sums: `backward_sums` of all ranks, added.
+            total: values per channel over all ranks, `()`, float64; 0 counts as 1.
+        """
+        ...
+
+    def backward_residual(self, dy: Tensor, x: Tensor, affine: Affine, fused: Fused) -> Tensor:
+        """The gradient of the residual: dz, in the dtype of `dy`."""
         ...
 
 

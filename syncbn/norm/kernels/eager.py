@@ -7,7 +7,9 @@ a mean of 100 altogether.
 import torch
 from torch import Tensor
 
-from syncbn.norm.moments import Moments
+from syncbn.norm.kernels.activations import ACTIVATIONS
+from syncbn.norm.kernels.operands import Affine, Fused, Running
+from syncbn.norm.moments import Moments, Statistics, merge, pack, unpack
 
 
 def stats_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -27,48 +29,95 @@ def _per_channel(values: Tensor, x: Tensor) -> Tensor:
 class EagerKernels:
     """`Kernels` in plain ATen operations."""
 
-    def moments(self, x: Tensor) -> Moments:
+    def moments(self, x: Tensor, mask: Tensor | None) -> Tensor:
         """Count, mean and M2 per channel, in two passes."""
         x = x.to(stats_dtype(x.dtype))
-        count = x.numel() // x.shape[1]
-        mean = x.sum(_reduced(x)) / max(count, 1)
-        M2 = (x - _per_channel(mean, x)).square_().sum(_reduced(x))
-        # full, not tensor: a copy from the host would stall a GPU
-        total = torch.full((), float(count), dtype=torch.float64, device=x.device)
-        return Moments(total, mean, M2)
+        if mask is None:
+            # full, not tensor: a copy from the host would stall a GPU
+            values = float(x.numel() // x.shape[1])
+            count = torch.full((), values, dtype=torch.float64, device=x.device)
+        else:
+            count = mask.sum(dtype=torch.float64)
+            x = x.masked_fill(~mask, 0)
+        mean = x.sum(_reduced(x)) / count.clamp(min=1).to(x.dtype)
+        deviations = x - _per_channel(mean, x)
+        if mask is not None:
+            deviations.masked_fill_(~mask, 0)
+        return pack(Moments(count, mean, deviations.square_().sum(_reduced(x))))
 
-    def normalize(
-        self, x: Tensor, mean: Tensor, invstd: Tensor, weight: Tensor | None, bias: Tensor | None
-    ) -> Tensor:
-        """(x - mean) * invstd * weight + bias; the mean goes first, so that a large one cancels exactly."""
-        scale = invstd if weight is None else invstd * weight
-        y = (x.to(mean.dtype) - _per_channel(mean, x)).mul_(_per_channel(scale, x))
-        if bias is not None:
-            y.add_(_per_channel(bias, x))
-        return y.to(x.dtype)
+    def merge(self, packed: Tensor, eps: float) -> Statistics:
+        """What W ranks' moments come down to."""
+        total, mean, M2 = merge(*unpack(packed))
+        var = M2 / total.clamp(min=1).to(M2.dtype)
+        return Statistics(total, mean, var, torch.rsqrt(var + eps))
 
-    def backward_sums(
-        self, dy: Tensor, x: Tensor, mean: Tensor, invstd: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Sum of dy, and sum of dy * xhat, per channel."""
-        dy = dy.to(mean.dtype)
-        centred = x.to(mean.dtype) - _per_channel(mean, x)
-        return dy.sum(_reduced(x)), centred.mul_(dy).sum(_reduced(x)).mul_(invstd)
+    def update(self, running: Running, statistics: Statistics) -> None:
+        """Move the running statistics towards those of this batch."""
+        total = statistics.total
+        seen = (total > 0).to(torch.float64)
+        if running.num_batches_tracked is not None:
+            running.num_batches_tracked.add_(seen.to(running.num_batches_tracked.dtype))
+        if running.momentum is not None:
+            factor = seen * running.momentum
+        else:
+            assert running.num_batches_tracked is not None, (
+                "momentum=None needs num_batches_tracked"
+            )
+            factor = seen / running.num_batches_tracked.clamp(min=1)
+        unbiased = statistics.var * (total / (total - 1).clamp(min=1))
+        for old, new in ((running.mean, statistics.mean), (running.var, unbiased)):
+            weight = factor.to(old.dtype)
+            old.mul_(1 - weight).add_(new.to(old.dtype) * weight)
+
+    def normalize(self, x: Tensor, affine: Affine, fused: Fused) -> Tensor:
+        """act((x - mean) * invstd * weight + bias + residual)."""
+        z = _normalized(x, affine, fused.residual)
+        y = z if fused.act is None else ACTIVATIONS[fused.act].function(z)
+        return _masked(y, fused.mask).to(x.dtype)
+
+    def backward_sums(self, dy: Tensor, x: Tensor, affine: Affine, fused: Fused) -> Tensor:
+        """Sum of dz, and sum of dz * xhat, per channel."""
+        dz = _before_act(dy, x, affine, fused)
+        centred = x.to(dz.dtype) - _per_channel(affine.mean, x)
+        centred = _masked(centred.mul_(dz), fused.mask)
+        return torch.stack([dz.sum(_reduced(x)), centred.sum(_reduced(x)).mul_(affine.invstd)])
 
     def backward_input(
-        self,
-        dy: Tensor,
-        x: Tensor,
-        mean: Tensor,
-        invstd: Tensor,
-        weight: Tensor | None,
-        mean_dy: Tensor,
-        mean_dy_xhat: Tensor,
+        self, dy: Tensor, x: Tensor, affine: Affine, fused: Fused, sums: Tensor, total: Tensor
     ) -> Tensor:
-        """Weight * invstd * (dy - mean_dy - xhat * mean_dy_xhat)."""
-        scale = invstd if weight is None else invstd * weight
-        dx = (x.to(mean.dtype) - _per_channel(mean, x)).mul_(
-            _per_channel(-invstd * mean_dy_xhat, x)
-        )
-        dx.add_(dy).sub_(_per_channel(mean_dy, x)).mul_(_per_channel(scale, x))
-        return dx.to(x.dtype)
+        """Weight * invstd * (dz - mean of dz - xhat * mean of dz * xhat)."""
+        dz = _before_act(dy, x, affine, fused)
+        mean_dz, mean_dz_xhat = sums / total.clamp(min=1).to(sums.dtype)
+        scale = affine.invstd if affine.weight is None else affine.invstd * affine.weight
+        dx = x.to(dz.dtype) - _per_channel(affine.mean, x)
+        dx.mul_(_per_channel(-affine.invstd * mean_dz_xhat, x))
+        dx.add_(dz).sub_(_per_channel(mean_dz, x)).mul_(_per_channel(scale, x))
+        return _masked(dx, fused.mask).to(x.dtype)
+
+    def backward_residual(self, dy: Tensor, x: Tensor, affine: Affine, fused: Fused) -> Tensor:
+        """The gradient of the residual."""
+        return _before_act(dy, x, affine, fused).to(dy.dtype)
+
+
+def _normalized(x: Tensor, affine: Affine, residual: Tensor | None) -> Tensor:
+    """z, in the statistics' dtype; the mean goes first, so that a large one cancels exactly."""
+    scale = affine.invstd if affine.weight is None else affine.invstd * affine.weight
+    z = (x.to(affine.mean.dtype) - _per_channel(affine.mean, x)).mul_(_per_channel(scale, x))
+    if affine.bias is not None:
+        z.add_(_per_channel(affine.bias, x))
+    return z if residual is None else z.add_(residual)
+
+
+def _before_act(dy: Tensor, x: Tensor, affine: Affine, fused: Fused) -> Tensor:
+    """dz, in the statistics' dtype."""
+    dz = dy.to(affine.mean.dtype)
+    if fused.act is not None:
+        z = fused.output
+        if z is None:
+            z = _normalized(x, affine, fused.residual)
+        dz = dz * ACTIVATIONS[fused.act].derivative(z.to(dz.dtype))
+    return _masked(dz, fused.mask)
+
+
+def _masked(values: Tensor, mask: Tensor | None) -> Tensor:
+    return values if mask is None else values.masked_fill(~mask, 0)
