@@ -12,11 +12,19 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
+from torch.nn.functional import batch_norm
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from syncbn.norm import kernels
+from syncbn.norm.autograd import SyncBatchNormFunction
+from syncbn.norm.compiled import compiled_batch_norm, group_text
 from syncbn.norm.exchange import exchange_of
-from syncbn.norm.functional import sync_batch_norm
+from syncbn.norm.functional import complaint, fitted, tell
 from syncbn.norm.groups import GroupSpec, check_spec, resolve
+from syncbn.norm.kernels import Running, check_act
+from syncbn.norm.kernels.activations import apply_act
+from syncbn.norm.replay import replaying, replays_of
+from syncbn.norm.steps import Call
 
 
 class SyncBatchNorm(_BatchNorm):
@@ -36,6 +44,7 @@ class SyncBatchNorm(_BatchNorm):
         process_group: who is synchronised with whom: None or "world" for all ranks, "node" for those of one
             machine, k for k consecutive ranks at a time, or a ProcessGroup. Groups given by name or size
             pickle, deep-copy and survive a checkpoint.
+        act: None, or an activation to apply in the same pass: "relu", "relu6", "leaky_relu", "silu" or "hardswish".
         device: where parameters and buffers live.
         dtype: of parameters and running statistics.
 
@@ -44,9 +53,9 @@ class SyncBatchNorm(_BatchNorm):
         ValueError: an argument out of range.
     """
 
-    process_group: GroupSpec
-    layer_name: str
-    """What error messages call this layer; conversion sets it to the layer's name in the model."""
+    __constants__ = [*_BatchNorm.__constants__, "act"]  # noqa: RUF012 - torch's own spelling
+    act: str | None = None
+    """A class attribute, so that a layer converted from torch's has it too."""
 
     def __init__(
         self,
@@ -57,55 +66,136 @@ class SyncBatchNorm(_BatchNorm):
         track_running_stats: bool = True,
         process_group: GroupSpec = None,
         *,
+        act: str | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         _check_arguments(num_features, eps, momentum)
         check_spec(process_group)
+        check_act(act)
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype)
-        self.process_group = process_group
-        self.layer_name = ""
+        self.process_group: GroupSpec = process_group
+        self.layer_name = ""  # what error messages call it; conversion sets its name in the model
+        if act is not None:
+            self.act = act
 
-    def forward(self, input: Tensor) -> Tensor:
-        """Normalise `input`, `(N, C, *)`; the result keeps its shape, dtype and memory format.
+    def forward(
+        self, input: Tensor, mask: Tensor | None = None, residual: Tensor | None = None
+    ) -> Tensor:
+        """act(batch_norm(input) + residual); the result keeps the shape, dtype and memory format of `input`.
+
+        Args:
+            input: `(N, C, *)`, floating point.
+            mask: bool, `(N, 1, *)`; positions where it is false are left out of the statistics, come out as 0 and
+                get no gradient.
+            residual: in the shape of `input`, added before the activation.
 
         Raises:
-            ValueError: fewer than 2 dimensions, another number of channels, or one value per channel in total.
-            TypeError: an input that is not floating point.
+            ValueError: fewer than 2 dimensions, another number of channels, a mask or residual that does not fit, or
+                one value per channel in total.
+            TypeError: an input that is not floating point, or a mask that is not bool.
         """
-        if not self.training:
-            self._check_input(input)
-            return super().forward(input)
-        group = resolve(self.process_group)
-        if group is None or dist.get_world_size(group) == 1:
-            self._check_input(input)
-            return super().forward(input)
-        self._check_input(input, group)
-        return sync_batch_norm(
+        if self.training:
+            return self._train(input, mask, residual)
+        return self._evaluate(input, mask, residual)
+
+    def _evaluate(self, input: Tensor, mask: Tensor | None, residual: Tensor | None) -> Tensor:
+        if not torch.jit.is_scripting():  # pyright: ignore[reportPrivateImportUsage]
+            self._check_input(input, mask, residual)
+        y = batch_norm(
             input,
-            self.running_mean if self.track_running_stats else None,
-            self.running_var if self.track_running_stats else None,
+            self.running_mean,
+            self.running_var,
             self.weight,
             self.bias,
-            momentum=self.momentum,
+            training=self.running_mean is None and self.running_var is None,
+            momentum=0.0,
             eps=self.eps,
-            num_batches_tracked=self.num_batches_tracked if self.track_running_stats else None,
-            process_group=group,
-            name=self._title,
+        )
+        if residual is not None:
+            y = y + residual
+        y = apply_act(self.act, y)
+        return y if mask is None else y.masked_fill(~mask, 0.0)
+
+    @torch.jit.unused
+    def _train(self, input: Tensor, mask: Tensor | None, residual: Tensor | None) -> Tensor:
+        if torch.compiler.is_compiling():
+            return self._train_compiled(input, mask, residual)
+        group = resolve(self.process_group)
+        if group is not None and dist.get_world_size(group) == 1:
+            group = None
+        self._check_input(input, mask, residual, group)
+        if group is None and self._is_torchs(input, mask, residual):
+            return self._replay_alone(input) if replaying() else super().forward(input)
+        return SyncBatchNormFunction.apply(
+            input,
+            self.weight,
+            self.bias,
+            residual,
+            Call(
+                eps=self.eps,
+                act=self.act,
+                mask=None if mask is None else fitted(mask, input),
+                running=self._running(),
+                exchange=None if group is None else exchange_of(group),
+                name=self._title(),
+                replays=replays_of(self),
+            ),
         )
 
-    @property
+    def _replay_alone(self, input: Tensor) -> Tensor:
+        """The numbers of torch's batch norm once more, counting nothing; it keeps the same tensors."""
+        running = self._running()
+        mean, var = (running.mean.clone(), running.var.clone()) if running else (None, None)
+        return batch_norm(input, mean, var, self.weight, self.bias, training=True, eps=self.eps)
+
+    def _train_compiled(
+        self, input: Tensor, mask: Tensor | None, residual: Tensor | None
+    ) -> Tensor:
+        self._check_input(input, mask, residual)
+        alone = not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1)
+        if alone and mask is None and residual is None:
+            return apply_act(self.act, super().forward(input))
+        return compiled_batch_norm(
+            input,
+            self.weight,
+            self.bias,
+            residual,
+            None if mask is None else fitted(mask, input),
+            self._running(),
+            eps=self.eps,
+            act=self.act,
+            group=group_text(self.process_group),
+            name=self._title(),
+        )
+
+    def _is_torchs(self, input: Tensor, mask: Tensor | None, residual: Tensor | None) -> bool:
+        """Whether torch's own batch norm serves a group of one: nothing is fused, and no kernel of ours is faster."""
+        plain = mask is None and residual is None and self.act is None
+        too_few = input.numel() <= input.shape[1]  # torch's own error, or its way with nothing
+        return plain and (too_few or not kernels.faster_alone(input))
+
+    def _running(self) -> Running | None:
+        if not self.track_running_stats or self.running_mean is None or self.running_var is None:
+            return None
+        return Running(self.running_mean, self.running_var, self.num_batches_tracked, self.momentum)
+
     def _title(self) -> str:
         return self.layer_name or f"SyncBatchNorm({self.num_features})"
 
-    def _check_input(self, input: Tensor, group: ProcessGroup | None = None) -> None:
-        """Raise for an unusable input, after telling the ranks that would wait for this one."""
-        error = _complaint(input, self.num_features) or self._complaint_of_original(input)
-        if error is None:
-            return
-        if group is not None and not input.is_cuda:
-            exchange_of(group).fail(f"{self._title}: {error}")
-        raise error
+    def _check_input(
+        self,
+        input: Tensor,
+        mask: Tensor | None,
+        residual: Tensor | None,
+        group: ProcessGroup | None = None,
+    ) -> None:
+        """Raise for unusable operands, after telling the ranks that would wait for this one."""
+        error = complaint(input, self.num_features, mask, residual)
+        error = error or self._complaint_of_original(input)
+        if error is not None:
+            tell(group, input, f"{self._title()}: {error}")
+            raise error
 
     def _complaint_of_original(self, input: Tensor) -> ValueError | None:
         """What the class that this layer was converted from says of the input's dimensions."""
@@ -123,7 +213,8 @@ class SyncBatchNorm(_BatchNorm):
     def extra_repr(self) -> str:
         """The arguments, the group among them where it is not everybody."""
         group = "" if self.process_group is None else f", process_group={self.process_group!r}"
-        return super().extra_repr() + group
+        act = "" if self.act is None else f", act={self.act!r}"
+        return super().extra_repr() + group + act
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "SyncBatchNorm":
         """A copy in the same group: groups are shared, never copied."""
@@ -163,13 +254,3 @@ def _check_arguments(num_features: object, eps: object, momentum: object) -> Non
         raise TypeError(f"momentum={momentum!r} is not allowed: None, or a number from 0 to 1")
     if not 0 <= momentum <= 1:
         raise ValueError(f"momentum={momentum!r} is not allowed: None, or a number from 0 to 1")
-
-
-def _complaint(input: Tensor, num_features: int) -> Exception | None:
-    if input.dim() < 2:
-        return ValueError(f"expected input (N, C, *), got {input.dim()}D input")
-    if input.shape[1] != num_features:
-        return ValueError(f"expected {num_features} channels, got {input.shape[1]}")
-    if not input.is_floating_point():
-        return TypeError(f"expected floating-point input, got {input.dtype}")
-    return None

@@ -7,6 +7,8 @@ tensor. Nothing here knows of other ranks, and nothing here waits for a GPU.
 from typing import Protocol
 
 from torch import Tensor
+from torch._C._functorch import peek_interpreter_stack
+from torch.jit._trace import is_tracing
 
 from syncbn.norm.kernels.activations import ACTIVATIONS, check_act
 from syncbn.norm.kernels.eager import EagerKernels
@@ -21,6 +23,7 @@ __all__ = [
     "Kernels",
     "Running",
     "check_act",
+    "faster_alone",
     "pick",
 ]
 
@@ -32,7 +35,7 @@ class Kernels(Protocol):
     dtype and memory format of `x`. An empty `x` gives zero sums and empty results.
     """
 
-    def moments(self, x: Tensor, mask: Tensor | None) -> Tensor:
+    def moments(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """The packed moments (see `syncbn.norm.moments`) of the values where `mask` is true, `(2 + 2C,)`."""
         ...
 
@@ -57,9 +60,8 @@ class Kernels(Protocol):
     ) -> Tensor:
         """Weight * invstd * (dz - sums[0] / total - xhat * sums[1] / total), and 0 outside the mask.
 
-        Args:
-            sums: `backward_sums` of all ranks, added.
-            total: values per channel over all ranks, `()`, float64; 0 counts as 1.
+        `sums` are the `backward_sums` of all ranks, added, and `total` is the number of values per channel over all
+        ranks, `()`, float64, where 0 counts as 1.
         """
         ...
 
@@ -75,3 +77,13 @@ def pick(x: Tensor) -> Kernels:
     """The kernels that serve `x`, by its device."""
     del x  # one implementation serves every device so far
     return _EAGER
+
+
+def faster_alone(x: Tensor) -> bool:
+    """Whether a group of one does better with kernels of ours than with torch's batch norm.
+
+    Where a transform or a tracer looks on, torch's own operation is the one it knows.
+    """
+    plain = type(x) is Tensor and x.device.type == "cpu"
+    watched = is_tracing() or peek_interpreter_stack() is not None
+    return plain and not watched and not isinstance(pick(x), EagerKernels)

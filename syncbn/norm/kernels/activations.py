@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
+from torch.nn.functional import hardswish, leaky_relu, relu, relu6, silu
 
 LEAK = 0.01
 """The slope of leaky_relu below zero, torch's default."""
@@ -20,13 +20,11 @@ class Activation(NamedTuple):
 
     Attributes:
         code: its number in native kernels; 0 is the identity.
-        function: f, differentiable.
         derivative: f'(z), of a tensor of z; differentiable too.
         from_output: whether `derivative` gives the same when it is handed y in the place of z.
     """
 
     code: int
-    function: Callable[[Tensor], Tensor]
     derivative: Callable[[Tensor], Tensor]
     from_output: bool
 
@@ -46,11 +44,11 @@ def _step(z: Tensor, below: float) -> Tensor:
 
 
 ACTIVATIONS = {
-    "relu": Activation(1, F.relu, lambda z: _step(z, 0.0), from_output=True),
-    "relu6": Activation(2, F.relu6, lambda z: ((z > 0) & (z < 6)).to(z.dtype), from_output=True),
-    "leaky_relu": Activation(3, F.leaky_relu, lambda z: _step(z, LEAK), from_output=True),
-    "silu": Activation(4, F.silu, _silu_derivative, from_output=False),
-    "hardswish": Activation(5, F.hardswish, _hardswish_derivative, from_output=False),
+    "relu": Activation(1, lambda z: _step(z, 0.0), from_output=True),
+    "relu6": Activation(2, lambda z: ((z > 0) & (z < 6)).to(z.dtype), from_output=True),
+    "leaky_relu": Activation(3, lambda z: _step(z, LEAK), from_output=True),
+    "silu": Activation(4, _silu_derivative, from_output=False),
+    "hardswish": Activation(5, _hardswish_derivative, from_output=False),
 }
 """By the name that `act=` takes."""
 
@@ -60,3 +58,18 @@ def check_act(act: object) -> None:
     if act is not None and act not in ACTIVATIONS:
         names = ", ".join(map(repr, ACTIVATIONS))
         raise ValueError(f"act={act!r} is not allowed: None or one of {names}")
+
+
+def apply_act(act: str | None, z: Tensor) -> Tensor:
+    """The activation called `act` of `z`; spelt out, so that TorchScript takes it too."""
+    if act is None:
+        return z
+    if act == "relu":
+        return relu(z)
+    if act == "relu6":
+        return relu6(z)
+    if act == "leaky_relu":
+        return leaky_relu(z)
+    if act == "silu":
+        return silu(z)
+    return hardswish(z)

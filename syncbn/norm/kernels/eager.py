@@ -7,7 +7,7 @@ a mean of 100 altogether.
 import torch
 from torch import Tensor
 
-from syncbn.norm.kernels.activations import ACTIVATIONS
+from syncbn.norm.kernels.activations import ACTIVATIONS, apply_act
 from syncbn.norm.kernels.operands import Affine, Fused, Running
 from syncbn.norm.moments import Moments, Statistics, merge, pack, unpack
 
@@ -29,7 +29,7 @@ def _per_channel(values: Tensor, x: Tensor) -> Tensor:
 class EagerKernels:
     """`Kernels` in plain ATen operations."""
 
-    def moments(self, x: Tensor, mask: Tensor | None) -> Tensor:
+    def moments(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """Count, mean and M2 per channel, in two passes."""
         x = x.to(stats_dtype(x.dtype))
         if mask is None:
@@ -71,8 +71,7 @@ class EagerKernels:
 
     def normalize(self, x: Tensor, affine: Affine, fused: Fused) -> Tensor:
         """act((x - mean) * invstd * weight + bias + residual)."""
-        z = _normalized(x, affine, fused.residual)
-        y = z if fused.act is None else ACTIVATIONS[fused.act].function(z)
+        y = apply_act(fused.act, _normalized(x, affine, fused.residual))
         return _masked(y, fused.mask).to(x.dtype)
 
     def backward_sums(self, dy: Tensor, x: Tensor, affine: Affine, fused: Fused) -> Tensor:

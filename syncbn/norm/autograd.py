@@ -1,0 +1,161 @@
+"""The layer as a function that autograd knows: forward and backward, each with one exchange.
+
+Three decisions:
+
+* dweight and dbias stay local sums, because DistributedDataParallel averages them; reducing them here too would count
+  them twice.
+* Statistics are kept on the node, not among its saved tensors: activation checkpointing computes saved tensors
+  again, and these must be the ones of the first time.
+* A backward pass that will be differentiated itself (`create_graph=True`) is written in differentiable operations,
+  the exchange among them, whose own gradient is an exchange. Autograd then gives every higher order.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from syncbn.norm import kernels
+from syncbn.norm.kernels import ACTIVATIONS, Affine, Fused
+from syncbn.norm.steps import Call, forward_statistics, sums_over_ranks
+
+Gradients = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, None]
+Needs = tuple[bool, ...]
+"""Which of x, weight, bias and residual want a gradient."""
+
+
+class SyncBatchNormFunction(torch.autograd.Function):
+    """y = act(batch_norm(x) + residual) over the ranks of `call.exchange`."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        residual: Tensor | None,
+        call: Call,
+    ) -> Tensor:
+        """Normalise; keep what backward needs and no more."""
+        kernel = kernels.pick(x)
+        statistics, ctx.remembered = forward_statistics(x, kernel, call, ctx.needs_input_grad[0])
+        affine = Affine(statistics.mean, statistics.invstd, weight, bias)
+        y = kernel.normalize(x, affine, Fused(call.act, residual, call.mask))
+        ctx.call, ctx.statistics = call, statistics
+        ctx.save_for_backward(x, weight, bias, *to_keep(call.act, residual, y))
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> Gradients:
+        """The gradients of x, weight, bias and residual."""
+        x, weight, bias, residual, output = ctx.saved_tensors
+        fused = Fused(ctx.call.act, residual, ctx.call.mask, output)
+        needs = ctx.needs_input_grad[:4]
+        if torch.is_grad_enabled():
+            total = ctx.statistics.total
+            return differentiable_gradients(dy, x, weight, bias, fused, total, ctx.call, needs)
+        affine = Affine(ctx.statistics.mean, ctx.statistics.invstd, weight, bias)
+        return gradients(dy, x, affine, fused, ctx.statistics.total, ctx.call, needs)
+
+
+def to_keep(
+    act: str | None, residual: Tensor | None, y: Tensor
+) -> tuple[Tensor | None, Tensor | None]:
+    """Residual and output, as far as backward needs them: z is computed again from x where that is enough."""
+    if act is None or residual is None:
+        return None, None
+    return (None, y) if ACTIVATIONS[act].from_output else (residual, None)
+
+
+def gradients(
+    dy: Tensor,
+    x: Tensor,
+    affine: Affine,
+    fused: Fused,
+    total: Tensor,
+    call: Call,
+    needs: Needs,
+) -> Gradients:
+    """dx, dweight, dbias and the residual's gradient, by the kernels."""
+    kernel = kernels.pick(x)
+    dx = dweight = dbias = dresidual = None
+    if any(needs[:3]):
+        sums = kernel.backward_sums(dy, x, affine, fused)
+        if needs[0]:
+            everyones = sums_over_ranks(sums, call, x.dtype)
+            dx = kernel.backward_input(dy, x, affine, fused, everyones, total)
+        dweight, dbias = _parameters(sums[1], sums[0], affine.weight, affine.bias, needs)
+    if needs[3]:
+        plain = fused.act is None and fused.mask is None
+        dresidual = dy if plain else kernel.backward_residual(dy, x, affine, fused)
+    return dx, dweight, dbias, dresidual, None
+
+
+def _parameters(
+    dweight: Tensor, dbias: Tensor, weight: Tensor | None, bias: Tensor | None, needs: Needs
+) -> tuple[Tensor | None, Tensor | None]:
+    return (
+        dweight.to(weight.dtype) if needs[1] and weight is not None else None,
+        dbias.to(bias.dtype) if needs[2] and bias is not None else None,
+    )
+
+
+class _SumOverRanks(torch.autograd.Function):
+    """A sum over ranks of `(k, C)`; what one rank's values do to the sum, they do to every rank's."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, call: Call, dtype: torch.dtype) -> Tensor:
+        ctx.rest = (call, dtype)
+        return sums_over_ranks(values, call, dtype).clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        return _SumOverRanks.apply(gradient, *ctx.rest), None, None
+
+
+def differentiable_gradients(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    fused: Fused,
+    total: Tensor,
+    call: Call,
+    needs: Needs,
+) -> Gradients:
+    """The same gradients in operations that autograd can differentiate.
+
+    Statistics are computed again as functions of x: their gradients are what a second derivative is made of.
+    """
+    dims = [dim for dim in range(x.dim()) if dim != 1]
+    shape = (1, -1, *(1,) * (x.dim() - 2))
+    total = total.clamp(min=1)
+
+    def over_ranks(*values: Tensor) -> list[Tensor]:
+        sums = torch.stack([_kept(v, fused.mask).sum(dims) for v in values])
+        rows = _SumOverRanks.apply(sums, call, x.dtype) / total.to(sums.dtype)
+        return [row.view(shape) for row in rows]
+
+    wide = x.double() if x.dtype == torch.float64 else x.float()
+    (mean,) = over_ranks(wide)
+    (var,) = over_ranks((wide - mean).square())
+    invstd = torch.rsqrt(var + call.eps)
+    xhat = (wide - mean) * invstd
+    scale = 1 if weight is None else weight.view(shape)
+    dz = dy.to(wide.dtype)
+    if fused.act is not None:
+        z = fused.output
+        if z is None:
+            z = xhat * scale if bias is None else xhat * scale + bias.view(shape)
+            z = z if fused.residual is None else z + fused.residual
+        dz = dz * ACTIVATIONS[fused.act].derivative(z.to(wide.dtype))
+    dz = _kept(dz, fused.mask)
+    mean_dz, mean_dz_xhat = over_ranks(dz, dz * xhat)
+    dx = _kept(scale * invstd * (dz - mean_dz - xhat * mean_dz_xhat), fused.mask)
+    dweight, dbias = (dz * xhat).sum(dims), dz.sum(dims)
+    parameters = _parameters(dweight, dbias, weight, bias, needs)
+    return dx.to(x.dtype), *parameters, dz.to(dy.dtype) if needs[3] else None, None
+
+
+def _kept(values: Tensor, mask: Tensor | None) -> Tensor:
+    return values if mask is None else values.masked_fill(~mask, 0)

@@ -1,0 +1,110 @@
+"""The two moments at which a layer meets the other ranks: its statistics, and the sums of its gradients.
+
+Everything else in the layer is one rank's own arithmetic. Each meeting is one exchange, and each gives all ranks the
+same bits.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from syncbn.norm.exchange import BACKWARD, FORWARD, Exchange
+from syncbn.norm.kernels import Kernels, Running
+from syncbn.norm.moments import Statistics
+from syncbn.norm.replay import Remembered, Replays, replaying
+
+
+class NonFiniteStatistics(FloatingPointError):
+    """NaN, infinite or too large input on some rank; raised on every rank, running statistics untouched."""
+
+    exit_code = 8
+
+
+@dataclass(frozen=True)
+class Call:
+    """One use of a layer: all that is not a differentiable tensor.
+
+    Attributes:
+        eps: added to the variance.
+        act: a name in `ACTIVATIONS`, or None.
+        mask: bool, `(N, 1, *)`, contiguous, or None.
+        running: what to update, or None.
+        exchange: with the other ranks; None for a group of one.
+        name: what error messages call the layer.
+        replays: where replays of this pass will look, or None.
+    """
+
+    eps: float
+    act: str | None = None
+    mask: Tensor | None = None
+    running: Running | None = None
+    exchange: Exchange | None = None
+    name: str = ""
+    replays: Replays | None = None
+
+
+def forward_statistics(
+    x: Tensor, kernel: Kernels, call: Call, needs_grad: bool
+) -> tuple[Statistics, Remembered | None]:
+    """The statistics over all ranks, and what keeps them for a replay; updates running statistics.
+
+    Raises:
+        NonFiniteStatistics: see there; in a group, on CPU.
+        ValueError: one value per channel over all ranks.
+    """
+    own = kernel.moments(x, call.mask)
+    again = replaying()
+    if again and call.replays is not None:
+        known = call.replays.recall(own)
+        if known is not None:
+            return known, None
+    packed = own.unsqueeze(0)
+    if call.exchange is not None:
+        packed = call.exchange.gather(
+            own,
+            kind=FORWARD,
+            layer=call.name,
+            channels=x.shape[1],
+            dtype=x.dtype,
+            needs_grad=needs_grad,
+        )
+    statistics = kernel.merge(packed, call.eps)
+    _check(packed, statistics, call)
+    if call.running is not None and not again:
+        kernel.update(call.running, statistics)
+    return statistics, call.replays.remember(own, statistics) if call.replays else None
+
+
+def sums_over_ranks(sums: Tensor, call: Call, dtype: torch.dtype) -> Tensor:
+    """`sums` `(k, C)` over all ranks, added in rank order."""
+    if call.exchange is None:
+        return sums
+    gathered = call.exchange.gather(
+        sums.flatten(),
+        kind=BACKWARD,
+        layer=call.name,
+        channels=sums.shape[1],
+        dtype=dtype,
+        needs_grad=True,
+    )
+    return gathered.sum(0).view_as(sums)
+
+
+def _check(packed: Tensor, statistics: Statistics, call: Call) -> None:
+    """Raise where there is nothing to normalise with; on CUDA looking would stall the host."""
+    if packed.is_cuda:
+        torch._assert_async(statistics.total != 1)  # pyright: ignore[reportPrivateImportUsage]
+        return
+    # alone, NaN passes through as in torch; among ranks it would reach every one of them
+    if call.exchange is not None and not bool(torch.isfinite(statistics.var).all()):
+        bad = (~torch.isfinite(packed)).any(1).nonzero()
+        where = f"on rank {int(bad[0])} of its group" if len(bad) else "on some rank"
+        raise NonFiniteStatistics(
+            f"SyncBatchNorm {call.name!r}: NaN, infinite or too large input {where}; "
+            "running statistics are unchanged"
+        )
+    if float(statistics.total) == 1:
+        raise ValueError(
+            f"SyncBatchNorm {call.name!r}: expected more than 1 value per channel over all ranks when training"
+        )
