@@ -112,7 +112,9 @@ def test_deep_copies_share_a_process_group(world_size, converted):
     group = dist.new_group([0, 1])
     model = nn.Sequential(syncbn.SyncBatchNorm(2, process_group=group))
     if converted:
-        model = syncbn.convert_sync_batchnorm(nn.Sequential(nn.SyncBatchNorm(2, process_group=group)), group)
+        model = syncbn.convert_sync_batchnorm(
+            nn.Sequential(nn.SyncBatchNorm(2, process_group=group)), group
+        )
     twin = copy.deepcopy(model)
     assert twin[0].process_group is group
     x = torch.randn(4, 2)

@@ -54,7 +54,9 @@ def test_a_failure_on_the_way_leaves_the_model_as_it_was():
 
 
 def test_other_buffers_come_back_and_a_layer_without_data_changes_nothing():
-    model = nn.ModuleDict({"used": nn.Sequential(nn.InstanceNorm1d(3, track_running_stats=True), nn.BatchNorm1d(3))})
+    model = nn.ModuleDict(
+        {"used": nn.Sequential(nn.InstanceNorm1d(3, track_running_stats=True), nn.BatchNorm1d(3))}
+    )
     model.forward = model["used"].forward
     before = [buffer.clone() for buffer in model["used"][0].buffers()]
     syncbn.recalibrate(model, [torch.randn(4, 3, 5) + 2])
