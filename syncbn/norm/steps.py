@@ -70,7 +70,7 @@ def forward_statistics(
             needs_grad=needs_grad,
         )
     statistics = kernel.merge(packed, call.eps)
-    _check(packed, statistics, call)
+    _check(packed, statistics, call, x)
     if call.running is not None and not again:
         kernel.update(call.running, statistics)
     return statistics, call.replays.remember(own, statistics) if call.replays else None
@@ -91,13 +91,20 @@ def sums_over_ranks(sums: Tensor, call: Call, dtype: torch.dtype) -> Tensor:
     return gathered.sum(0).view_as(sums)
 
 
-def _check(packed: Tensor, statistics: Statistics, call: Call) -> None:
-    """Raise where there is nothing to normalise with; on CUDA looking would stall the host."""
+def _check(packed: Tensor, statistics: Statistics, call: Call, x: Tensor) -> None:
+    """Raise where there is nothing to normalise with.
+
+    On CUDA looking would stall the host, so it looks only where the shape says that there may be too little.
+    """
     if packed.is_cuda:
-        torch._assert_async(statistics.total != 1)  # pyright: ignore[reportPrivateImportUsage]
-        return
+        if call.mask is not None:
+            torch._assert_async(statistics.total != 1)  # pyright: ignore[reportPrivateImportUsage]
+            return
+        if x.numel() > x.shape[1]:
+            return
     # alone, NaN passes through as in torch; among ranks it would reach every one of them
-    if call.exchange is not None and not bool(torch.isfinite(statistics.var).all()):
+    among_ranks = call.exchange is not None and not packed.is_cuda
+    if among_ranks and not bool(torch.isfinite(statistics.var).all()):
         bad = (~torch.isfinite(packed)).any(1).nonzero()
         where = f"on rank {int(bad[0])} of its group" if len(bad) else "on some rank"
         raise NonFiniteStatistics(
