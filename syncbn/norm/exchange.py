@@ -4,39 +4,62 @@ Decisions:
 
 * **One gather each way.** Every rank gets every rank's values and combines them in rank order, so all ranks
   compute the same bits, and on gloo a gather is faster than a reduction (290 us against 560 us, 2 ranks).
+* **Unless there are many ranks**: where a rank would receive more than 1 MiB, float64 sums are reduced
+  instead (`sums`). float64 inputs are always gathered: sums of squares would cost them their precision.
 * **Ranks of one machine need no socket**: where all ranks of a CPU group can map one piece of memory, frames
   go through it (`shared`), else through the group (`wire`). `SYNCBN_EXCHANGE=gloo` forces the latter.
-* **The first frame on a CPU group has the same size whatever the layer**: gloo aborts the process when sizes differ,
-  and returns garbage when only dtypes do. The header in it is compared before a value is used; what does not
-  fit follows in further frames, whose sizes all ranks have then agreed on.
-* **A rank that cannot take part says so in its frame**, so that the others raise instead of waiting.
-* On CUDA the values alone are gathered, at their exact size: comparing headers on the host would stall it.
+* **A rank that cannot take part says so in its frame**, so that the others raise instead of waiting; one that does
+  not come is missed soon where it shares memory with the others (`patrol`), else at the group's time limit.
+* On CUDA the values alone are exchanged, at their exact size: comparing headers on the host would stall it.
 """
 
 import os
 import weakref
 from contextlib import suppress
+from typing import NotRequired, TypedDict, Unpack
 
 import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from syncbn.norm.header import BACKWARD, FAILED, FORWARD, HEADER, Header
+from syncbn.norm import sums, wire
+from syncbn.norm.arrival import Arrival
+from syncbn.norm.header import (
+    BACKWARD,
+    FAILED,
+    FORWARD,
+    NAMED,
+    TEXT_BYTES,
+    RankLost,
+    RanksDisagree,
+    Serials,
+    packed,
+)
 from syncbn.norm.shared import SharedMemory
 from syncbn.norm.wire import Transport, Wire
 
-__all__ = ["BACKWARD", "FORWARD", "Exchange", "RanksDisagree", "exchange_of"]
+__all__ = ["BACKWARD", "FORWARD", "Exchange", "RankLost", "RanksDisagree", "exchange_of"]
 
-PAYLOAD_BYTES = 4 * (2 * 2048 + 2)
-"""Count, mean and M2 of 2048 channels in float32: every layer of a ResNet-50 fits one frame."""
-
-FRAME_BYTES = HEADER.size + PAYLOAD_BYTES
+_NOTHING = torch.empty(0, dtype=torch.uint8)
 
 
-class RanksDisagree(RuntimeError):
-    """Ranks met in one exchange with different layers, shapes, dtypes or modes, or one of them failed."""
+class Place(TypedDict):
+    """What the ranks of one exchange must agree on, beside its direction and number.
 
-    exit_code = 5
+    Attributes:
+        layer: its name, or a text for one without a name.
+        channels: C.
+        dtype: of the layer's input.
+        needs_grad: whether a backward pass may follow.
+        serial: of a layer without a name, its place in the order in which this process built layers; -1 for
+            one with a name.
+    """
+
+    layer: str
+    channels: int
+    dtype: torch.dtype
+    needs_grad: bool
+    serial: NotRequired[int]
 
 
 class Exchange:
@@ -44,7 +67,9 @@ class Exchange:
 
     def __init__(self, group: ProcessGroup) -> None:
         self._wire = Wire(group)
-        self._frames: Transport | None = None
+        self._arrival = Arrival(self._wire)
+        self._transport: Transport | None = None
+        self._serials = Serials()
         self._calls = 0
 
     def gather(
@@ -56,63 +81,97 @@ class Exchange:
         channels: int,
         dtype: torch.dtype,
         needs_grad: bool,
+        serial: int = NAMED,
     ) -> Tensor:
-        """Every rank's `values` `(k,)` as `(W, k)`, after comparing what the ranks are doing.
+        """Every rank's `values` `(k,)` as `(W, k)`, after comparing what the ranks are doing (CPU).
 
         Raises:
-            RanksDisagree: on every rank, when any two ranks' headers differ.
+            RanksDisagree: on every rank, when any two ranks' headers differ; where a rank does not come.
+            RankLost: a rank has ended.
         """
-        self._calls += 1
         if values.is_cuda:
-            return self._wire.gather(values, values.numel())
-        payload = values.contiguous().view(torch.uint8)
-        header = Header(kind, self._calls, channels, dtype, needs_grad, payload.numel(), layer)
-        return self._gather_frames(header, payload).view(values.dtype)
+            return self._wire.all_gather(values)
+        payload = values.contiguous()
+        code = self._serials.code(serial)
+        header = packed(kind, code, channels, dtype, needs_grad, payload.nbytes, layer)
+        self._calls += 1
+        transport = self._transport or self._connect(header)
+        return transport.gather(header, self._calls, payload)
+
+    def moments(self, packed: Tensor, **place: Unpack[Place]) -> Tensor:
+        """Packed moments that merge into those of all ranks: theirs, `(W, 2 + 2C)`, or one for all, `(1, 2 + 2C)`.
+
+        Args:
+            packed: this rank's, `(2 + 2C,)`, see `syncbn.norm.moments`.
+            **place: see `Place`; errors as in `gather`.
+        """
+        if not self._too_wide(packed):
+            return self.gather(packed, kind=FORWARD, **place)
+        self._agree(packed, FORWARD, place)
+        return sums.to_packed(self._wire.all_reduce(sums.of_packed(packed))).to(packed.dtype)
+
+    def sums(self, values: Tensor, **place: Unpack[Place]) -> Tensor:
+        """The sum of every rank's `values` `(2, C)`; the same bits on each. For `place` and errors see `gather`."""
+        if not self._too_wide(values):
+            gathered = self.gather(values.flatten(), kind=BACKWARD, **place)
+            return gathered.sum(0).view_as(values)
+        self._agree(values, BACKWARD, place)
+        return self._wire.all_reduce(values.to(torch.float64)).to(values.dtype)
 
     def fail(self, message: str) -> None:
         """Tell the ranks that wait in the next exchange, on a CPU group, that this one cannot take part."""
-        self._calls += 1
-        header = Header(FAILED, self._calls, 0, torch.float32, False, 0, message[:80])
-        with suppress(RanksDisagree):  # the caller is about to raise its own, better message
-            self._gather_frames(header, torch.empty(0, dtype=torch.uint8))
+        text = message.encode()[:TEXT_BYTES].decode(errors="ignore")
+        with suppress(RuntimeError):  # the caller is about to raise its own, better message
+            self.gather(
+                _NOTHING, kind=FAILED, layer=text, channels=0, dtype=torch.float32, needs_grad=False
+            )
 
-    def _gather_frames(self, header: Header, payload: Tensor) -> Tensor:
-        """Payloads of all ranks, `(W, bytes)`."""
-        if self._frames is None:
-            self._frames = _transport(self._wire)
-        front = torch.frombuffer(bytearray(header.pack()), dtype=torch.uint8)
-        first, *rest = payload.split(PAYLOAD_BYTES)
-        frames = self._frames.gather(torch.cat([front, first]), FRAME_BYTES, header)
-        headers = frames[:, : HEADER.size]
-        if not torch.equal(headers, headers[:1].expand_as(headers)):
-            self._raise_difference([bytes(h.tolist()) for h in headers])
-        parts = [frames[:, HEADER.size :]]
-        parts += [self._frames.gather(part, part.numel(), header) for part in rest]
-        return torch.cat(parts, dim=1)
+    def pass_by(self, layer: str, backward: bool = False) -> None:
+        """Note, at next to no cost, that this rank goes through `layer` in eval mode, without an exchange.
 
-    def _raise_difference(self, packed: list[bytes]) -> None:
-        """Name this rank's place and that of a rank elsewhere, one that failed before all others."""
-        own, ranks = self._wire.rank, self._wire.ranks
-        headers = [Header.unpack(header) for header in packed]
-        others = [rank for rank, header in enumerate(packed) if header != packed[own]]
-        other = next((r for r in others if headers[r].kind == FAILED), others[0])
-        raise RanksDisagree(
-            f"rank {ranks[own]} {headers[own]}; rank {ranks[other]} {headers[other]}: "
-            "every rank must run the same layers in the same order and mode"
-        )
+        To be called where gradients are enabled, in the forward pass and again in the backward pass. Other ranks that
+        wait for this one then know why it does not come. It does nothing once the group is known to share no memory.
+
+        Raises:
+            RanksDisagree: in a backward pass, where another rank waits in the forward pass of a layer that this
+                rank, unlike that one, has gone through in eval mode since their last exchange.
+        """
+        (self._transport or self._arrival).pass_by(layer, backward)
+
+    def _connect(self, header: bytes) -> Transport:
+        """Choose the transport; collective at the first exchange."""
+        self._arrival.wait(header, self._calls)
+        self._transport = _transport(self._wire)
+        self._arrival.leave()
+        return self._transport
+
+    def _too_wide(self, values: Tensor) -> bool:
+        """Whether a reduction moves less than a gather; the same on all ranks that are in the same place."""
+        if (
+            values.dtype == torch.float64
+            or values.nbytes * self._wire.world_size <= wire.GATHER_BYTES
+        ):
+            return False
+        return values.is_cuda or not isinstance(self._transport, SharedMemory)
+
+    def _agree(self, values: Tensor, kind: int, place: Place) -> None:
+        """Compare what the ranks are doing, in a gather of its own; on CUDA nothing is compared."""
+        if not values.is_cuda:
+            self.gather(_NOTHING, kind=kind, **place)
 
 
 def _transport(wire: Wire) -> Transport:
-    """Shared memory where all ranks can map it, else the group itself; collective at the first call.
+    """Shared memory where all ranks can map it, else the group itself; collective.
 
     Raises:
         ValueError: `SYNCBN_EXCHANGE` is neither auto, gloo nor shared.
+        RuntimeError: it is shared, but some rank cannot.
     """
     choice = os.environ.get("SYNCBN_EXCHANGE", "auto")
     if choice not in ("auto", "gloo", "shared"):
         raise ValueError(f"SYNCBN_EXCHANGE={choice!r} is not allowed: auto, gloo or shared")
     # Every rank takes part, also one that wants no memory: ranks that choose differently must agree too.
-    memory = SharedMemory.shared_over(wire, FRAME_BYTES, willing=choice != "gloo")
+    memory = SharedMemory.over(wire, willing=choice != "gloo")
     if memory is None and choice == "shared":
         raise RuntimeError(
             "SYNCBN_EXCHANGE=shared, but the ranks of this group cannot share memory"
@@ -125,6 +184,7 @@ _exchanges: weakref.WeakKeyDictionary[ProcessGroup, Exchange] = weakref.WeakKeyD
 
 def exchange_of(group: ProcessGroup) -> Exchange:
     """The one `Exchange` of `group` in this process."""
-    if group not in _exchanges:
-        _exchanges[group] = Exchange(group)
-    return _exchanges[group]
+    exchange = _exchanges.get(group)
+    if exchange is None:
+        exchange = _exchanges[group] = Exchange(group)
+    return exchange

@@ -2,167 +2,194 @@
 
 Each rank has two slots and a counter. It writes its frame into the slot of its parity, then raises its counter;
 it reads the others' slots once their counters are as high. Two slots are enough: a rank can be one exchange
-ahead of the slowest, not two, because for the second it has waited for everybody's first.
+ahead of the slowest, not two, because for the second it has waited for everybody's first. The copying and the
+waiting are one call into the native library (`native/exchange.cpp`), made without the interpreter's lock;
+where some rank has no library the group serves.
 
-Nothing is left behind, however a process ends: the memory never has a name, and goes with those who map it.
-The order "frame first, counter second" is what x86-64 promises of plain stores; elsewhere the group serves.
+The call returns after a while although nobody came, so that this rank looks after the others (`patrol`). A rank
+that gives up marks the memory: whoever is in an exchange of this group, or comes to one, raises the same
+message at once, because from then on the ranks are out of step. Headers that differ break nothing: all see them.
 """
 
-import contextlib
+import ctypes
+import functools
 import mmap
 import os
-import platform
-import time
-from pathlib import Path
-from typing import Self
+from typing import NamedTuple, Self
 
-import torch
 from torch import Tensor
 
-from syncbn.norm.wire import Wire
+from syncbn.norm.board import MESSAGE_BYTES, Board, board_bytes
+from syncbn.norm.header import (
+    CALL,
+    FORWARD,
+    HEADER_BYTES,
+    Header,
+    RankLost,
+    RanksDisagree,
+    disagreement,
+    passed_by,
+    place_of,
+)
+from syncbn.norm.memory import shared_over
+from syncbn.norm.native import library
+from syncbn.norm.patrol import Absent, Patrol
+from syncbn.norm.wire import PAYLOAD_BYTES, Wire
 
-LINE = 64
-"""Bytes of a cache line: counters that share one slow each other down."""
-SPINS = 2000
-"""Looks at the counters before the core is offered to others: about 0.2 ms, a few exchanges' worth."""
-PATIENCE = 100_000
-"""Looks after which a waiting rank sleeps between two: whoever is that late will not be missed by 0.1 ms."""
-OFFER_BYTES = 128
-"""Room for a secret and a path."""
-SIGNATURE_BYTES = 64
-"""Room at the end of the memory for what rank 0 signs it with."""
+SLOT_BYTES = -(-(HEADER_BYTES + PAYLOAD_BYTES) // 64) * 64
+SPIN_NS = 50_000
+"""How long to spin where every rank has a core: a few exchanges' worth."""
+LOOK_NS = 50_000_000
+"""Time between two looks after the others; also how late an interrupt may be noticed."""
+_DIFFER, _NOT_YET = 1, 2
+_INT, _POINTER = ctypes.c_int64, ctypes.c_void_p
+
+
+class Ring(ctypes.Structure):
+    """`SyncbnRing` of `native/exchange.cpp`."""
+
+    _fields_ = (
+        ("rank", _INT),
+        ("world_size", _INT),
+        ("slot_bytes", _INT),
+        ("spin_ns", _INT),
+        ("round", _INT),
+        ("controls", _POINTER),
+        ("failure", _POINTER),
+        ("slots", _POINTER),
+    )
+
+
+class _Destination(NamedTuple):
+    """Where one frame's payloads go: `size` bytes of rank r to `out` + r * `stride`."""
+
+    size: int
+    out: int
+    stride: int
 
 
 class SharedMemory:
-    """A `Transport` over one mapping of W counters, W process ids and 2 x W slots.
+    """A `Transport` over one mapping.
 
     Args:
-        memory: the mapping, the same pages on every rank.
+        memory: zero bytes, `size` of them, the same pages on every rank.
         wire: to the ranks that share it.
-        frame_bytes: size of a slot.
     """
 
-    def __init__(self, memory: mmap.mmap, wire: Wire, frame_bytes: int) -> None:
-        self.rank, self.ranks, self.world_size = wire.rank, wire.ranks, wire.world_size
-        self.timeout_s = wire.timeout_s
-        words = memoryview(memory).cast("q")
-        stride = LINE // 8
-        self._counters = words[: self.world_size * stride : stride]
-        self._pids = words[1 : self.world_size * stride : stride]
-        data = torch.frombuffer(memory, dtype=torch.uint8)[
-            self.world_size * LINE : -SIGNATURE_BYTES
-        ]
-        self._slots = data.view(2, self.world_size, frame_bytes)
-        self._pids[self.rank] = os.getpid()
-        self._count = 0
-        self._spins = SPINS if len(os.sched_getaffinity(0)) >= self.world_size else 0
+    def __init__(self, memory: mmap.mmap, wire: Wire) -> None:
+        self._wire, self._memory = wire, memory
+        self._world_size, self._timeout_s = wire.world_size, wire.timeout_s
+        self._board = Board(memory, wire.rank, wire.world_size)
+        start = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+        self._slots_at = board_bytes(wire.world_size)
+        failure = start + self._slots_at - board_bytes(0)
+        spin_ns = SPIN_NS if len(os.sched_getaffinity(0)) >= wire.world_size else 0
+        places = (start, failure, start + self._slots_at)
+        self._ring = Ring(wire.rank, wire.world_size, SLOT_BYTES, spin_ns, 0, *places)
+        self._at = ctypes.addressof(self._ring)
+        native = _native()
+        assert native is not None, "the handshake saw to it"
+        self._native = native
+        self._enter = native.syncbn_exchange_enter
 
     @staticmethod
-    def size(world_size: int, frame_bytes: int) -> int:
+    def size(world_size: int) -> int:
         """Bytes that `world_size` ranks need."""
-        return world_size * (LINE + 2 * frame_bytes) + SIGNATURE_BYTES
+        return board_bytes(world_size) + 2 * world_size * SLOT_BYTES
 
     @classmethod
-    def shared_over(cls, wire: Wire, frame_bytes: int, willing: bool = True) -> Self | None:
-        """The memory that all ranks of `wire` share, or None where some cannot or are not willing; a collective.
+    def over(cls, wire: Wire, willing: bool = True) -> Self | None:
+        """The memory that all ranks of `wire` share, or None; a collective (see `memory.shared_over`)."""
+        willing = willing and _native() is not None
+        memory = shared_over(wire, cls.size(wire.world_size), willing)
+        return None if memory is None else cls(memory, wire)
 
-        Rank 0 makes nameless memory and tells where it can be opened; a rank that finds it there, signed by
-        rank 0, is on the same machine. All of them must, or none uses it.
-        """
-        frame_bytes = -(-frame_bytes // LINE) * LINE
-        size = cls.size(wire.world_size, frame_bytes)
-        secret = os.urandom(8).hex().encode()
-        descriptor = _make(size, secret) if wire.rank == 0 and willing else None
+    def gather(self, header: bytes, call: int, payload: Tensor) -> Tensor:
+        """See `Transport`. A payload larger than a slot takes several rounds."""
+        gathered = payload.new_empty((self._world_size, payload.numel()))
+        source, out, total = payload.data_ptr(), gathered.data_ptr(), payload.nbytes
+        for offset in range(0, max(total, 1), PAYLOAD_BYTES):
+            to = _Destination(min(total - offset, PAYLOAD_BYTES), out + offset, total)
+            status = self._enter(self._at, call, header, source + offset, *to, LOOK_NS)
+            if status:
+                self._settle(status, header, call, to)
+        self._board.forget()
+        return gathered
+
+    def _settle(self, status: int, header: bytes, call: int, to: _Destination) -> None:
+        """Bring a round to its end that did not end at once."""
+        here = f"rank {self._wire.ranks[self._wire.rank]} {place_of(header, call)}"
         try:
-            path = "" if descriptor is None else f"/proc/{os.getpid()}/fd/{descriptor}"
-            offer = (secret + path.encode()).ljust(OFFER_BYTES, b"\0")
-            offers = wire.gather(torch.frombuffer(bytearray(offer), dtype=torch.uint8), OFFER_BYTES)
-            secret, slash, rest = bytes(offers[0].tolist()).rstrip(b"\0").partition(b"/")
-            memory = _map(Path((slash + rest).decode()), size, secret) if rest and willing else None
-            verdicts = wire.gather(torch.tensor([memory is not None], dtype=torch.uint8), 1)
-        finally:
-            if descriptor is not None:
-                os.close(descriptor)
-        return cls(memory, wire, frame_bytes) if memory and bool(verdicts.all()) else None
+            patrol, layer = Patrol(here, self._timeout_s), Header.unpack(header).layer
+            while status == _NOT_YET:
+                patrol.look(self._absent(layer))
+                status = self._native.syncbn_exchange_wait(self._at, *to, LOOK_NS, LOOK_NS)
+        except BaseException as error:
+            self._fail(error, here)
+            raise
+        if status == _DIFFER:
+            self._board.forget()
+            headers = [self._header(r, self._ring.round) for r in range(self._world_size)]
+            raise disagreement(headers, self._wire.rank, self._wire.ranks)
+        if status:
+            raise self._board.failure()
 
-    def gather(self, frame: Tensor, size: int, doing: object = "") -> Tensor:
-        """Every rank's `frame`, uint8, no larger than a slot, as `(W, k)`; `size` does not matter here.
+    def _absent(self, layer: str) -> list[Absent]:
+        """The ranks that have not published this round."""
+        board, ranks = self._board, self._wire.ranks
+        return [
+            Absent(ranks[rank], board.process(rank), board.passed(rank, layer), board.left(rank))
+            for rank, count in enumerate(board.published())
+            if count < self._ring.round
+        ]
+
+    def _header(self, rank: int, round_: int) -> bytes:
+        """The header that `rank` published in a round that this rank has not left."""
+        at = self._slots_at + (round_ % 2 * self._world_size + rank) * SLOT_BYTES
+        return self._memory[at : at + HEADER_BYTES]
+
+    def _fail(self, error: BaseException, here: str) -> None:
+        """Let every other rank raise what made this one give up."""
+        known = isinstance(error, RanksDisagree | RankLost)
+        message = str(error) if known else f"{here}, and was interrupted there: {error!r}"
+        text = message.encode()[:MESSAGE_BYTES]
+        lost = not isinstance(error, RanksDisagree)
+        self._native.syncbn_exchange_fail(self._at, lost, text, len(text))
+
+    def pass_by(self, layer: str, backward: bool) -> None:
+        """Note that this rank goes through `layer` in eval mode.
 
         Raises:
-            RuntimeError: a rank died, or did not come within the group's time limit.
+            RanksDisagree: in the backward pass, where another rank waits for this one in the forward pass of a
+                layer that this one has gone through in eval mode and that one has not.
         """
-        del size
-        self._count += 1
-        slots = self._slots[self._count % 2]
-        slots[self.rank, : frame.numel()] = frame
-        self._counters[self.rank] = self._count
-        self._wait(doing)
-        return slots[:, : frame.numel()].clone()
+        self._board.note(layer, backward)
+        if backward:
+            for rank, count in enumerate(self._board.published()):
+                if count > self._ring.round:
+                    self._refuse(layer, rank, count)
 
-    def _wait(self, doing: object) -> None:
-        """Return when every rank has written its frame of this round."""
-        count, counters = self._count, self._counters
-        waited_for = [rank for rank in range(self.world_size) if rank != self.rank]
-        deadline = 0.0
-        spins = 0
-        while waited_for:
-            if counters[waited_for[-1]] >= count:
-                waited_for.pop()
-                continue
-            spins += 1
-            if spins > self._spins:
-                now = time.monotonic()
-                deadline = deadline or now + self.timeout_s
-                self._look_after(waited_for, doing, now > deadline)
-                time.sleep(0 if spins < PATIENCE else 1e-4)
-
-    def _look_after(self, ranks: list[int], doing: object, late: bool) -> None:
-        """Raise where one of `ranks` has died, or all are too late."""
-        dead = [rank for rank in ranks if not _lives(self._pids[rank])]
-        if not dead and not late:
+    def _refuse(self, layer: str, waiting: int, round_: int) -> None:
+        """Raise where rank `waiting` waits for what this rank has gone through in eval mode."""
+        data = self._header(waiting, round_)
+        call, header = CALL.unpack_from(data)[0], Header.unpack(data[CALL.size :])
+        if header.kind != FORWARD or not self._board.passed_alone(header.layer, waiting):
             return
-        who, me = self.ranks[(dead or ranks)[-1]], self.ranks[self.rank]
-        why = "it died" if dead else f"it did not come within {self.timeout_s:g} s"
-        raise RuntimeError(f"rank {me} {doing} and waits for rank {who}: {why}")
+        own, other = self._wire.ranks[self._wire.rank], self._wire.ranks[waiting]
+        error = passed_by(own, layer, f"rank {other} {header.place(call)}")
+        self._fail(error, "")
+        raise error
 
 
-def _lives(pid: int) -> bool:
-    """Whether the process runs; one that nobody has buried yet does not. 0: it has not told its id."""
-    try:
-        return (
-            pid == 0
-            or Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
-        )
-    except OSError:
-        return False
-
-
-def _make(size: int, secret: bytes) -> int | None:
-    """The descriptor of `size` bytes, zero but for the signature at their end; None where there can be none."""
-    if platform.machine() not in ("x86_64", "AMD64"):
+@functools.cache
+def _native() -> ctypes.CDLL | None:
+    """The native library, where it has exchanges."""
+    found = library()
+    if not hasattr(found, "syncbn_exchange_enter"):
         return None
-    try:
-        descriptor = os.memfd_create("syncbn")
-    except OSError:
-        return None
-    try:
-        os.posix_fallocate(descriptor, 0, size)  # full memory shows here, not as a bus error later
-        os.pwrite(descriptor, secret + _namespace(), size - SIGNATURE_BYTES)
-    except OSError:
-        os.close(descriptor)
-        return None
-    return descriptor
-
-
-def _map(path: Path, size: int, secret: bytes) -> mmap.mmap | None:
-    with contextlib.suppress(OSError, ValueError):
-        with path.open("r+b") as file:
-            memory = mmap.mmap(file.fileno(), size)
-        if memory[-SIGNATURE_BYTES:].rstrip(b"\0") == secret + _namespace():
-            return memory
-    return None
-
-
-def _namespace() -> bytes:
-    """Where this process's id means something; ranks elsewhere could not tell whether this one lives."""
-    return os.fsencode(Path("/proc/self/ns/pid").readlink())
+    assert found is not None
+    to = (_INT, _POINTER, _INT)
+    found.syncbn_exchange_enter.argtypes = (_POINTER, _INT, ctypes.c_char_p, _POINTER, *to, _INT)
+    found.syncbn_exchange_wait.argtypes = (_POINTER, *to, _INT, _INT)
+    found.syncbn_exchange_fail.argtypes = (_POINTER, _INT, ctypes.c_char_p, _INT)
+    return found

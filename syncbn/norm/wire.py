@@ -1,4 +1,10 @@
-"""Frames through the process group: the way that always works."""
+"""Frames through the process group: the way that always works.
+
+On gloo the first frame has the same size whatever the layer: gloo aborts the process when sizes differ, and returns
+garbage when only dtypes do. The header in it is compared before a value is used; what does not fit follows in
+one further frame, whose size all ranks have then agreed on. How long it waits for a rank that does not come is the
+group's time limit; once it has failed, it stays failed, because ranks are then out of step.
+"""
 
 import weakref
 from typing import Protocol
@@ -8,23 +14,34 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from syncbn.norm.header import CALL, HEADER_BYTES, RanksDisagree, disagreement, place_of
+
+PAYLOAD_BYTES = 4 * (2 * 2048 + 2)
+"""Count, mean and M2 of 2048 channels in float32: every layer of a ResNet-50 fits one frame."""
+
+GATHER_BYTES = 2**20
+"""What a rank may receive in one gather: beyond it a reduction moves less (from the volumes; NCCL unmeasured)."""
+
 
 class Transport(Protocol):
-    """What brings every rank's frame to every rank."""
+    """What brings every rank's values to every rank."""
 
-    def gather(self, frame: Tensor, size: int, doing: object = "") -> Tensor:
-        """Every rank's `frame`, `(k,)`, as `(W, k)`, in rank order.
+    def gather(self, header: bytes, call: int, payload: Tensor) -> Tensor:
+        """Every rank's `payload` `(k,)` as `(W, k)`, in rank order, after comparing headers and call numbers.
 
-        Args:
-            frame: of any dtype; on every rank at most `size` elements, of which all ranks get this rank's number.
-            size: the same on every rank.
-            doing: what this rank is doing, as a text, for the message of a wait that takes too long.
+        Raises:
+            RanksDisagree: on every rank where they differ; or where a rank does not come.
+            RankLost: a rank has ended.
         """
+        ...
+
+    def pass_by(self, layer: str, backward: bool) -> None:
+        """Note that this rank went through `layer` in eval mode, without an exchange."""
         ...
 
 
 class Wire:
-    """One `all_gather` of the group, padded to `size`.
+    """Collectives of one process group; as a `Transport`, one gather an exchange.
 
     The group is held weakly: a group that outlives `destroy_process_group` takes the process down at its exit.
     """
@@ -33,6 +50,7 @@ class Wire:
         self._group = weakref.ref(group)
         self.rank = dist.get_rank(group)
         self.ranks = dist.get_process_group_ranks(group)
+        self._failure = ""
 
     @property
     def world_size(self) -> int:
@@ -40,19 +58,60 @@ class Wire:
         return len(self.ranks)
 
     @property
-    def timeout_s(self) -> float:
-        """The longest wait that the group allows on the CPU, in seconds."""
+    def group(self) -> ProcessGroup:
+        """The group itself."""
         group = self._group()
         assert group is not None, "the group was destroyed"
-        return group._get_backend(torch.device("cpu")).options._timeout.total_seconds()
+        return group
 
-    def gather(self, frame: Tensor, size: int, doing: object = "") -> Tensor:
-        """Every rank's `frame`; what a rank pads with is not looked at."""
-        del doing  # the group has a time limit and words of its own
-        padded = frame
-        if frame.numel() < size:
-            padded = frame.new_zeros(size)
-            padded[: frame.numel()] = frame
-        gathered = frame.new_empty(self.world_size * size)
-        dist.all_gather_into_tensor(gathered, padded, group=self._group())
-        return gathered.view(self.world_size, size)[:, : frame.numel()]
+    @property
+    def timeout_s(self) -> float:
+        """The longest wait that the group allows on the CPU, in seconds."""
+        return self.group._get_backend(torch.device("cpu")).options._timeout.total_seconds()
+
+    def all_gather(self, values: Tensor) -> Tensor:
+        """Every rank's `values` `(k,)` as `(W, k)`; of one size and dtype on all ranks."""
+        gathered = values.new_empty(self.world_size * values.numel())
+        dist.all_gather_into_tensor(gathered, values, group=self.group)
+        return gathered.view(self.world_size, values.numel())
+
+    def all_reduce(self, values: Tensor) -> Tensor:
+        """The sum of every rank's `values`, in place; the same bits on every rank."""
+        dist.all_reduce(values, group=self.group)
+        return values
+
+    def gather(self, header: bytes, call: int, payload: Tensor) -> Tensor:
+        """See `Transport`; raises the group's own error where a rank is lost or late, RanksDisagree from then on."""
+        if self._failure:
+            raise RanksDisagree(self._failure)
+        try:
+            return self._gather(CALL.pack(call) + header, payload)
+        except RanksDisagree:
+            raise
+        except BaseException as error:
+            here = f"rank {self.ranks[self.rank]} {place_of(header, call)}"
+            self._failure = f"{here}: the exchange failed: {error or type(error).__name__}"
+            raise
+
+    def _gather(self, header: bytes, payload: Tensor) -> Tensor:
+        values = payload.contiguous().view(torch.uint8)
+        room = frame_bytes(self.world_size) - HEADER_BYTES
+        frame = torch.zeros(HEADER_BYTES + room, dtype=torch.uint8)
+        frame[:HEADER_BYTES] = torch.frombuffer(bytearray(header), dtype=torch.uint8)
+        frame[HEADER_BYTES:][: values.numel()] = values[:room]
+        frames = self.all_gather(frame)
+        headers = frames[:, :HEADER_BYTES]
+        if not torch.equal(headers, headers[:1].expand_as(headers)):
+            raise disagreement([bytes(h.tolist()) for h in headers], self.rank, self.ranks)
+        parts = [frames[:, HEADER_BYTES:][:, : values.numel()]]
+        if values.numel() > room:
+            parts.append(self.all_gather(values[room:]))
+        return torch.cat(parts, dim=1).view(payload.dtype)
+
+    def pass_by(self, layer: str, backward: bool) -> None:
+        """Nothing: a rank that does not come is noticed at the group's time limit."""
+
+
+def frame_bytes(world_size: int) -> int:
+    """Size of the first frame: the same for every layer, and no more than may be gathered."""
+    return max(HEADER_BYTES, min(HEADER_BYTES + PAYLOAD_BYTES, GATHER_BYTES // world_size // 8 * 8))

@@ -1,0 +1,153 @@
+// One exchange of frames between processes that share memory; syncbn/norm/shared.py tells the protocol.
+//
+// Every rank has a control block, whose first word counts the frames it has published, and two slots, used in
+// turn. A frame is a header and a payload. Publishing is a release store of the count, reading starts with an
+// acquire load of it: that alone makes the frame visible before its number, on any processor.
+#include <cstdint>
+#include <cstring>
+#include <ctime>
+#include <sched.h>
+
+#include "common.h"
+
+namespace {
+
+constexpr int64_t kCallBytes = 8;
+constexpr int64_t kBodyBytes = 184;
+constexpr int64_t kHeaderBytes = kCallBytes + kBodyBytes;
+constexpr int64_t kControlBytes = 256;
+
+constexpr int64_t kYieldNs = 5'000'000;       // whoever is that late is not missed by a nap
+constexpr int64_t kShortestNapNs = 50'000;    // the timer slack of Linux
+constexpr int64_t kLongestNapNs = 1'000'000;
+
+enum Status { kDone = 0, kDiffer = 1, kNotYet = 2, kFailed = 3 };
+enum Failure { kNone = 0, kWriting = 1, kSet = 2 };
+
+int64_t now_ns() {
+  timespec t;
+  clock_gettime(CLOCK_MONOTONIC, &t);
+  return t.tv_sec * 1'000'000'000LL + t.tv_nsec;
+}
+
+void pause() {
+#if defined(__x86_64__) || defined(__i386__)
+  __builtin_ia32_pause();
+#elif defined(__aarch64__)
+  asm volatile("yield" ::: "memory");
+#endif
+}
+
+}  // namespace
+
+// Mirrors `Ring` in syncbn/norm/shared.py.
+struct SyncbnRing {
+  int64_t rank;
+  int64_t world_size;
+  int64_t slot_bytes;
+  int64_t spin_ns;  // 0 where there are more ranks than cores
+  int64_t round;    // frames this rank has published
+  char* controls;
+  char* failure;
+  char* slots;
+};
+
+namespace {
+
+int64_t* published(const SyncbnRing* ring, int64_t rank) {
+  return reinterpret_cast<int64_t*>(ring->controls + rank * kControlBytes);
+}
+
+char* slot(const SyncbnRing* ring, int64_t rank) {
+  return ring->slots + ((ring->round % 2) * ring->world_size + rank) * ring->slot_bytes;
+}
+
+bool has_failed(const SyncbnRing* ring) {
+  auto* state = reinterpret_cast<int64_t*>(ring->failure);
+  return __atomic_load_n(state, __ATOMIC_ACQUIRE) == kSet;
+}
+
+// Spin while a frame is about to come, then offer the core to others, then sleep ever longer.
+class Patience {
+ public:
+  Patience(int64_t spin_ns, int64_t limit_ns, int64_t waited_ns)
+      : spin_ns_(spin_ns), limit_ns_(limit_ns), waited_ns_(waited_ns),
+        nap_ns_(waited_ns > 0 ? kLongestNapNs : kShortestNapNs) {}
+
+  // Returns false once the limit is over.
+  bool wait() {
+    if (start_ns_ == 0) start_ns_ = now_ns();
+    if (spin_ns_ > 0 && waited_ns_ == 0) {
+      for (int i = 0; i < 16; ++i) pause();
+      if (now_ns() - start_ns_ > spin_ns_) spin_ns_ = 0;
+      return true;
+    }
+    int64_t elapsed = now_ns() - start_ns_;
+    if (elapsed > limit_ns_) return false;
+    if (waited_ns_ + elapsed < kYieldNs) {
+      sched_yield();
+      return true;
+    }
+    timespec nap{0, static_cast<long>(nap_ns_)};
+    nanosleep(&nap, nullptr);
+    nap_ns_ = nap_ns_ * 2 < kLongestNapNs ? nap_ns_ * 2 : kLongestNapNs;
+    return true;
+  }
+
+ private:
+  int64_t spin_ns_, limit_ns_, waited_ns_;
+  int64_t nap_ns_;
+  int64_t start_ns_ = 0;
+};
+
+Status collect(const SyncbnRing* ring, int64_t bytes, char* out, int64_t stride) {
+  const char* own = slot(ring, ring->rank);
+  for (int64_t rank = 0; rank < ring->world_size; ++rank)
+    if (std::memcmp(slot(ring, rank), own, kHeaderBytes) != 0) return kDiffer;
+  for (int64_t rank = 0; rank < ring->world_size; ++rank)
+    std::memcpy(out + rank * stride, slot(ring, rank) + kHeaderBytes, bytes);
+  return kDone;
+}
+
+Status await_all(const SyncbnRing* ring, int64_t limit_ns, int64_t waited_ns) {
+  Patience patience(ring->spin_ns, limit_ns, waited_ns);
+  for (int64_t rank = 0; rank < ring->world_size; ++rank)
+    while (__atomic_load_n(published(ring, rank), __ATOMIC_ACQUIRE) < ring->round) {
+      if (has_failed(ring)) return kFailed;
+      if (!patience.wait()) return kNotYet;
+    }
+  return kDone;
+}
+
+}  // namespace
+
+// Go on waiting in the round that syncbn_exchange_enter began. out: payload of rank r at r * stride bytes.
+SYNCBN_API int syncbn_exchange_wait(const SyncbnRing* ring, int64_t bytes, char* out, int64_t stride,
+                                    int64_t limit_ns, int64_t waited_ns) {
+  Status status = await_all(ring, limit_ns, waited_ns);
+  return status == kDone ? collect(ring, bytes, out, stride) : status;
+}
+
+// Publish this rank's frame and wait up to limit_ns for the others'.
+SYNCBN_API int syncbn_exchange_enter(SyncbnRing* ring, int64_t call, const char* body, const char* payload,
+                                     int64_t bytes, char* out, int64_t stride, int64_t limit_ns) {
+  if (has_failed(ring)) return kFailed;
+  ring->round += 1;
+  char* own = slot(ring, ring->rank);
+  std::memcpy(own, &call, kCallBytes);
+  std::memcpy(own + kCallBytes, body, kBodyBytes);
+  std::memcpy(own + kHeaderBytes, payload, bytes);
+  __atomic_store_n(published(ring, ring->rank), ring->round, __ATOMIC_RELEASE);
+  return syncbn_exchange_wait(ring, bytes, out, stride, limit_ns, 0);
+}
+
+// Mark the memory as failed; the first rank to do so has its message kept.
+SYNCBN_API void syncbn_exchange_fail(const SyncbnRing* ring, int64_t lost, const char* message, int64_t length) {
+  auto* words = reinterpret_cast<int64_t*>(ring->failure);
+  int64_t expected = kNone;
+  if (!__atomic_compare_exchange_n(&words[0], &expected, kWriting, false, __ATOMIC_ACQ_REL, __ATOMIC_ACQUIRE)) return;
+  words[1] = lost;
+  words[2] = length;
+  std::memcpy(words + 3, message, length);
+  __atomic_store_n(&words[0], kSet, __ATOMIC_RELEASE);
+}
