@@ -8,9 +8,11 @@ from dataclasses import dataclass, replace
 
 from syncbn.compose import vary
 from syncbn.config import Config, RunConfig, config_hash
-from syncbn.errors import NonFinite, UsageError, exit_code
+from syncbn.errors import NonFinite, Stopped, UsageError, exit_code
 from syncbn.runtime.base import Runtime
+from syncbn.train.agreement import agreed_signal
 from syncbn.train.record import finished, recorded_run, write_summary
+from syncbn.train.stopping import stop_on_signals
 from syncbn.train.summary import RunSummary
 
 
@@ -52,6 +54,7 @@ def run_trials(cfg: Config, runtime: Runtime) -> None:
     A trial whose loss stops being finite counts as finished, with `diverged` 1 and a test error of 1.
 
     Raises:
+        Stopped: by a signal, in a trial (its checkpoint is saved) or between two.
         SyncbnError: a trial failed otherwise; finished ones are kept.
     """
     again = not cfg.train.resume
@@ -59,10 +62,18 @@ def run_trials(cfg: Config, runtime: Runtime) -> None:
     together = [trial for trial in pending if trial.config.num_ranks == runtime.world_size]
     alone = [trial for trial in pending if trial.config.num_ranks != runtime.world_size]
     runtime.barrier()  # every rank has looked before any trial finishes
-    for trial in together:
-        _run(trial, runtime)
-    for trial in alone[runtime.rank :: runtime.world_size]:
-        _run(trial, runtime.solo())
+    with stop_on_signals() as stop:
+        for trial in together:
+            _stop_if(agreed_signal(stop.signal_number, runtime))
+            _run(trial, runtime)
+        for trial in alone[runtime.rank :: runtime.world_size]:
+            _stop_if(stop.signal_number)
+            _run(trial, runtime.solo())
+
+
+def _stop_if(signal_number: int) -> None:
+    if signal_number:
+        raise Stopped(signal_number)
 
 
 def _run(trial: Trial, runtime: Runtime) -> None:

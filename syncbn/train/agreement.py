@@ -53,12 +53,26 @@ class Agreement:
     ) -> tuple[list[float], int, bool, list[bool]]:
         """The one sum: losses, then a count of each signal, rank 0's clock, and a flag a rank."""
         size, rank = self.runtime.world_size, self.runtime.rank
-        flags = torch.zeros(3 + size, dtype=torch.float64)
-        flags[0] = signal_number == signal.SIGINT
-        flags[1] = signal_number == signal.SIGTERM
-        flags[2] = out_of_time and self.runtime.is_main
-        flags[3 + rank] = not bool(torch.isfinite(own).all())
-        total = self.runtime.sum(torch.cat([own, flags]).to(self.runtime.device)).tolist()
+        flags = torch.zeros(1 + size, dtype=torch.float64)
+        flags[0] = out_of_time and self.runtime.is_main
+        flags[1 + rank] = not bool(torch.isfinite(own).all())
+        parts = torch.cat([own, _votes(signal_number), flags])
+        total = self.runtime.sum(parts.to(self.runtime.device)).tolist()
         interrupted, terminated, late, *bad = total[len(own) :]
-        asked = signal.SIGTERM if terminated else signal.SIGINT if interrupted else 0
-        return total[: len(own)], int(asked), bool(late), [bool(flag) for flag in bad]
+        asked = _outcome(interrupted, terminated)
+        return total[: len(own)], asked, bool(late), [bool(flag) for flag in bad]
+
+
+def agreed_signal(signal_number: int, runtime: Runtime) -> int:
+    """The signal that asked any rank to stop, the same on every rank, or 0; a collective."""
+    return _outcome(*runtime.sum(_votes(signal_number).to(runtime.device)).tolist())
+
+
+def _votes(signal_number: int) -> torch.Tensor:
+    """One rank's share `(2,)` of how many were asked by SIGINT, and how many by SIGTERM."""
+    asked_by = [signal_number == signal.SIGINT, signal_number == signal.SIGTERM]
+    return torch.tensor(asked_by, dtype=torch.float64)
+
+
+def _outcome(interrupted: float, terminated: float) -> int:
+    return int(signal.SIGTERM if terminated else signal.SIGINT if interrupted else 0)

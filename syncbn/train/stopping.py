@@ -1,4 +1,8 @@
-"""Signals become a request that ranks agree on: finish the step, save, and leave with 128 + signal."""
+"""Signals become a request that ranks agree on: finish the step, save, and leave with 128 + signal.
+
+A request lasts as long as the outermost `stop_on_signals`: a study holds one around all its trials, so that a signal
+which reaches a trial after its last agreement is not lost with it.
+"""
 
 import signal
 import threading
@@ -33,30 +37,40 @@ class StopRequest:
 
 @contextmanager
 def stop_on_signals() -> Iterator[StopRequest]:
-    """Turn SIGINT and SIGTERM into a `StopRequest` while the context lasts.
+    """Turn SIGINT and SIGTERM into a `StopRequest` while the context lasts; within another one, into its request.
 
     Outside the main thread, as in a Ray worker, Python allows no handlers, and `ask_to_stop` takes their place.
     """
+    if _open:
+        yield _open[0]
+        return
     request = StopRequest()
-    if threading.current_thread() is not threading.main_thread():
-        _elsewhere.append(request)
-        try:
+    _open.append(request)
+    try:
+        with _handled_by(request):
             yield request
-        finally:
-            _elsewhere.remove(request)
+    finally:
+        _open.remove(request)
+
+
+@contextmanager
+def _handled_by(request: StopRequest) -> Iterator[None]:
+    if threading.current_thread() is not threading.main_thread():
+        yield
         return
     before = {number: signal.signal(number, request.ask) for number in SIGNALS}
     try:
-        yield request
+        yield
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
 
 
 def ask_to_stop(signal_number: int) -> None:
-    """Pass on a signal that another process received to the loops that run outside this one's main thread."""
-    for request in _elsewhere:
+    """Pass on a signal that another process received to what runs in this one."""
+    for request in _open:
         request.signal_number = signal_number
 
 
-_elsewhere: list[StopRequest] = []
+_open: list[StopRequest] = []
+"""The request of the outermost context, or nothing."""

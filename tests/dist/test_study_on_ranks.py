@@ -1,0 +1,71 @@
+"""The trials of a study on ranks: all ranks are in the same trial, whatever happens to one of them."""
+
+import json
+import os
+import signal
+from pathlib import Path
+from unittest.mock import patch
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from syncbn.compare.queue import run_trials, trials
+from syncbn.config import (
+    Config,
+    DataConfig,
+    LauncherConfig,
+    ModelConfig,
+    StudyConfig,
+    TrackingConfig,
+    TrainConfig,
+)
+from syncbn.errors import Stopped
+from syncbn.runtime import TorchrunRuntime
+from syncbn.train import loop
+
+
+def _study(folder: Path, world_size: int, arms: dict[str, list[str]]) -> Config:
+    return Config(
+        name="study",
+        runs_dir=str(folder),
+        model=ModelConfig(hidden=[8]),
+        data=DataConfig(limit=64),
+        train=TrainConfig(steps=6, per_rank_batch=4, agree_every=2),
+        launcher=LauncherConfig(num_workers=world_size),
+        tracking=TrackingConfig(name="journal"),
+        study=StudyConfig(seeds=[0], arms=arms),
+    )
+
+
+def _run(cfg: Config) -> None:
+    run_trials(cfg, TorchrunRuntime(torch.device("cpu")))
+
+
+def _summaries(cfg: Config) -> dict[str, dict]:
+    folders = [trial.config.folder for trial in trials(cfg)]
+    return {
+        folder.name: json.loads((folder / "summary.json").read_text())
+        for folder in folders
+        if (folder / "summary.json").is_file()
+    }
+
+
+@pytest.mark.world_size(2)
+def test_a_signal_after_a_trials_last_agreement_stops_the_study_before_the_next(
+    world_size, tmp_path
+):
+    cfg = _study(tmp_path, world_size, {"local": ["norm=local"], "sync": ["norm=sync"]})
+
+    def save_and_be_told(state, tracker):
+        real_save(state, tracker)
+        if dist.get_rank() == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    real_save = loop.checkpoint
+    with patch.object(loop, "checkpoint", save_and_be_told), pytest.raises(Stopped) as stopped:
+        _run(cfg)
+    assert stopped.value.exit_code == 143
+    assert set(_summaries(cfg)) == {"local-0"}
+    _run(cfg)
+    assert set(_summaries(cfg)) == {"local-0", "sync-0"}
