@@ -28,6 +28,7 @@ from syncbn.sampling import SampleStream, rank_share
 from syncbn.tracking import Tracker
 from syncbn.tracking.redact import redact
 from syncbn.train.evaluation import settle_buffers
+from syncbn.train.lockstep import Lockstep
 
 
 @dataclass
@@ -98,7 +99,8 @@ def build(cfg: RunConfig, runtime: Runtime) -> State:
     model.to(runtime.device, getattr(torch, cfg.train.dtype))
     torch.manual_seed(cfg.seed * 1_000_003 + runtime.rank)  # dropout: another stream a rank
     optimizer = build_optimizer(model, cfg.optim)
-    return State(cfg, runtime, sets, stream, model, _wrapped(model, runtime), optimizer)
+    steady = Lockstep(model, sets.num_classes) if cfg.norm.name == "sync_group" else model
+    return State(cfg, runtime, sets, stream, model, _wrapped(steady, runtime), optimizer)
 
 
 def _wrapped(model: nn.Module, runtime: Runtime) -> nn.Module:

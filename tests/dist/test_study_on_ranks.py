@@ -22,6 +22,7 @@ from syncbn.config import (
 )
 from syncbn.errors import Stopped
 from syncbn.runtime import TorchrunRuntime
+from syncbn.tracking import read_journal
 from syncbn.train import loop
 
 
@@ -69,3 +70,24 @@ def test_a_signal_after_a_trials_last_agreement_stops_the_study_before_the_next(
     assert set(_summaries(cfg)) == {"local-0"}
     _run(cfg)
     assert set(_summaries(cfg)) == {"local-0", "sync-0"}
+
+
+@pytest.mark.world_size(4)
+def test_input_that_is_not_finite_in_one_group_ends_the_trial_on_all_ranks(world_size, tmp_path):
+    groups = ["norm=sync_group", "norm.group_size=2"]
+    cfg = _study(tmp_path, world_size, {"groups": groups, "sync": ["norm=sync"]})
+
+    def backward(state, global_batch, x, y):
+        if state.cfg.norm.name == "sync_group" and state.step == 3 and dist.get_rank() == 1:
+            x = x / 0
+        return real_backward(state, global_batch, x, y)
+
+    real_backward = loop._backward
+    with patch.object(loop, "_backward", backward):
+        _run(cfg)
+    summaries = _summaries(cfg)
+    assert summaries["groups-0"]["final"]["diverged"] == 1
+    assert "diverged" not in summaries["sync-0"]["final"]
+    if dist.get_rank() == 0:
+        *_, end = read_journal(cfg.folder / "trials" / "groups-0" / "journal.jsonl")
+        assert "loss of step 4 is not finite on rank 0, 1:" in end["error"]
