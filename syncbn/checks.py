@@ -135,6 +135,11 @@ def check(cfg: Config) -> None:
     for complaint in _across_keys(cfg):
         raise UsageError(complaint)
     if cfg.study is not None:
+        if cfg.train.time_limit_s is not None:
+            raise UsageError(
+                f"train.time_limit_s={cfg.train.time_limit_s:g} is not allowed in a study: its trials are compared "
+                "after equal numbers of steps"
+            )
         _check_study(cfg.study)
 
 

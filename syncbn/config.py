@@ -141,6 +141,7 @@ class TrainConfig:
     resume: bool = True
     """Continue from the run's latest checkpoint where it has one."""
     time_limit_s: float | None = None
+    """Longest time of one attempt; then it saves and ends with 75, and the same command continues. Not in a study."""
     patience: int | None = None
     """Stop after so many evaluations without a better test error."""
     target_error: float | None = None

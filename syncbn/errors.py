@@ -54,7 +54,17 @@ class InfrastructureError(SyncbnError):
     exit_code = 75
 
 
-class Stopped(SyncbnError):
+class Interrupted(SyncbnError):
+    """A run that ended at a step boundary before it was done; its checkpoint was saved, to go on from."""
+
+
+class OutOfTime(Interrupted):
+    """An attempt took longer than `train.time_limit_s`."""
+
+    exit_code = 75
+
+
+class Stopped(Interrupted):
     """A signal ended the run at a step boundary; its checkpoint was saved.
 
     Args:

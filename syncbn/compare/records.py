@@ -105,18 +105,33 @@ def _read_journal(path: Path) -> tuple[dict[str, Any], dict[str, dict[int, float
 
 
 def refuse_unlike(trials: Sequence[TrialRecord], factor: Sequence[str]) -> None:
-    """Refuse trials that differ in more than they may.
+    """Refuse trials that differ in more than they may, or that ended before they were done.
 
     Trials of one arm may differ in their seed alone; trials of different arms also in `factor`, config
     groups or dotted keys.
 
     Raises:
-        UsageError: two trials differ elsewhere; names the key and both values.
+        UsageError: two trials differ elsewhere, or one has fewer steps than its config; names both values.
     """
+    for trial in trials:
+        _refuse_unfinished(trial)
     firsts = {trial.arm: trial for trial in reversed(trials)}
     for trial in trials:
         _refuse_difference(firsts[trial.arm], trial, ("seed",), "two seeds of one arm")
         _refuse_difference(trials[0], trial, ("seed", *factor), f"study.factor={list(factor)}")
+
+
+def _refuse_unfinished(trial: TrialRecord) -> None:
+    """Raise `UsageError` where `trial` took fewer steps than it was to, and no rule of its config ended it."""
+    train = trial.config["train"]
+    may_end_early = (
+        trial.diverged or train["target_error"] is not None or train["patience"] is not None
+    )
+    if trial.steps != train["steps"] and not may_end_early:
+        raise UsageError(
+            f"trial {trial.name} has {trial.steps} steps of train.steps={train['steps']}: the comparison is refused; "
+            f"remove its folder and run the study again"
+        )
 
 
 def _refuse_difference(

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from syncbn.config import RunConfig, config_hash
-from syncbn.errors import Stopped
+from syncbn.errors import Interrupted, OutOfTime, Stopped
 from syncbn.optim import learning_rate
 from syncbn.runtime.base import Runtime
 from syncbn.tracking import Tracker
@@ -33,7 +33,8 @@ def train(cfg: RunConfig, runtime: Runtime, tracker: Tracker) -> RunSummary:
         The same summary on every rank.
 
     Raises:
-        SyncbnError: bad data, config or checkpoint; `NonFinite`; `Stopped` by a signal, checkpoint saved.
+        SyncbnError: bad data, config or checkpoint; `NonFinite`; with a checkpoint saved, `Stopped` by a signal, or
+            `OutOfTime`.
     """
     torch.set_num_threads(cfg.train.num_threads)
     state = build(cfg, runtime)
@@ -59,7 +60,7 @@ class _Loop:
                 advance(state.step)
                 if self._enough():
                     break
-        except Stopped:
+        except Interrupted:
             checkpoint(state, self.tracker)
             raise
         if state.standing.measured_at != state.step:
@@ -103,9 +104,14 @@ class _Loop:
         enough = measuring and self._good_enough()
         if asked:  # what this step made due is done: resuming repeats and loses nothing
             raise Stopped(asked)
+        if late and not (enough or last):
+            raise OutOfTime(
+                f"train.time_limit_s={train.time_limit_s:g} was over after {state.step} of {train.steps} steps, "
+                "checkpoint saved: the same command continues"
+            )
         if saving and not last:
             checkpoint(state, self.tracker)
-        return late or enough
+        return enough
 
     def _agree(self) -> tuple[bool, int]:
         """Settle with all ranks and record the losses; whether time is over, and the signal to stop, or 0."""

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from syncbn.config import RunConfig, config_hash
-from syncbn.errors import Stopped, UsageError
+from syncbn.errors import Interrupted, UsageError
 from syncbn.runtime.base import Runtime
 from syncbn.tracking import Journal, Tracker, Untracked
 from syncbn.tracking.redact import redact_text
@@ -33,7 +33,7 @@ def recorded_run(cfg: RunConfig, runtime: Runtime) -> RunSummary:
     try:
         summary = train(cfg, runtime, tracker)
     except BaseException as error:
-        status = "stopped" if isinstance(error, Stopped | KeyboardInterrupt) else "failed"
+        status = "stopped" if isinstance(error, Interrupted | KeyboardInterrupt) else "failed"
         if not _begun(cfg):
             raise  # before the run began there is nothing to record
         reason = redact_text(f"{type(error).__name__}: {error}")

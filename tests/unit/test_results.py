@@ -152,6 +152,30 @@ def test_seeds_of_one_arm_may_differ_in_the_seed_alone_even_where_the_factor_is_
         write_results(cfg)
 
 
+def test_a_trial_that_took_fewer_steps_than_its_config_is_refused(tmp_path):
+    cfg = small(tmp_path)
+    shorten(cfg.folder / "trials" / "sync-1", 150)
+    with pytest.raises(UsageError, match=r"sync-1 has 150 steps of train.steps=200"):
+        write_results(cfg)
+
+
+def test_a_trial_that_reached_its_target_may_have_taken_fewer_steps(tmp_path):
+    cfg = small(tmp_path, target_error=0.1)
+    shorten(cfg.folder / "trials" / "sync-1", 150)
+    assert write_results(cfg)["arms"]["sync"]["steps"] == [200, 150, 200]
+
+
+def shorten(folder: Path, steps: int) -> None:
+    """Let the trial in `folder` have ended after `steps`."""
+    summary = json.loads((folder / "summary.json").read_text())
+    (folder / "summary.json").write_text(json.dumps(summary | {"steps": steps}))
+
+
+def test_a_time_limit_is_refused_in_a_study(tmp_path):
+    with pytest.raises(UsageError, match=r"train.time_limit_s=9 is not allowed in a study"):
+        check(study_config(tmp_path, time_limit_s=9.0))
+
+
 def test_places_and_services_may_differ(tmp_path):
     cfg = small(tmp_path)
     rewrite(cfg, "sync", 2, lambda trial: setattr(trial.launcher, "timeout_s", 7.0))

@@ -3,18 +3,20 @@
 import json
 import math
 import signal
+from contextlib import contextmanager
 from dataclasses import replace
+from unittest.mock import patch
 
 import pytest
 import torch
 
 from syncbn.checkpoint import load_latest
 from syncbn.config import DataConfig, ModelConfig, NormConfig, OptimConfig, RunConfig, TrainConfig
-from syncbn.errors import CheckpointError, DataError, NonFinite, UsageError
+from syncbn.errors import CheckpointError, DataError, NonFinite, OutOfTime, Stopped, UsageError
 from syncbn.optim import learning_rate
 from syncbn.runtime import Solo
 from syncbn.tracking import read_journal
-from syncbn.train import recorded_run
+from syncbn.train import loop, recorded_run
 from syncbn.train.stopping import stop_on_signals
 
 SOLO = Solo(torch.device("cpu"))
@@ -125,9 +127,8 @@ def test_half_a_summary_counts_as_none(tmp_path):
     [
         ({"target_error": 1.0, "eval_every": 4}, 4),
         ({"patience": 1, "eval_every": 1}, None),
-        ({"time_limit_s": 1e-6, "agree_every": 2}, 2),
     ],
-    ids=["target reached", "patience over", "time over"],
+    ids=["target reached", "patience over"],
 )
 def test_it_ends_early_when_told_to_and_still_measures(tmp_path, options, steps):
     cfg = _config(tmp_path, steps=400, **options)
@@ -136,6 +137,53 @@ def test_it_ends_early_when_told_to_and_still_measures(tmp_path, options, steps)
     assert steps is None or summary.steps == steps
     assert list(_metrics(cfg, "test_error"))[-1] == summary.steps
     assert load_latest(cfg.folder / "checkpoints").meta.step == summary.steps
+
+
+def test_a_run_out_of_time_is_interrupted_and_goes_on_where_it_was(tmp_path):
+    straight, cfg = (_config(tmp_path / part, agree_every=2) for part in ("straight", "late"))
+    recorded_run(straight, SOLO)
+    cfg.train.time_limit_s = 1e-6
+    with pytest.raises(OutOfTime, match="after 2 of 12 steps, checkpoint saved") as over:
+        recorded_run(cfg, SOLO)
+    assert over.value.exit_code == 75
+    assert not (cfg.folder / "summary.json").exists()
+    *_, end = read_journal(cfg.folder / "journal.jsonl")
+    assert end["status"] == "stopped"
+    cfg.train.time_limit_s = None
+    assert recorded_run(cfg, SOLO).steps == 12
+    assert _metrics(cfg, "train_loss") == _metrics(straight, "train_loss")
+
+
+def test_a_last_step_that_comes_too_late_is_still_the_last(tmp_path):
+    cfg = _config(tmp_path, agree_every=12, time_limit_s=1e-6)
+    assert recorded_run(cfg, SOLO).steps == 12
+
+
+def test_a_signal_at_a_step_due_for_evaluation_loses_none(tmp_path):
+    straight, cfg = (_config(tmp_path / part, eval_every=4) for part in ("straight", "stopped"))
+    recorded_run(straight, SOLO)
+    with _asked_to_stop_at(4), pytest.raises(Stopped):
+        recorded_run(cfg, SOLO)
+    assert list(_metrics(cfg, "test_error")) == [4]
+    recorded_run(cfg, SOLO)
+    assert _metrics(cfg, "test_error") == _metrics(straight, "test_error")
+    assert load_latest(cfg.folder / "checkpoints").extra == (
+        load_latest(straight.folder / "checkpoints").extra
+    )
+
+
+@contextmanager
+def _asked_to_stop_at(step):
+    """Let SIGTERM arrive before the agreement of `step`."""
+
+    def backward(state, *batch):
+        if state.step == step - 1:
+            signal.raise_signal(signal.SIGTERM)
+        return real_backward(state, *batch)
+
+    real_backward = loop._backward
+    with patch.object(loop, "_backward", backward):
+        yield
 
 
 def test_divergence_is_an_error_in_the_journal_too(tmp_path):
