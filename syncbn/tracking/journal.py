@@ -1,4 +1,4 @@
-"""The journal of a run: one JSON object a line, appended and flushed, never rewritten.
+"""The journal of a run: one JSON object a line, appended and flushed; only a new attempt cuts it back, at one stroke.
 
 Records are `{"step": n, "metrics": {...}, "time": t}` and `{"event": name, ..., "time": t}`, with `time` in
 seconds since the epoch. Floats round-trip exactly (shortest repr); NaN and infinities are written as the
@@ -7,6 +7,7 @@ strings "nan", "inf" and "-inf", which JSON has no numbers for.
 
 import json
 import math
+import os
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -15,6 +16,9 @@ from typing import Any, Protocol
 
 class Tracker(Protocol):
     """What the training loop reports to."""
+
+    begun: bool
+    """Whether there is an attempt, since `begin`, that an end can be recorded of."""
 
     def begin(self, step: int, **fields: Any) -> None:
         """Record the start of an attempt from `step`; what was recorded beyond it is void."""
@@ -35,6 +39,8 @@ class Tracker(Protocol):
 
 class Untracked:
     """The tracker of ranks that do not write."""
+
+    begun = False
 
     def begin(self, step: int, **fields: Any) -> None:
         """Drop the fields."""
@@ -59,24 +65,27 @@ class Journal:
     def __init__(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         self.path = path
+        self.begun = False
         self._file = path.open("a")
 
     def begin(self, step: int, **fields: Any) -> None:
         """Append a `start` record with its `attempt`, counted from 1.
 
         Metrics beyond `step` are cut off first, as is a last line that a crash left unfinished. An attempt from
-        step 0 starts the journal anew; its `supersedes` is the time at which the journal it replaces began.
+        step 0 starts the journal anew; its `supersedes` is the time at which the journal it replaces began. Whoever
+        reads, or whatever kills this process, meanwhile finds the earlier journal whole, or the new one.
         """
         began = None if step > 0 else _began(self.path)
         if began is not None:
             fields["supersedes"] = began
         records = read_journal(self.path) if step > 0 else []
         kept = [record for record in records if record.get("step", 0) <= step]
-        self._file.close()
-        self.path.write_text("".join(map(_line, kept)))
-        self._file = self.path.open("a")
         attempt = 1 + sum(record.get("event") == "start" for record in kept)
-        self._append({"event": "start", **fields, "attempt": attempt})
+        start = {"event": "start", **fields, "attempt": attempt, "time": time.time()}
+        self._file.close()
+        _replace(self.path, "".join(map(_line, [*kept, start])))
+        self._file = self.path.open("a")
+        self.begun = True
 
     def metrics(self, step: int, values: Mapping[str, float]) -> None:
         """Append one metrics record."""
@@ -109,6 +118,15 @@ def _began(path: Path) -> float | None:
         return next(read_journal(path))["time"]
     except (StopIteration, ValueError, KeyError):
         return None
+
+
+def _replace(path: Path, text: str) -> None:
+    beside = path.with_name(f".{path.name}")
+    with beside.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    beside.replace(path)
 
 
 def _line(record: Mapping[str, Any]) -> str:

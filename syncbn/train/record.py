@@ -34,8 +34,8 @@ def recorded_run(cfg: RunConfig, runtime: Runtime) -> RunSummary:
         summary = train(cfg, runtime, tracker)
     except BaseException as error:
         status = "stopped" if isinstance(error, Interrupted | KeyboardInterrupt) else "failed"
-        if not _begun(cfg):
-            raise  # before the run began there is nothing to record
+        if not tracker.begun:
+            raise  # this attempt has nothing to record, and an earlier one's journal stays as it is
         reason = redact_text(f"{type(error).__name__}: {error}")
         tracker.event("end", status=status, summary=None, error=reason)
         raise
@@ -46,11 +46,6 @@ def recorded_run(cfg: RunConfig, runtime: Runtime) -> RunSummary:
     if runtime.is_main:
         write_summary(cfg.folder, summary)
     return summary
-
-
-def _begun(cfg: RunConfig) -> bool:
-    journal = cfg.folder / "journal.jsonl"
-    return journal.is_file() and journal.stat().st_size > 0
 
 
 def finished(cfg: RunConfig) -> RunSummary | None:

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterator
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 from hypothesis import given
@@ -83,6 +84,16 @@ def test_an_attempt_from_the_first_step_starts_the_journal_anew(journal):
     journal.begin(0)
     (start,) = read_journal(journal.path)
     assert (start["attempt"], start["supersedes"]) == (1, replaced["time"])
+
+
+def test_an_attempt_that_cannot_begin_leaves_the_journal_whole(journal):
+    journal.begin(0)
+    for step in range(1, 6):
+        journal.metrics(step, {"loss": 1.0})
+    before = journal.path.read_bytes()
+    with patch("os.fsync", side_effect=OSError("disk full")), pytest.raises(OSError, match="full"):
+        journal.begin(3)
+    assert journal.path.read_bytes() == before
 
 
 def test_a_damaged_journal_can_be_begun_anew(journal):

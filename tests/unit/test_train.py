@@ -111,8 +111,10 @@ def test_a_folder_of_another_config_is_refused(tmp_path):
     with pytest.raises(UsageError, match="another name"):
         recorded_run(_config(tmp_path, steps=13), SOLO)
     (tmp_path / "run" / "summary.json").unlink()
+    journal = (tmp_path / "run" / "journal.jsonl").read_bytes()
     with pytest.raises(CheckpointError, match="another name"):
         recorded_run(_config(tmp_path, steps=13), SOLO)
+    assert (tmp_path / "run" / "journal.jsonl").read_bytes() == journal
 
 
 def test_half_a_summary_counts_as_none(tmp_path):
