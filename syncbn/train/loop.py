@@ -50,6 +50,7 @@ class _Loop:
         self.state, self.tracker, self.stop = state, tracker, stop
         self.agreement = Agreement(state.runtime)
         self.started = time.monotonic()
+        self.seconds_before = state.standing.seconds
 
     def run(self, advance: Advance) -> RunSummary:
         """Take the steps that are left, measure, save, and summarise."""
@@ -61,15 +62,15 @@ class _Loop:
                 if self._enough():
                     break
         except Interrupted:
-            checkpoint(state, self.tracker)
+            self._save()
             raise
         if state.standing.measured_at != state.step:
             self._measure()
-        checkpoint(state, self.tracker)
+        self._save()
         return RunSummary(
             final={"train_loss": state.standing.train_loss} | state.standing.measured,
             steps=state.step,
-            seconds=time.monotonic() - self.started,
+            seconds=state.standing.seconds,
             world_size=state.runtime.world_size,
             config_hash=config_hash(cfg),
         )
@@ -110,7 +111,7 @@ class _Loop:
                 "checkpoint saved: the same command continues"
             )
         if saving and not last:
-            checkpoint(state, self.tracker)
+            self._save()
         return enough
 
     def _agree(self) -> tuple[bool, int]:
@@ -135,6 +136,10 @@ class _Loop:
         )
         state.standing.measured, state.standing.measured_at = measured, state.step
         self.tracker.metrics(state.step, measured)
+
+    def _save(self) -> None:
+        self.state.standing.seconds = self.seconds_before + time.monotonic() - self.started
+        checkpoint(self.state, self.tracker)
 
     def _good_enough(self) -> bool:
         """Whether the target is reached, or patience with the test error is at an end."""

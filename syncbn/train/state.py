@@ -43,6 +43,8 @@ class Standing:
     """The step of the last evaluation."""
     best_error: float = math.inf
     evaluations_since_best: int = 0
+    seconds: float = 0.0
+    """Wall time of the loop and its evaluations, over all attempts."""
 
 
 @dataclass

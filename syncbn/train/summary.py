@@ -13,7 +13,7 @@ class RunSummary:
     steps: int
     """Optimiser steps done."""
     seconds: float
-    """Wall time of the training loop and its evaluations, without start-up."""
+    """Wall time of the training loop and its evaluations over all attempts, without start-up and lost steps."""
     world_size: int
     config_hash: str
 

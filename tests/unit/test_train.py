@@ -3,6 +3,7 @@
 import json
 import math
 import signal
+import time
 from contextlib import contextmanager
 from dataclasses import replace
 from unittest.mock import patch
@@ -156,6 +157,14 @@ def test_a_run_out_of_time_is_interrupted_and_goes_on_where_it_was(tmp_path):
     assert _metrics(cfg, "train_loss") == _metrics(straight, "train_loss")
 
 
+def test_the_seconds_of_a_run_are_those_of_all_its_attempts(tmp_path):
+    cfg = _config(tmp_path, agree_every=2, time_limit_s=1e-6)
+    with _before_step(1, lambda: time.sleep(1.0)), pytest.raises(OutOfTime):
+        recorded_run(cfg, SOLO)
+    cfg.train.time_limit_s = None
+    assert recorded_run(cfg, SOLO).seconds > 1.0
+
+
 def test_a_last_step_that_comes_too_late_is_still_the_last(tmp_path):
     cfg = _config(tmp_path, agree_every=12, time_limit_s=1e-6)
     assert recorded_run(cfg, SOLO).steps == 12
@@ -164,23 +173,22 @@ def test_a_last_step_that_comes_too_late_is_still_the_last(tmp_path):
 def test_a_signal_at_a_step_due_for_evaluation_loses_none(tmp_path):
     straight, cfg = (_config(tmp_path / part, eval_every=4) for part in ("straight", "stopped"))
     recorded_run(straight, SOLO)
-    with _asked_to_stop_at(4), pytest.raises(Stopped):
+    with _before_step(4, lambda: signal.raise_signal(signal.SIGTERM)), pytest.raises(Stopped):
         recorded_run(cfg, SOLO)
     assert list(_metrics(cfg, "test_error")) == [4]
     recorded_run(cfg, SOLO)
     assert _metrics(cfg, "test_error") == _metrics(straight, "test_error")
-    assert load_latest(cfg.folder / "checkpoints").extra == (
-        load_latest(straight.folder / "checkpoints").extra
-    )
+    ours, theirs = (load_latest(c.folder / "checkpoints").extra for c in (cfg, straight))
+    assert ours | {"seconds": 0} == theirs | {"seconds": 0}
 
 
 @contextmanager
-def _asked_to_stop_at(step):
-    """Let SIGTERM arrive before the agreement of `step`."""
+def _before_step(step, happens):
+    """Call `happens` before the backward pass of `step`, and so before its agreement."""
 
     def backward(state, *batch):
         if state.step == step - 1:
-            signal.raise_signal(signal.SIGTERM)
+            happens()
         return real_backward(state, *batch)
 
     real_backward = loop._backward
