@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from syncbn.data import Split
 from syncbn.errors import NonFinite
+from syncbn.norm import RanksDisagree
 from syncbn.runtime.base import Runtime
 
 
@@ -14,13 +15,32 @@ def settle_buffers(model: nn.Module, arm: str, runtime: Runtime) -> None:
     """Give every rank the running statistics that arm `arm` evaluates with.
 
     `local_avg` averages them over ranks. All others take rank 0's, which is what DistributedDataParallel's
-    broadcast before each forward amounts to; synchronised ones are equal anyway.
+    broadcast before each forward amounts to; those of `sync` must have been equal.
+
+    Raises:
+        RanksDisagree: arm `sync` whose running statistics differ between ranks; names the first buffer.
     """
-    for buffer in model.buffers():
+    differs = dict.fromkeys((name for name, _ in model.named_buffers()), False)
+    for name, buffer in model.named_buffers():
         if arm == "local_avg" and buffer.is_floating_point():
             runtime.sum(buffer).div_(runtime.world_size)
         else:
-            runtime.from_main(buffer)
+            own = buffer.clone()
+            differs[name] = not _equal(own, runtime.from_main(buffer))
+    if arm == "sync":
+        _refuse_differing(differs, runtime)
+
+
+def _equal(one: Tensor, other: Tensor) -> bool:
+    """Whether all values are equal, NaN to itself."""
+    return torch.allclose(one, other, rtol=0, atol=0, equal_nan=True)
+
+
+def _refuse_differing(differs: dict[str, bool], runtime: Runtime) -> None:
+    flags = torch.tensor(list(differs.values()), dtype=torch.float64, device=runtime.device)
+    for name, count in zip(differs, runtime.sum(flags).tolist(), strict=True):
+        if count:
+            raise RanksDisagree(f"running statistics {name!r} differ between ranks")
 
 
 @torch.no_grad()

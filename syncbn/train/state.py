@@ -20,7 +20,6 @@ from syncbn.config import RunConfig, config_hash, resume_hash
 from syncbn.data import DataSets, load_data
 from syncbn.errors import UsageError
 from syncbn.models import build_model
-from syncbn.norm import RanksDisagree
 from syncbn.optim import build_optimizer
 from syncbn.provenance import git_revision, versions
 from syncbn.runtime.base import Runtime
@@ -156,8 +155,6 @@ def checkpoint(state: State, tracker: Tracker) -> None:
         RanksDisagree: synchronised running statistics differ between ranks.
     """
     runtime = state.runtime
-    if state.cfg.norm.name == "sync":
-        _require_equal_buffers(state.model, runtime)
     settle_buffers(state.model, state.cfg.norm.name, runtime)
     states = _random_states(runtime)
     if runtime.is_main:
@@ -174,13 +171,6 @@ def checkpoint(state: State, tracker: Tracker) -> None:
         path = save(folder, weights, momenta, meta, extra=asdict(state.standing))
         tracker.event("checkpoint", step=state.step, folder=path.name)
     runtime.barrier()
-
-
-def _require_equal_buffers(model: nn.Module, runtime: Runtime) -> None:
-    for name, buffer in model.named_buffers():
-        differs = torch.tensor(not torch.equal(buffer, runtime.from_main(buffer.clone())))
-        if runtime.sum(differs.double().to(runtime.device)) > 0:
-            raise RanksDisagree(f"running statistics {name!r} differ between ranks before a save")
 
 
 def _random_states(runtime: Runtime) -> Tensor:

@@ -5,6 +5,7 @@ import os
 import signal
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -25,7 +26,7 @@ from syncbn.errors import NonFinite, OutOfTime, Stopped
 from syncbn.norm import RanksDisagree
 from syncbn.runtime import Solo, TorchrunRuntime
 from syncbn.tracking import Untracked, read_journal
-from syncbn.train import recorded_run, train
+from syncbn.train import loop, recorded_run, train
 from syncbn.train.agreement import Agreement
 
 CPU = torch.device("cpu")
@@ -177,6 +178,23 @@ def test_running_statistics_that_differ_are_not_saved(world_size, tmp_path):
     with pytest.raises(RanksDisagree, match="running_mean"):
         checkpoint(state, Untracked())
     assert load_latest(state.cfg.folder / "checkpoints") is None
+
+
+@pytest.mark.world_size(2)
+def test_running_statistics_that_differ_are_found_before_they_are_made_equal_to_measure(
+    world_size, tmp_path
+):
+    def drift(state, *batch):
+        share = real_backward(state, *batch)
+        for buffer in state.model.buffers():
+            buffer += dist.get_rank()
+        return share
+
+    real_backward = loop._backward
+    cfg = _config(tmp_path, world_size, steps=3)
+    with patch.object(loop, "_backward", drift), pytest.raises(RanksDisagree, match="running_mean"):
+        train(cfg, TorchrunRuntime(CPU), Untracked())
+    assert load_latest(cfg.folder / "checkpoints") is None
 
 
 @pytest.mark.world_size(2)
