@@ -82,7 +82,7 @@ def gradients(
     if any(needs[:3]):
         sums = kernel.backward_sums(dy, x, affine, fused)
         if needs[0]:
-            everyones = sums_over_ranks(sums, call, x.dtype)
+            everyones = sums_over_ranks(sums, x, call)
             dx = kernel.backward_input(dy, x, affine, fused, everyones, total)
         dweight, dbias = _parameters(sums[1], sums[0], affine.weight, affine.bias, needs)
     if needs[3]:
@@ -104,9 +104,9 @@ class _SumOverRanks(torch.autograd.Function):
     """A sum over ranks of `(k, C)`; what one rank's values do to the sum, they do to every rank's."""
 
     @staticmethod
-    def forward(ctx: Any, values: Tensor, call: Call, dtype: torch.dtype) -> Tensor:
-        ctx.rest = (call, dtype)
-        return sums_over_ranks(values, call, dtype).clone()
+    def forward(ctx: Any, values: Tensor, x: Tensor, call: Call) -> Tensor:
+        ctx.rest = (x, call)
+        return sums_over_ranks(values, x, call).clone()
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
@@ -133,7 +133,7 @@ def differentiable_gradients(
 
     def over_ranks(*values: Tensor) -> list[Tensor]:
         sums = torch.stack([_kept(v, fused.mask).sum(dims) for v in values])
-        rows = _SumOverRanks.apply(sums, call, x.dtype) / total.to(sums.dtype)
+        rows = _SumOverRanks.apply(sums, x.detach(), call) / total.to(sums.dtype)
         return [row.view(shape) for row in rows]
 
     wide = x.double() if x.dtype == torch.float64 else x.float()

@@ -68,6 +68,14 @@ def resolve(spec: GroupSpec) -> ProcessGroup | None:
     return group
 
 
+def known(spec: GroupSpec) -> ProcessGroup | None:
+    """The group that `spec` means, where that is known without asking other ranks; never a collective."""
+    if isinstance(spec, str | int) and spec != "world":
+        world = dist.group.WORLD if dist.is_initialized() else None
+        return None if world is None else _made.get(world, {}).get(spec)
+    return resolve(spec)
+
+
 def _alive(group: ProcessGroup) -> ProcessGroup:
     try:
         dist.get_process_group_ranks(group)

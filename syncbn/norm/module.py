@@ -5,6 +5,7 @@ CPU. With one rank, or none, and in eval mode, it does exactly what torch's Batc
 """
 
 import copy
+import itertools
 import math
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
+from torch.jit import is_scripting  # pyright: ignore[reportPrivateImportUsage]
 from torch.nn.functional import batch_norm
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -20,11 +22,15 @@ from syncbn.norm.autograd import SyncBatchNormFunction
 from syncbn.norm.compiled import compiled_batch_norm, group_text
 from syncbn.norm.exchange import exchange_of
 from syncbn.norm.functional import complaint, fitted, tell
-from syncbn.norm.groups import GroupSpec, check_spec, resolve
+from syncbn.norm.groups import GroupSpec, check_spec, known, resolve
+from syncbn.norm.header import NAMED
 from syncbn.norm.kernels import Running, check_act
 from syncbn.norm.kernels.activations import apply_act
 from syncbn.norm.replay import replaying, replays_of
 from syncbn.norm.steps import Call
+
+_serials = itertools.count()
+"""When each layer was built: tells layers without names apart."""
 
 
 class SyncBatchNorm(_BatchNorm):
@@ -56,6 +62,7 @@ class SyncBatchNorm(_BatchNorm):
     __constants__ = [*_BatchNorm.__constants__, "act"]  # noqa: RUF012 - torch's own spelling
     act: str | None = None
     """A class attribute, so that a layer converted from torch's has it too."""
+    _serial = NAMED
 
     def __init__(
         self,
@@ -75,6 +82,7 @@ class SyncBatchNorm(_BatchNorm):
         check_act(act)
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype)
         self.process_group: GroupSpec = process_group
+        self._serial = next(_serials)
         self.layer_name = ""  # what error messages call it; conversion sets its name in the model
         if act is not None:
             self.act = act
@@ -100,7 +108,7 @@ class SyncBatchNorm(_BatchNorm):
         return self._evaluate(input, mask, residual)
 
     def _evaluate(self, input: Tensor, mask: Tensor | None, residual: Tensor | None) -> Tensor:
-        if not torch.jit.is_scripting():  # pyright: ignore[reportPrivateImportUsage]
+        if not is_scripting():
             self._check_input(input, mask, residual)
         y = batch_norm(
             input,
@@ -112,10 +120,23 @@ class SyncBatchNorm(_BatchNorm):
             momentum=0.0,
             eps=self.eps,
         )
+        if not is_scripting():
+            self._pass_by(y)
         if residual is not None:
             y = y + residual
-        y = apply_act(self.act, y)
+        y = apply_act(self._activation(), y)
         return y if mask is None else y.masked_fill(~mask, 0.0)
+
+    def _pass_by(self, y: Tensor) -> None:
+        """Leave word for ranks that may wait for this one in training mode; sends nothing, waits for nobody."""
+        if not y.requires_grad or torch.compiler.is_compiling() or not dist.is_available():
+            return
+        group = known(self.process_group)
+        if group is None or dist.get_world_size(group) == 1 or y.is_cuda:
+            return
+        exchange, layer = exchange_of(group), self._title()
+        exchange.pass_by(layer)
+        y.register_hook(lambda _: exchange.pass_by(layer, backward=True))
 
     @torch.jit.unused
     def _train(self, input: Tensor, mask: Tensor | None, residual: Tensor | None) -> Tensor:
@@ -134,11 +155,12 @@ class SyncBatchNorm(_BatchNorm):
             residual,
             Call(
                 eps=self.eps,
-                act=self.act,
+                act=self._activation(),
                 mask=None if mask is None else fitted(mask, input),
                 running=self._running(),
                 exchange=None if group is None else exchange_of(group),
                 name=self._title(),
+                serial=NAMED if self.layer_name else self._serial,
                 replays=replays_of(self),
             ),
         )
@@ -155,7 +177,7 @@ class SyncBatchNorm(_BatchNorm):
         self._check_input(input, mask, residual)
         alone = not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1)
         if alone and mask is None and residual is None:
-            return apply_act(self.act, super().forward(input))
+            return apply_act(self._activation(), super().forward(input))
         return compiled_batch_norm(
             input,
             self.weight,
@@ -164,16 +186,20 @@ class SyncBatchNorm(_BatchNorm):
             None if mask is None else fitted(mask, input),
             self._running(),
             eps=self.eps,
-            act=self.act,
+            act=self._activation(),
             group=group_text(self.process_group),
             name=self._title(),
         )
 
     def _is_torchs(self, input: Tensor, mask: Tensor | None, residual: Tensor | None) -> bool:
         """Whether torch's own batch norm serves a group of one: nothing is fused, and no kernel of ours is faster."""
-        plain = mask is None and residual is None and self.act is None
+        plain = mask is None and residual is None and self._activation() is None
         too_few = input.numel() <= input.shape[1]  # torch's own error, or its way with nothing
         return plain and (too_few or not kernels.faster_alone(input))
+
+    def _activation(self) -> str | None:
+        """What is applied in the same pass; a subclass with a submodule `act` applies that itself, and nothing here."""
+        return self.act
 
     def _running(self) -> Running | None:
         if not self.track_running_stats or self.running_mean is None or self.running_var is None:
@@ -213,7 +239,7 @@ class SyncBatchNorm(_BatchNorm):
     def extra_repr(self) -> str:
         """The arguments, the group among them where it is not everybody."""
         group = "" if self.process_group is None else f", process_group={self.process_group!r}"
-        act = "" if self.act is None else f", act={self.act!r}"
+        act = "" if self._activation() is None else f", act={self.act!r}"
         return super().extra_repr() + group + act
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "SyncBatchNorm":

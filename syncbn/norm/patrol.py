@@ -6,7 +6,7 @@ The rules, for each rank that has not come:
 * It has let go of its process group, and so can never come: `RanksDisagree` at once.
 * It went through the awaited layer in eval mode, as this rank did not, and sleeps: `RanksDisagree` once it has slept
   for 4 s where it ran the backward pass too, for 6 s where the forward pass alone (it may be evaluating).
-* It sleeps, and nothing tells why: `RanksDisagree` after 60 s, or at the group's time limit if that is shorter.
+* It sleeps, and nothing tells why: `RanksDisagree` after 300 s, or at the group's time limit if that is shorter.
 * It works: it is waited for until the group's time limit, with one warning after 10 s. So is one that was
   stopped, waits for a disk, or is held by a debugger that stops it.
 
@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from syncbn.norm.header import RankLost, RanksDisagree
 from syncbn.norm.processes import Process, Rest
 
-ASLEEP_S = {"backward": 4.0, "forward": 6.0, "": 60.0}
+ASLEEP_S = {"backward": 4.0, "forward": 6.0, "": 300.0}
 """How long a rank may sleep, by what it did in eval mode."""
 SLOW_S = 10.0
 """After which a rank that works is mentioned in the log."""

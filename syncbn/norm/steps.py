@@ -9,7 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from syncbn.norm.exchange import BACKWARD, FORWARD, Exchange
+from syncbn.norm.exchange import Exchange, Place
+from syncbn.norm.header import NAMED
 from syncbn.norm.kernels import Kernels, Running
 from syncbn.norm.moments import Statistics
 from syncbn.norm.replay import Remembered, Replays, replaying
@@ -32,6 +33,7 @@ class Call:
         running: what to update, or None.
         exchange: with the other ranks; None for a group of one.
         name: what error messages call the layer.
+        serial: of a layer without a name of its own, when it was built; see `syncbn.norm.exchange.Place`.
         replays: where replays of this pass will look, or None.
     """
 
@@ -41,7 +43,18 @@ class Call:
     running: Running | None = None
     exchange: Exchange | None = None
     name: str = ""
+    serial: int = NAMED
     replays: Replays | None = None
+
+    def place(self, x: Tensor, needs_grad: bool) -> Place:
+        """What all ranks must agree on when they meet over `x`."""
+        return Place(
+            layer=self.name,
+            channels=x.shape[1],
+            dtype=x.dtype,
+            needs_grad=needs_grad,
+            serial=self.serial,
+        )
 
 
 def forward_statistics(
@@ -61,14 +74,7 @@ def forward_statistics(
             return known, None
     packed = own.unsqueeze(0)
     if call.exchange is not None:
-        packed = call.exchange.gather(
-            own,
-            kind=FORWARD,
-            layer=call.name,
-            channels=x.shape[1],
-            dtype=x.dtype,
-            needs_grad=needs_grad,
-        )
+        packed = call.exchange.moments(own, **call.place(x, needs_grad))
     statistics = kernel.merge(packed, call.eps)
     _check(packed, statistics, call, x)
     if call.running is not None and not again:
@@ -76,19 +82,11 @@ def forward_statistics(
     return statistics, call.replays.remember(own, statistics) if call.replays else None
 
 
-def sums_over_ranks(sums: Tensor, call: Call, dtype: torch.dtype) -> Tensor:
-    """`sums` `(k, C)` over all ranks, added in rank order."""
+def sums_over_ranks(sums: Tensor, x: Tensor, call: Call) -> Tensor:
+    """`sums` `(k, C)` over all ranks, for the gradients of `x`; the same bits on each."""
     if call.exchange is None:
         return sums
-    gathered = call.exchange.gather(
-        sums.flatten(),
-        kind=BACKWARD,
-        layer=call.name,
-        channels=sums.shape[1],
-        dtype=dtype,
-        needs_grad=True,
-    )
-    return gathered.sum(0).view_as(sums)
+    return call.exchange.sums(sums, **call.place(x, needs_grad=True))
 
 
 def _check(packed: Tensor, statistics: Statistics, call: Call, x: Tensor) -> None:
