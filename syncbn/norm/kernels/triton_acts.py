@@ -1,0 +1,51 @@
+"""The activations and their derivatives inside Triton kernels, by the codes of `activations.ACTIVATIONS`.
+
+Comparisons are written so that NaN passes through functions, and derivatives agree with the table at its kinks.
+"""
+
+import triton
+import triton.language as tl
+
+from syncbn.norm.kernels.activations import ACTIVATIONS, LEAK
+
+_LEAK = tl.constexpr(LEAK)
+_RELU = tl.constexpr(ACTIVATIONS["relu"].code)
+_RELU6 = tl.constexpr(ACTIVATIONS["relu6"].code)
+_LEAKY_RELU = tl.constexpr(ACTIVATIONS["leaky_relu"].code)
+_SILU = tl.constexpr(ACTIVATIONS["silu"].code)
+_HARDSWISH = tl.constexpr(ACTIVATIONS["hardswish"].code)
+
+
+@triton.jit
+def activate(z: tl.tensor, ACT: tl.constexpr) -> tl.tensor:
+    """f(z); z itself for the code 0."""
+    y = z
+    if ACT == _RELU:
+        y = tl.where(z < 0, 0.0, z)
+    elif ACT == _RELU6:
+        y = tl.where(z < 0, 0.0, tl.where(z > 6, 6.0, z))
+    elif ACT == _LEAKY_RELU:
+        y = tl.where(z < 0, z * _LEAK, z)
+    elif ACT == _SILU:
+        y = z / (1 + tl.exp(-z))
+    elif ACT == _HARDSWISH:
+        y = tl.where(z < -3, 0.0, tl.where(z > 3, z, z * (z + 3) / 6))
+    return y
+
+
+@triton.jit
+def slope(z: tl.tensor, ACT: tl.constexpr) -> tl.tensor:
+    """f'(z), for any code but 0; of y in the place of z where the table allows that."""
+    if ACT == _RELU:
+        derivative = tl.where(z > 0, 1.0, 0.0).to(z.dtype)
+    elif ACT == _RELU6:
+        derivative = tl.where((z > 0) & (z < 6), 1.0, 0.0).to(z.dtype)
+    elif ACT == _LEAKY_RELU:
+        derivative = tl.where(z > 0, tl.full(z.shape, 1.0, z.dtype), _LEAK)
+    elif ACT == _SILU:
+        gate = 1 / (1 + tl.exp(-z))
+        derivative = gate * (1 + z * (1 - gate))
+    else:
+        tl.static_assert(ACT == _HARDSWISH)
+        derivative = tl.where(z < -3, 0.0, tl.where(z > 3, 1.0, z / 3 + 0.5))
+    return derivative

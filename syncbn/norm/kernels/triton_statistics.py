@@ -1,0 +1,77 @@
+# pyright: reportArgumentType=false
+"""What is done once a channel, in Triton: merging ranks, and moving running statistics; one launch each.
+
+`eps` and `momentum` come as two float32, a value and what that leaves over, because Triton passes a Python
+float as float32: float64 statistics would see an `eps` that is off in its eighth digit.
+"""
+
+import triton
+import triton.language as tl
+
+from syncbn.norm.kernels.triton_reductions import merged
+from syncbn.norm.kernels.triton_tiles import own_channels
+
+
+@triton.jit
+def merge_kernel(
+    packed_ptr: tl.tensor,
+    total_ptr: tl.tensor,
+    statistics_ptr: tl.tensor,
+    eps_high: tl.tensor,
+    eps_low: tl.tensor,
+    W: tl.tensor,
+    C: tl.tensor,
+    ROWS: tl.constexpr,
+    K: tl.constexpr,
+) -> None:
+    """The total; then C means, variances and inverse standard deviations of W rows of packed moments."""
+    channel, known = own_channels(C, K)
+    total, mean, M2 = merged(packed_ptr, W, C, ROWS, K)
+    var = M2 / tl.maximum(total, 1.0)
+    if tl.program_id(0) == 0:
+        tl.store(total_ptr, total)
+    tl.store(statistics_ptr + channel, mean, mask=known)
+    tl.store(statistics_ptr + C + channel, var, mask=known)
+    invstd = 1 / tl.sqrt(var + eps_high + eps_low)
+    tl.store(statistics_ptr + 2 * C + channel, invstd, mask=known)
+
+
+@triton.jit
+def update_kernel(
+    running_mean_ptr: tl.tensor,
+    running_var_ptr: tl.tensor,
+    num_batches_tracked_ptr: tl.tensor | None,
+    total_ptr: tl.tensor,
+    mean_ptr: tl.tensor,
+    var_ptr: tl.tensor,
+    momentum_high: tl.tensor,
+    momentum_low: tl.tensor,
+    C: tl.tensor,
+    CUMULATIVE: tl.constexpr,
+    K: tl.constexpr,
+) -> None:
+    """Move running statistics in one program, because each channel's weight may need the count that it moves too."""
+    total = tl.load(total_ptr)
+    seen = (total > 0).to(tl.float64)
+    factor = seen * momentum_high + seen * momentum_low
+    if num_batches_tracked_ptr is not None:
+        batches = tl.load(num_batches_tracked_ptr) + seen.to(tl.int64)
+        tl.store(num_batches_tracked_ptr, batches)
+        if CUMULATIVE:
+            factor = seen / tl.maximum(batches, 1).to(tl.float64)
+    bessel = total / tl.maximum(total - 1, 1.0)
+    for start in range(0, C, K):
+        channel = start + tl.arange(0, K)
+        known = channel < C
+        mean = tl.load(mean_ptr + channel, mask=known, other=0).to(tl.float64)
+        var = tl.load(var_ptr + channel, mask=known, other=0).to(tl.float64) * bessel
+        _move(running_mean_ptr + channel, mean, factor, known)
+        _move(running_var_ptr + channel, var, factor, known)
+
+
+@triton.jit
+def _move(running_ptr: tl.tensor, new: tl.tensor, factor: tl.tensor, known: tl.tensor) -> None:
+    """Move running values towards new ones by `factor`; by 0, with all new ones 0, after an empty batch."""
+    old = tl.load(running_ptr, mask=known, other=0).to(tl.float64)
+    moved = old * (1 - factor) + new * factor
+    tl.store(running_ptr, moved, mask=known)
