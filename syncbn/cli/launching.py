@@ -11,7 +11,8 @@ from importlib import import_module
 from typing import Any
 
 from syncbn.cli.guard import invoke, logged, say
-from syncbn.compose import compose, config_folder, vary
+from syncbn.compare.preflight import refuse_unfit
+from syncbn.compose import compose, config_folder
 from syncbn.config import Config
 from syncbn.errors import UsageError
 from syncbn.launch.plan import Plan, as_yaml
@@ -94,13 +95,10 @@ def _refuse_wrong_verb(verb: str, cfg: Config) -> None:
     if verb == "compare" and cfg.study is None:
         studies = sorted(path.stem for path in (config_folder() / "study").glob("*.yaml"))
         raise UsageError(f"compare needs study=NAME; studies: {', '.join(studies)}")
-    if cfg.study is not None:
-        for changes in cfg.study.arms.values():
-            vary(
-                cfg, changes
-            )  # an arm that cannot be composed is found now, not after the arms before it
     if verb == "train" and cfg.study is not None:
         raise UsageError("train runs one run and takes no study; give it to compare")
+    if cfg.study is not None:
+        refuse_unfit(cfg, cfg.study)
 
 
 def _refuse_under_torchrun(verb: str, cfg: Config, world_size: int) -> None:

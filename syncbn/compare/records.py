@@ -137,15 +137,29 @@ def _refuse_unfinished(trial: TrialRecord) -> None:
 def _refuse_difference(
     one: TrialRecord, other: TrialRecord, free: Sequence[str], reason: str
 ) -> None:
-    left, right = (flat(identity_of(trial.config)) for trial in (one, other))
+    found = difference(one.config, other.config, free)
+    if found is not None:
+        raise UsageError(
+            f"trials {one.name} and {other.name} differ in {found}, which {reason} does not allow: "
+            "the comparison is refused"
+        )
+
+
+def difference(one: Mapping[str, Any], other: Mapping[str, Any], free: Sequence[str]) -> str | None:
+    """The first key, with both values, in which two configs' identities differ outside `free`; None where in none.
+
+    Args:
+        one: a RunConfig as a tree.
+        other: likewise.
+        free: groups or dotted keys that may differ.
+    """
+    left, right = (flat(identity_of(config)) for config in (one, other))
     for key in sorted(left.keys() | right.keys()):
         if any(key == name or key.startswith(f"{name}.") for name in free):
             continue
         if left.get(key) != right.get(key):
-            raise UsageError(
-                f"trials {one.name} and {other.name} differ in {key} ({left.get(key)!r} against "
-                f"{right.get(key)!r}), which {reason} does not allow: the comparison is refused"
-            )
+            return f"{key} ({left.get(key)!r} against {right.get(key)!r})"
+    return None
 
 
 def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

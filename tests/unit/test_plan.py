@@ -86,6 +86,13 @@ def test_checks_across_keys_see_torchruns_world_size():
         ("train", ("study=demo",), {}, "give it to compare"),
         ("compare", ("study=demo", "+study.arms.bad=['norm=nope']"), {}, "nope"),
         ("train", ("launcher.num_workers=0",), {}, "launcher.num_workers=0 is not allowed"),
+        ("compare", ("study=demo", "+study.arms.wide=['norm=sync','model.hidden=[7]']"), {},
+         r"'none' and 'wide' differ in model.hidden \(\[100, 100\] against \[7\]\)"),
+        ("compare", ("study=demo", "+study.arms.four=['norm=sync','launcher.num_workers=4']"), {},
+         "'four' has launcher.num_workers=4, the study 2"),
+        ("compare", ("study=demo", "study.claims=[{name:c,arm:sync,against:local,metric:top5}]"), {},
+         "metric='top5' is not measured: one of train_loss"),
+        ("compare", ("study=demo", "train.time_limit_s=9"), {}, "time_limit_s=9 is not allowed in"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_launched_is_refused(verb, overrides, environ, complaint):

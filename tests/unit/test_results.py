@@ -17,6 +17,7 @@ from trial_files import (
 )
 
 from syncbn.checks import check
+from syncbn.compare.preflight import measured
 from syncbn.compare.repeat import hydra_value, repeat_command
 from syncbn.compare.results import write_results
 from syncbn.compose import compose
@@ -190,6 +191,22 @@ def test_a_claim_on_what_was_not_measured_is_refused_before_anything_is_written(
     with pytest.raises(UsageError, match="arm 'sync' has no 'top5'; measured: train_loss"):
         write_results(cfg)
     assert files_of(cfg) == before
+
+
+@pytest.mark.parametrize("train", [{}, {"target_error": 0.01}], ids=["plain", "with a target"])
+def test_a_claim_may_speak_of_what_the_summary_has_and_of_nothing_else(tmp_path, train):
+    cfg = study_config(tmp_path, ("local", "sync"), (0, 1), steps=100, **train)
+    make_study(cfg, demo_error)
+    for trial in (cfg.folder / "trials").iterdir():
+        add_final(trial, "test_loss", 0.5)
+    for arm in write_results(cfg)["arms"].values():
+        assert set(arm) == set(measured(cfg))
+
+
+def add_final(folder: Path, metric: str, value: float) -> None:
+    summary = json.loads((folder / "summary.json").read_text())
+    summary["final"][metric] = value
+    (folder / "summary.json").write_text(json.dumps(summary))
 
 
 def test_steps_to_a_target_are_taken_from_the_curve_and_censored_at_the_budget(tmp_path):
