@@ -153,11 +153,30 @@ def _across_keys(cfg: Config) -> Iterator[str]:
         size, ranks = cfg.norm.group_size, cfg.launcher.num_workers
         if size is None or ranks % size:
             yield f"norm.group_size={size} must divide launcher.num_workers={ranks}"
+    if cfg.model.name == "mlp" and _samples_together(cfg) == 1:
+        yield (
+            f"norm={cfg.norm.name} with train.per_rank_batch={cfg.train.per_rank_batch} and "
+            f"launcher.num_workers={cfg.launcher.num_workers} normalises samples of model=mlp one by one, which leaves "
+            "nothing of them: at least 2 samples must share their statistics"
+        )
     if cfg.norm.name == "ghost" and cfg.train.per_rank_batch % cfg.norm.ghost_size:
         yield (
             f"norm.ghost_size={cfg.norm.ghost_size} must divide "
             f"train.per_rank_batch={cfg.train.per_rank_batch}"
         )
+
+
+def _samples_together(cfg: Config) -> int | None:
+    """How many samples share their statistics; None for arms that need no second one, or check it themselves."""
+    ranks = {
+        "local": 1,
+        "local_avg": 1,
+        "sync_group": cfg.norm.group_size,
+        "sync": cfg.launcher.num_workers,
+        "torch_sync": cfg.launcher.num_workers,
+        "big_batch": cfg.launcher.num_workers,
+    }.get(cfg.norm.name)
+    return None if ranks is None else ranks * cfg.train.per_rank_batch
 
 
 def _check_study(study: StudyConfig) -> None:

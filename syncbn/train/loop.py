@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from syncbn.config import RunConfig, config_hash
-from syncbn.errors import Interrupted, OutOfTime, Stopped
+from syncbn.errors import Interrupted, OutOfTime, Stopped, UsageError
 from syncbn.optim import learning_rate
 from syncbn.runtime.base import Runtime
 from syncbn.tracking import Tracker
@@ -155,9 +155,26 @@ class _Loop:
 
 def _backward(state: State, global_batch: int, x: Tensor, y: Tensor) -> Tensor:
     """Leave the gradient of the global mean loss in `.grad`; this rank's share of that loss, `()`."""
-    share = nn.functional.cross_entropy(state.wrapped(x), y, reduction="sum") / global_batch
+    share = nn.functional.cross_entropy(_logits(state, x), y, reduction="sum") / global_batch
     (share * state.runtime.world_size).backward()
     return share
+
+
+def _logits(state: State, x: Tensor) -> Tensor:
+    """The network's outputs in training; whether a norm gets too few values shows here for networks with poolings.
+
+    Raises:
+        UsageError: a batch norm with one value per channel.
+    """
+    try:
+        return state.wrapped(x)
+    except ValueError as error:
+        if "more than 1 value per channel" not in str(error):
+            raise
+        raise UsageError(
+            f"{len(x)} sample(s) on rank {state.runtime.rank} are too few for norm={state.cfg.norm.name} in this "
+            f"network: use a larger train.per_rank_batch, and train.drop_last=true ({error})"
+        ) from error
 
 
 def _due(step: int, every: int) -> bool:

@@ -72,6 +72,20 @@ def test_checks_across_keys_see_torchruns_world_size():
         plan_of("train", "norm=sync_group", "norm.group_size=4", environ=TORCHRUN)
 
 
+@pytest.mark.parametrize("norm", ["local", "local_avg", "sync_group"])
+def test_samples_that_would_be_normalised_alone_are_refused(norm):
+    alone = (
+        f"norm={norm}",
+        "train.per_rank_batch=1",
+        "launcher.num_workers=2",
+        "norm.group_size=1",
+    )
+    with pytest.raises(UsageError, match="at least 2 samples must share"):
+        plan_of("train", *alone)
+    for enough in ("norm=sync", "norm=big_batch", "norm=none", "model=cnn"):
+        plan_of("train", *alone, enough)
+
+
 @pytest.mark.parametrize(
     ("verb", "overrides", "environ", "complaint"),
     [

@@ -208,6 +208,14 @@ def test_divergence_is_an_error_in_the_journal_too(tmp_path):
     assert not (cfg.folder / "summary.json").exists()
 
 
+def test_too_few_values_for_a_norm_behind_poolings_are_a_usage_error(tmp_path):
+    cfg = _config(tmp_path, per_rank_batch=1)
+    cfg = replace(cfg, norm=NormConfig("local"), model=ModelConfig(name="vgg", width=4))
+    cfg = replace(cfg, data=DataConfig(name="synthetic", image_size=4, num_samples=16))
+    with pytest.raises(UsageError, match=r"1 sample\(s\) on rank 0 are too few for norm=local"):
+        recorded_run(cfg, SOLO)
+
+
 def test_more_ranks_than_the_runtime_has_are_refused(tmp_path):
     cfg = _config(tmp_path)
     cfg.launcher.num_workers = 2
