@@ -43,9 +43,21 @@ class NotAuthorised(SyncbnError):
 
 
 class NonFinite(SyncbnError):
-    """A loss or a statistic that is NaN or infinite on some rank."""
+    """A loss or a statistic that is NaN or infinite on some rank.
+
+    Args:
+        message: where it was found.
+        steps: optimiser steps done by then.
+    """
 
     exit_code = 8
+
+    def __init__(self, message: str, steps: int = 0) -> None:
+        super().__init__(message, steps)  # both, so that it can travel pickled
+        self.steps = steps
+
+    def __str__(self) -> str:
+        return str(self.args[0])
 
 
 class InfrastructureError(SyncbnError):

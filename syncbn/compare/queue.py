@@ -4,11 +4,12 @@ Trials that need all ranks run first, in the same order on every rank. Trials of
 dealt out over the ranks, which need nothing of each other then.
 """
 
+import math
 from dataclasses import dataclass, replace
 
 from syncbn.compose import vary
 from syncbn.config import Config, RunConfig, config_hash
-from syncbn.errors import NonFinite, Stopped, UsageError, exit_code
+from syncbn.errors import NonFinite, Stopped, UsageError
 from syncbn.runtime.base import Runtime
 from syncbn.train.agreement import agreed_signal
 from syncbn.train.record import finished, recorded_run, write_summary
@@ -51,7 +52,8 @@ def trials(cfg: Config) -> list[Trial]:
 def run_trials(cfg: Config, runtime: Runtime) -> None:
     """Run the trials of the study that have not finished; every rank calls it.
 
-    A trial whose loss stops being finite counts as finished, with `diverged` 1 and a test error of 1.
+    A trial whose loss stops being finite counts as finished, with `diverged` 1, a test error of 1 and an infinite
+    training loss.
 
     Raises:
         Stopped: by a signal, in a trial (its checkpoint is saved) or between two.
@@ -79,14 +81,13 @@ def _stop_if(signal_number: int) -> None:
 def _run(trial: Trial, runtime: Runtime) -> None:
     try:
         recorded_run(trial.config, runtime)
-    except Exception as error:
-        if exit_code(error) != NonFinite.exit_code:
-            raise
+    except NonFinite as error:
         if runtime.is_main:
-            write_summary(trial.config.folder, _diverged(trial.config, runtime.world_size))
+            outcome = _diverged(trial.config, error.steps, runtime.world_size)
+            write_summary(trial.config.folder, outcome)
 
 
-def _diverged(cfg: RunConfig, world_size: int) -> RunSummary:
+def _diverged(cfg: RunConfig, steps: int, world_size: int) -> RunSummary:
     """A network whose outputs are not numbers classifies nothing."""
-    final = {"test_error": 1.0, "diverged": 1.0}
-    return RunSummary(final, cfg.train.steps, 0.0, world_size, config_hash(cfg))
+    final = {"train_loss": math.inf, "test_error": 1.0, "diverged": 1.0}
+    return RunSummary(final, steps, 0.0, world_size, config_hash(cfg))

@@ -101,7 +101,7 @@ def measurements(
     }
     table["diverged"] = [float(trial.diverged) for trial in trials]
     table["seconds"] = [math.inf if trial.diverged else trial.seconds for trial in trials]
-    table["steps"] = [trial.steps for trial in trials]
+    table["steps"] = [math.inf if trial.diverged else trial.steps for trial in trials]
     table["world_size"] = [trial.world_size for trial in trials]
     if target_error is not None:
         table["steps_to_target"] = [first_at_or_below(trial, target_error) for trial in trials]

@@ -89,7 +89,7 @@ class Journal:
 
     def metrics(self, step: int, values: Mapping[str, float]) -> None:
         """Append one metrics record."""
-        self._append({"step": step, "metrics": {k: _number(v) for k, v in values.items()}})
+        self._append({"step": step, "metrics": {k: number(v) for k, v in values.items()}})
 
     def event(self, name: str, **fields: Any) -> None:
         """Append one event record."""
@@ -133,6 +133,7 @@ def _line(record: Mapping[str, Any]) -> str:
     return json.dumps(record, allow_nan=False) + "\n"
 
 
-def _number(value: float) -> float | str:
+def number(value: float) -> float | str:
+    """`value` as JSON has it; "nan", "inf" or "-inf" where JSON has no number for it."""
     value = float(value)
     return value if math.isfinite(value) else repr(value)

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from syncbn.config import RunConfig, config_hash
-from syncbn.errors import Interrupted, OutOfTime, Stopped, UsageError
+from syncbn.errors import Interrupted, NonFinite, OutOfTime, Stopped, UsageError
+from syncbn.norm import NonFiniteStatistics
 from syncbn.optim import learning_rate
 from syncbn.runtime.base import Runtime
 from syncbn.tracking import Tracker
@@ -56,16 +57,14 @@ class _Loop:
         """Take the steps that are left, measure, save, and summarise."""
         state, cfg = self.state, self.state.cfg
         try:
-            for global_batch, x, y in state.batches():
-                self._step(global_batch, x, y)
-                advance(state.step)
-                if self._enough():
-                    break
+            self._take_steps(advance)
+            if state.standing.measured_at != state.step:
+                self._measure()
         except Interrupted:
             self._save()
             raise
-        if state.standing.measured_at != state.step:
-            self._measure()
+        except (NonFinite, NonFiniteStatistics) as error:
+            raise NonFinite(str(error), state.step) from error
         self._save()
         return RunSummary(
             final={"train_loss": state.standing.train_loss} | state.standing.measured,
@@ -74,6 +73,13 @@ class _Loop:
             world_size=state.runtime.world_size,
             config_hash=config_hash(cfg),
         )
+
+    def _take_steps(self, advance: Advance) -> None:
+        for global_batch, x, y in self.state.batches():
+            self._step(global_batch, x, y)
+            advance(self.state.step)
+            if self._enough():
+                return
 
     def _step(self, global_batch: int, x: Tensor, y: Tensor) -> None:
         """One optimiser step, and what its number makes due."""

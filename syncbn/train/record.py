@@ -58,8 +58,8 @@ def finished(cfg: RunConfig) -> RunSummary | None:
     if not path.is_file():
         return None
     try:
-        summary = RunSummary(**json.loads(path.read_text()))
-    except (ValueError, TypeError):
+        summary = RunSummary.from_dict(json.loads(path.read_text()))
+    except (ValueError, TypeError, KeyError, AttributeError):
         return None  # half a file from before a crash, or another program's: train again
     if summary.config_hash != config_hash(cfg):
         raise UsageError(
@@ -72,7 +72,7 @@ def finished(cfg: RunConfig) -> RunSummary | None:
 def write_summary(folder: Path, summary: RunSummary) -> None:
     """Write `summary.json` whole or not at all."""
     beside = folder / ".summary.json"
-    beside.write_text(json.dumps(summary.to_dict(), indent=2) + "\n")
+    beside.write_text(json.dumps(summary.to_dict(), indent=2, allow_nan=False) + "\n")
     beside.replace(folder / "summary.json")
 
 

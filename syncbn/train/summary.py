@@ -3,6 +3,8 @@
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from syncbn.tracking.journal import number
+
 
 @dataclass(frozen=True)
 class RunSummary:
@@ -18,5 +20,15 @@ class RunSummary:
     config_hash: str
 
     def to_dict(self) -> dict[str, Any]:
-        """The summary as plain values."""
-        return asdict(self)
+        """The summary as JSON has it: numbers it lacks are words, as in the journal."""
+        return asdict(self) | {"final": {name: number(x) for name, x in self.final.items()}}
+
+    @staticmethod
+    def from_dict(tree: dict[str, Any]) -> "RunSummary":
+        """The summary that `to_dict` gave.
+
+        Raises:
+            ValueError, TypeError, KeyError: a tree of another kind.
+        """
+        final = {name: float(x) for name, x in tree["final"].items()}
+        return RunSummary(**{**tree, "final": final})
