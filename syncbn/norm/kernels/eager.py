@@ -119,4 +119,5 @@ def _before_act(dy: Tensor, x: Tensor, affine: Affine, fused: Fused) -> Tensor:
 
 
 def _masked(values: Tensor, mask: Tensor | None) -> Tensor:
-    return values if mask is None else values.masked_fill(~mask, 0)
+    # a copy filled in place keeps the layout of `values`, which masked_fill takes from the mask
+    return values if mask is None else values.clone().masked_fill_(~mask, 0)
