@@ -96,7 +96,9 @@ class Exchange:
         header = packed(kind, code, channels, dtype, needs_grad, payload.nbytes, layer)
         self._calls += 1
         transport = self._transport or self._connect(header)
-        return transport.gather(header, self._calls, payload)
+        gathered = transport.gather(header, self._calls, payload)
+        self._serials.keep(serial)
+        return gathered
 
     def moments(self, packed: Tensor, **place: Unpack[Place]) -> Tensor:
         """Packed moments that merge into those of all ranks: theirs, `(W, 2 + 2C)`, or one for all, `(1, 2 + 2C)`.

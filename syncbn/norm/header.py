@@ -152,10 +152,14 @@ class Serials:
         self._used: list[int] = []
 
     def code(self, serial: int) -> int:
-        """The code of the layer built as number `serial`, which is first used now or earlier; NAMED stays."""
+        """The code of the layer built as number `serial`, if it is not used before it is kept; NAMED stays."""
         code = self._codes.get(serial)
         if code is None:
-            older = bisect.bisect(self._used, serial)
-            code = self._codes[serial] = len(self._used) << 32 | older
-            self._used.insert(older, serial)
+            code = len(self._used) << 32 | bisect.bisect(self._used, serial)
         return code
+
+    def keep(self, serial: int) -> None:
+        """Count the layer as used: all ranks have met in it, so that one that failed before is not behind."""
+        if serial not in self._codes:
+            self._codes[serial] = self.code(serial)
+            bisect.insort(self._used, serial)
