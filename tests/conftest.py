@@ -1,4 +1,8 @@
-"""The `world_size` marker: one test function, run plainly in each rank of a gloo group."""
+"""Markers for tests that run in processes of their own.
+
+`world_size`: one test function, run plainly in each rank of a gloo group. `triton_interpreter`: run where Triton's
+kernels run on the CPU, which is settled once a process, by its environment.
+"""
 
 import inspect
 from collections.abc import Iterator
@@ -11,6 +15,13 @@ settings.register_profile("patient", deadline=None)  # a busy machine is slow, n
 settings.load_profile("patient")
 
 _pool = RankPool()
+_interpreter = RankPool(TRITON_INTERPRET="1")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line(
+        "markers", "triton_interpreter: run this test where Triton's kernels run on the CPU"
+    )
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -23,12 +34,15 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
-    if pyfuncitem.get_closest_marker("world_size") is None:
+    interpreted = pyfuncitem.get_closest_marker("triton_interpreter") is not None
+    if not interpreted and pyfuncitem.get_closest_marker("world_size") is None:
         return None
     names = inspect.signature(pyfuncitem.obj).parameters
     kwargs = {name: pyfuncitem.funcargs[name] for name in names}
-    module = pyfuncitem.module.__name__
-    _pool.run(module, pyfuncitem.originalname, kwargs, pyfuncitem.callspec.params["world_size"])
+    pool, world_size = (
+        (_interpreter, 1) if interpreted else (_pool, pyfuncitem.callspec.params["world_size"])
+    )
+    pool.run(pyfuncitem.module.__name__, pyfuncitem.originalname, kwargs, world_size)
     return True
 
 
@@ -36,3 +50,4 @@ def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
 def _rank_pool() -> Iterator[None]:
     yield
     _pool.close()
+    _interpreter.close()

@@ -20,9 +20,14 @@ class RankFailed(AssertionError):
 
 
 class RankPool:
-    """Up to four processes, each of which can be any rank of a gloo group made for one test."""
+    """Up to four processes, each of which can be any rank of a gloo group made for one test.
 
-    def __init__(self) -> None:
+    Args:
+        environment: variables that the processes have beside this one's.
+    """
+
+    def __init__(self, **environment: str) -> None:
+        self._environment = environment
         self._workers: list[tuple[subprocess.Popen[bytes], Connection]] = []
 
     def run(self, module: str, function: str, kwargs: dict[str, Any], world_size: int) -> None:
@@ -31,7 +36,7 @@ class RankPool:
         Keyword arguments are plain values: tensors would travel as shared file descriptors.
         """
         while len(self._workers) < world_size:
-            self._workers.append(_start())
+            self._workers.append(_start(self._environment))
         with tempfile.TemporaryDirectory() as folder:
             for rank, (_, connection) in enumerate(self._workers[:world_size]):
                 store = str(Path(folder) / "store")
@@ -70,10 +75,10 @@ class RankPool:
         self._workers = []
 
 
-def _start() -> tuple[subprocess.Popen[bytes], Connection]:
+def _start(extra: dict[str, str]) -> tuple[subprocess.Popen[bytes], Connection]:
     ours, theirs = Pipe()
     command = [sys.executable, __file__, str(theirs.fileno()), *sys.path]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"OMP_NUM_THREADS": "1"} | extra
     process = subprocess.Popen(command, pass_fds=[theirs.fileno()], env=environment)
     theirs.close()
     return process, ours

@@ -72,6 +72,8 @@ def update_kernel(
 @triton.jit
 def _move(running_ptr: tl.tensor, new: tl.tensor, factor: tl.tensor, known: tl.tensor) -> None:
     """Move running values towards new ones by `factor`; by 0, with all new ones 0, after an empty batch."""
-    old = tl.load(running_ptr, mask=known, other=0).to(tl.float64)
-    moved = old * (1 - factor) + new * factor
+    old = tl.load(running_ptr, mask=known, other=0)
+    moved = old.to(tl.float64) * (1 - factor) + new * factor
+    if old.dtype == tl.bfloat16:
+        moved = moved.to(tl.float32)  # the interpreter reaches bfloat16 from nowhere else
     tl.store(running_ptr, moved, mask=known)

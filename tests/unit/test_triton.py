@@ -1,0 +1,132 @@
+"""The Triton kernels without a GPU: their results through Triton's interpreter, their code through its compiler."""
+
+import importlib.util
+
+import kernel_suite as suite
+import pytest
+import torch
+from hypothesis import given, settings
+from kernel_suite import Case
+
+pytestmark = [
+    pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="no triton"),
+    pytest.mark.skipif(torch.cuda.is_available(), reason="test_gpu.py runs the kernels themselves"),
+]
+interpreted = pytest.mark.triton_interpreter
+some = settings(max_examples=12, deadline=None)
+
+
+def kernels():
+    """Imported late: the interpreter must be switched on before Triton is imported."""
+    from syncbn.norm.kernels.triton import TritonKernels
+
+    return TritonKernels()
+
+
+@interpreted
+@given(case=suite.cases())
+@some
+def test_moments_are_those_of_the_values(case: Case):
+    suite.check_moments(kernels(), case)
+
+
+@interpreted
+@given(case=suite.cases())
+@some
+def test_normalizing_keeps_dtype_and_layout(case: Case):
+    suite.check_normalize(kernels(), case)
+
+
+@interpreted
+@given(case=suite.cases())
+@some
+def test_gradients_are_those_of_float64(case: Case):
+    suite.check_backward(kernels(), case)
+
+
+SHAPES = {
+    "a plane of several tiles": (2, 3, 1100),
+    "rows of several tiles": (70, 130),
+    "more images than programs": (20, 3, 9, 9),
+    "one channel": (3, 1, 5, 7),
+    "one value": (1, 1, 1, 1),
+    "no image": (0, 3, 4, 4),
+    "no position": (3, 4, 0, 5),
+}
+
+
+@interpreted
+@pytest.mark.parametrize("masked", [False, True], ids=["whole", "masked"])
+@pytest.mark.parametrize("channels_last", [False, True], ids=["planes", "channels_last"])
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_every_value_counts_once_however_the_input_is_cut(shape, channels_last: bool, masked: bool):
+    case = Case(shape, channels_last=channels_last, masked=masked, act="silu", residual=True)
+    suite.check_moments(kernels(), case)
+    suite.check_normalize(kernels(), case)
+    suite.check_backward(kernels(), case)
+
+
+@interpreted
+@pytest.mark.parametrize("channels_last", [False, True], ids=["planes", "channels_last"])
+@pytest.mark.parametrize(("mean", "spread"), [(100.0, 0.01), (1e4, 1.0)])
+def test_a_mean_large_against_the_spread_leaves_the_variance(mean, spread, channels_last):
+    suite.check_far_mean(
+        kernels(), mean, spread, Case((16, 20, 15, 13), channels_last=channels_last)
+    )
+
+
+@interpreted
+def test_what_is_masked_may_hold_anything():
+    x = torch.randn(2, 3, 4, 5)
+    mask = torch.rand(2, 1, 4, 5) < 0.5
+    mask[0, 0, 0, 0] = False  # a channel's first value is what its moments are counted from
+    spoilt = x.masked_fill(~mask, torch.inf)
+    assert torch.equal(kernels().moments(spoilt, mask), kernels().moments(x, mask))
+
+
+@interpreted
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("counts", [[5], [2**27 + 3, 7, 0], [0, 0], list(range(300))])
+def test_moments_of_ranks_merge(counts, dtype):
+    suite.check_merge(kernels(), counts, 9, dtype)
+
+
+@interpreted
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("momentum", [0.1, 1.0, 0.0, None])
+@pytest.mark.parametrize("total", [0.0, 1.0, 2.0, 1e6])
+def test_running_statistics_move(total, momentum, dtype):
+    suite.check_update(kernels(), total, momentum, dtype)
+
+
+@interpreted
+def test_running_statistics_may_be_strided():
+    from syncbn.norm.kernels import Running
+
+    strided = torch.arange(12.0).view(6, 2)
+    statistics = kernels().merge(kernels().moments(torch.randn(8, 6), None)[None], 1e-5)
+    running = Running(strided[:, 0], strided[:, 1], None, 1.0)
+    kernels().update(running, statistics)
+    assert torch.equal(strided[:, 0], statistics.mean)
+    suite.close(strided[:, 1], statistics.var.double() * 8 / 7, 1e-6)
+
+
+@interpreted
+def test_a_residual_without_activation_or_mask_gets_the_gradient_itself():
+    given, fused = suite.backward_inputs(Case())
+    assert kernels().backward_residual(given.dy, given.x, given.affine, fused) is given.dy
+
+
+@interpreted
+def test_upstream_gradients_may_have_any_strides():
+    given, fused = suite.backward_inputs(Case((3, 4, 5, 6), channels_last=True))
+    one = torch.ones(()).expand(3, 4, 5, 6)
+    sums = kernels().backward_sums(one, given.x, given.affine, fused)
+    assert torch.equal(sums[0], torch.full((4,), 90.0))
+
+
+@interpreted
+@given(case=suite.cases())
+@settings(max_examples=5, deadline=None)
+def test_results_are_the_same_bits_every_time(case: Case):
+    suite.check_deterministic(kernels(), case)

@@ -1,0 +1,125 @@
+"""The Triton kernels as machine code for a GPU, which their compiler makes without one.
+
+The interpreter accepts what the compiler refuses, and says nothing of how memory is read.
+"""
+
+import re
+
+import pytest
+import torch
+from kernel_suite import FORMATS, Case, Inputs
+
+from syncbn.norm.kernels import Affine, Fused, Running
+
+triton = pytest.importorskip("triton")
+if torch.cuda.is_available():
+    pytest.skip("test_gpu.py runs the kernels themselves", allow_module_level=True)
+
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.compiler import ASTSource  # noqa: E402
+
+from syncbn.norm.kernels import triton as module  # noqa: E402
+
+HOPPER = GPUTarget("cuda", 90, 32)
+POINTERS = {
+    torch.float64: "*fp64",
+    torch.float32: "*fp32",
+    torch.float16: "*fp16",
+    torch.bfloat16: "*bf16",
+    torch.int64: "*i64",
+    torch.uint8: "*u8",
+}
+
+
+@pytest.fixture
+def launches(monkeypatch: pytest.MonkeyPatch, tmp_path) -> list:
+    """What would be launched, as (kernel, arguments)."""
+    seen = []
+    monkeypatch.setattr(module, "_launch", lambda kernel, _, *args: seen.append((kernel, args)))
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    return seen
+
+
+def ptx(kernel, arguments) -> str:
+    """The assembly of one launch, specialised as Triton does it: for 1, and for multiples of 16."""
+    signature, constants, hints = {}, {}, {}
+    for place, (parameter, value) in enumerate(zip(kernel.params, arguments, strict=True)):
+        if isinstance(value, torch.Tensor):
+            signature[parameter.name] = POINTERS[value.dtype]
+            hints[(place,)] = [["tt.divisibility", 16]]
+        elif parameter.is_constexpr or value is None or (type(value) is int and value == 1):
+            signature[parameter.name], constants[(place,)] = "constexpr", value
+        else:
+            is_wide = isinstance(value, int) and value >= 2**31
+            signature[parameter.name] = (
+                "fp32" if isinstance(value, float) else "i64" if is_wide else "i32"
+            )
+            if isinstance(value, int) and value % 16 == 0:
+                hints[(place,)] = [["tt.divisibility", 16]]
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=hints)
+    options = {"enable_fp_fusion": False}
+    return triton.compile(source, target=HOPPER, options=options).asm["ptx"]
+
+
+def inputs(case: Case) -> Inputs:
+    """Of the shapes and dtypes of a case, without values."""
+    layout = FORMATS[4] if case.channels_last else torch.contiguous_format
+    x = torch.empty(case.shape, dtype=case.dtype, device="meta", memory_format=layout)
+    mean = x.new_empty(case.shape[1], dtype=torch.promote_types(case.dtype, torch.float32))
+    weight = x.new_empty(case.shape[1], dtype=case.parameters)
+    mask = x.new_empty(case.shape[0], 1, *case.shape[2:], dtype=torch.bool)
+    affine = Affine(mean, mean, weight, weight)
+    return Inputs(x, x, affine, x if case.residual else None, mask if case.masked else None)
+
+
+def launch_everything(case: Case) -> None:
+    kernels, given = module.TritonKernels(), inputs(case)
+    fused = Fused(case.act, given.residual, given.mask)
+    statistics = kernels.merge(kernels.moments(given.x, given.mask)[None], 1e-5)
+    buffers = torch.empty(2, case.shape[1], dtype=case.parameters, device="meta")
+    count = torch.empty((), dtype=torch.int64, device="meta")
+    kernels.update(Running(*buffers, count, 0.1), statistics)
+    kernels.normalize(given.x, given.affine, fused)
+    backward = (given.dy, given.x, given.affine, fused)
+    kernels.backward_input(*backward, kernels.backward_sums(*backward), statistics.total)
+    kernels.backward_residual(*backward)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case((32, 64, 56, 56), torch.float32, act="relu"),
+        Case((32, 64, 14, 14), torch.bfloat16, channels_last=True, residual=True),
+        Case((8, 12, 7, 7), torch.float16, torch.float16, act="silu", residual=True, masked=True),
+        Case((9, 13), torch.float64, torch.float64, act="hardswish", masked=True),
+        Case((1, 1, 1, 1), act="relu6"),
+        Case((2**31, 16), torch.bfloat16, torch.bfloat16, act="leaky_relu"),
+    ],
+    ids=str,
+)
+def test_every_kernel_compiles(launches: list, case: Case):
+    launch_everything(case)
+    assert len(launches) >= 6
+    for kernel, arguments in launches:
+        assert ".visible .entry" in ptx(kernel, arguments), kernel.__name__
+
+
+@pytest.mark.parametrize(
+    ("case", "bits"),
+    [
+        (Case((8, 64, 56, 56), torch.float32), 128),
+        (Case((8, 64, 56, 56), torch.bfloat16), 128),
+        (Case((8, 64, 14, 14), torch.float32), 128),
+        (Case((8, 64, 14, 14), torch.bfloat16), 64),
+        (Case((8, 64, 7, 7), torch.float32, channels_last=True), 128),
+        (Case((8, 64, 7, 7), torch.bfloat16, channels_last=True), 128),
+    ],
+    ids=str,
+)
+def test_memory_is_read_and_written_in_wide_accesses(launches: list, case: Case, bits: int):
+    given = inputs(case)
+    module.TritonKernels().normalize(given.x, given.affine, Fused())
+    code = ptx(*launches[0])
+    accesses = re.findall(r"\b(?:ld\.global.*evict_first\S*|st\.global\S*)", code)
+    assert accesses
+    assert all(f"v{bits // 32}.b32" in access for access in accesses), accesses
