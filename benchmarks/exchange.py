@@ -1,0 +1,67 @@
+"""One exchange between ranks, without a layer around it: microseconds against payload and number of ranks.
+
+Exchanges are timed in bursts, back to back, because one alone is shorter than two ranks can agree on a start.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed import ProcessGroup
+
+from benchmarks.clock import interleaved
+from benchmarks.contenders import Run, socket_group
+from syncbn.norm.exchange import BACKWARD, exchange_of
+
+BURST = 20
+"""Exchanges timed at once."""
+
+
+def measure(channels: Sequence[int], budget_s: float) -> list[dict[str, Any]]:
+    """A row a number of channels C, in microseconds an exchange; called on every rank.
+
+    `shared` and `gloo` gather the 2C float32 of a backward pass as the layer does, headers compared, through memory and
+    through sockets; `reduction` is gloo's bare all-reduce of the 2C + 1 float64 that many ranks would send instead.
+    """
+    world = dist.group.WORLD
+    assert world is not None
+    rows = []
+    for c in channels:
+        runs = {
+            "shared": _gather(world, c),
+            "gloo": _gather(socket_group(), c),
+            "reduction": _reduction(c),
+        }
+        timed = interleaved(runs, budget_s)
+        us = {name: round(ms * 1e3 / BURST, 2) for name, ms in timed["ms"].items()}
+        place = {"world_size": dist.get_world_size(), "channels": c, "payload_bytes": 8 * c}
+        rows.append({**place, "us": us, "rounds": timed["rounds"]})
+    return rows
+
+
+def _gather(group: ProcessGroup, channels: int) -> Run:
+    values, exchange = torch.randn(2 * channels), exchange_of(group)
+
+    def run() -> None:
+        for _ in range(BURST):
+            exchange.gather(
+                values,
+                kind=BACKWARD,
+                layer="exchange",
+                channels=channels,
+                dtype=values.dtype,
+                needs_grad=True,
+            )
+
+    return run
+
+
+def _reduction(channels: int) -> Run:
+    values = torch.zeros(2 * channels + 1, dtype=torch.float64)
+
+    def run() -> None:
+        for _ in range(BURST):
+            dist.all_reduce(values)
+
+    return run

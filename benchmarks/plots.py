@@ -1,0 +1,105 @@
+"""Figures of the results, in the style of a study's: a bar a contender and shape, exchanges against ranks."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from benchmarks import scaling
+from benchmarks.page import NAMES, fitted, shape_words
+from benchmarks.verdicts import Results, Row, combinations, geometric_mean, ratios, select
+from syncbn.compare.canvas import Picture, finish, new_figure, styled
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+COLOURS = {
+    "ours": "#0072b2",
+    "ours_gloo": "#56b4e9",
+    "fairscale": "#e69f00",
+    "naive": "#d55e00",
+    "reduction": "#009e73",
+}
+HATCHES = {"ours": "", "ours_gloo": "//", "fairscale": "..", "naive": "xx"}
+"""So that grey print tells bars apart too."""
+
+
+def draw(results: Results) -> list[Picture]:
+    """All figures."""
+    with styled():
+        return [layer(select(results["layer"], world_size=2)), exchange(results)]
+
+
+def layer(rows: Sequence[Row]) -> Picture:
+    """Ratios to torch's local batch norm, a panel a layout and dtype."""
+    figure = new_figure(8.2)
+    panels = list(figure.subplots(2, 2, sharex=True, sharey=True).flat)
+    for axes, (layout, dtype) in zip(panels, combinations(rows), strict=False):
+        own = select(rows, layout=layout, dtype=dtype)
+        _bars(axes, own)
+        axes.set_title(f"{layout} {dtype}", fontsize=11, loc="left")
+    figure.supylabel("time / torch BatchNorm2d without synchronisation", fontsize=10)
+    panels[0].legend(loc="lower left", bbox_to_anchor=(0, 1.08), ncols=4)
+    mean = geometric_mean(ratios(rows, "ours", "local"))
+    title = (
+        f"Synchronised over two ranks, a layer takes {mean:.2f} times as long as torch's local one"
+    )
+    caption = "Forward and backward, medians, logarithmic scale; the title has the geometric mean."
+    return finish(figure, "bench_layer", title, caption)
+
+
+def _bars(axes: "Axes", rows: Sequence[Row]) -> None:
+    names = [name for name in COLOURS if any(name in row["ms"] for row in rows)]
+    width = 0.8 / len(names)
+    for i, name in enumerate(names):
+        have = [(place, row) for place, row in enumerate(rows) if name in row["ms"]]
+        axes.bar(
+            [place - 0.4 + (i + 0.5) * width for place, _ in have],
+            [ratio - 1 for ratio in ratios(rows, name, "local")],
+            width,
+            bottom=1,  # what is faster hangs below the line
+            label=NAMES[name],
+            color=COLOURS[name],
+            hatch=HATCHES[name],
+            edgecolor="white",
+        )
+    axes.axhline(1, color="#333333", linewidth=1)
+    axes.set_yscale("log")
+    axes.set_xticks(range(len(rows)), [shape_words(row) for row in rows], rotation=60, ha="right")
+    axes.tick_params(axis="x", labelsize=8)
+    axes.grid(visible=False, axis="x")
+
+
+def exchange(results: Results) -> Picture:
+    """Measured exchanges and the model's, against ranks, for 2048 channels."""
+    channels = 2048
+    rows = select(results["exchange"], channels=channels)
+    figure = new_figure()
+    axes = figure.subplots()
+    _measured(axes, rows, "shared", "shared memory, measured", COLOURS["ours"])
+    _measured(axes, rows, "gloo", "gloo gather, measured", COLOURS["naive"])
+    limit = results["gather_bytes"]
+    lines = fitted(results["exchange"])
+    nccl = [scaling.nccl_cost(channels, ranks, limit) for ranks in scaling.RANKS]
+    gloo = [scaling.gloo_cost(*lines, channels, ranks, limit) for ranks in scaling.RANKS]
+    _modelled(axes, nccl, "NCCL", COLOURS["reduction"])
+    _modelled(axes, gloo, "gloo", COLOURS["fairscale"])
+    axes.axvline(limit / scaling.gather_bytes(channels), color="#555555", linewidth=1)
+    axes.set(yscale="log", xlabel="ranks", ylabel="µs an exchange")
+    axes.set_xscale("log", base=2)
+    axes.set_xticks([2, 4, *scaling.RANKS], [str(n) for n in (2, 4, *scaling.RANKS)])
+    axes.legend(loc="upper left", fontsize=9)
+    two = next(row for row in rows if row["world_size"] == 2)["us"]
+    faster = f"{two['gloo'] / two['shared']:.0f} times as fast as gloo"
+    title = f"Between two ranks of one machine, memory is {faster}"
+    caption = "2048 channels. Upright: where the layer turns from a gather to a reduction."
+    return finish(figure, "bench_exchange", title, caption)
+
+
+def _measured(axes: "Axes", rows: Sequence[Row], name: str, label: str, colour: str) -> None:
+    ranks, us = [row["world_size"] for row in rows], [row["us"][name] for row in rows]
+    axes.plot(ranks, us, "o", label=label, color=colour)
+
+
+def _modelled(axes: "Axes", costs: Sequence[scaling.Cost], name: str, colour: str) -> None:
+    gathers, reductions = [c.gather_us for c in costs], [c.reduce_us for c in costs]
+    axes.plot(scaling.RANKS, gathers, "--", label=f"{name} gather, model", color=colour)
+    axes.plot(scaling.RANKS, reductions, ":", label=f"{name} reduction, model", color=colour)
