@@ -31,13 +31,18 @@ def draw(results: Results) -> list[Picture]:
 def layer(rows: Sequence[Row]) -> Picture:
     """Ratios to torch's local batch norm, a panel a layout and dtype."""
     figure = new_figure(8.2)
-    panels = list(figure.subplots(2, 2, sharex=True, sharey=True).flat)
-    for axes, (layout, dtype) in zip(panels, combinations(rows), strict=False):
-        own = select(rows, layout=layout, dtype=dtype)
-        _bars(axes, own)
+    grid = figure.add_gridspec(3, 2, height_ratios=(0.06, 1, 1))
+    first = None
+    for place, (layout, dtype) in enumerate(combinations(rows)[:4]):
+        axes = figure.add_subplot(grid[1 + place // 2, place % 2], sharex=first, sharey=first)
+        first = first or axes
+        _bars(axes, select(rows, layout=layout, dtype=dtype))
         axes.set_title(f"{layout} {dtype}", fontsize=11, loc="left")
+    if first is not None:
+        legend = figure.add_subplot(grid[0, :])
+        legend.axis("off")
+        legend.legend(*first.get_legend_handles_labels(), loc="center", ncols=4)
     figure.supylabel("time / torch BatchNorm2d without synchronisation", fontsize=10)
-    panels[0].legend(loc="lower left", bbox_to_anchor=(0, 1.08), ncols=4)
     mean = geometric_mean(ratios(rows, "ours", "local"))
     title = (
         f"Synchronised over two ranks, a layer takes {mean:.2f} times as long as torch's local one"
@@ -62,7 +67,8 @@ def _bars(axes: "Axes", rows: Sequence[Row]) -> None:
             edgecolor="white",
         )
     axes.axhline(1, color="#333333", linewidth=1)
-    axes.set_yscale("log")
+    axes.set_yscale("log", base=2)
+    axes.yaxis.set_major_formatter("{x:g}")
     axes.set_xticks(range(len(rows)), [shape_words(row) for row in rows], rotation=60, ha="right")
     axes.tick_params(axis="x", labelsize=8)
     axes.grid(visible=False, axis="x")

@@ -23,7 +23,7 @@ def run(
     world_size: int = 1,
     threads: int = 1,
     environ: dict[str, str] | None = None,
-    timeout_s: float = 600,
+    timeout_s: float = 1200,
     **arguments: Any,
 ) -> Any:
     """What `job` returns on rank 0.
