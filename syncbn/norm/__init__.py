@@ -5,8 +5,11 @@ arithmetic, `moments` merges ranks, and only `exchange` talks to a process group
 """
 
 from syncbn.norm.convert import Conversion, convert_sync_batchnorm, revert_sync_batchnorm
+from syncbn.norm.ddp import ddp_buffers_to_ignore
 from syncbn.norm.exchange import RanksDisagree
 from syncbn.norm.functional import NonFiniteStatistics, sync_batch_norm
+from syncbn.norm.join import join
+from syncbn.norm.lockstep import in_lockstep
 from syncbn.norm.module import SyncBatchNorm
 from syncbn.norm.recalibrate import recalibrate
 
@@ -16,6 +19,9 @@ __all__ = [
     "RanksDisagree",
     "SyncBatchNorm",
     "convert_sync_batchnorm",
+    "ddp_buffers_to_ignore",
+    "in_lockstep",
+    "join",
     "recalibrate",
     "revert_sync_batchnorm",
     "sync_batch_norm",

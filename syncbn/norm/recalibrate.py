@@ -1,36 +1,46 @@
 """Population statistics after training, over all ranks: Algorithm 2 of Ioffe & Szegedy (2015), "precise BN".
 
 Running averages lag behind a model that still learns. Here the final model sees the data once more and every
-batch norm's buffers become the exact moments of what entered it: batches are merged by count, ranks too.
+batch norm's buffers become the exact moments of what entered it: batches are merged by count, ranks too, in float64.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from syncbn.norm import kernels
 from syncbn.norm.exchange import FORWARD, exchange_of
-from syncbn.norm.moments import Moments, merge
+from syncbn.norm.functional import fitted
+from syncbn.norm.groups import GroupSpec, resolve
+from syncbn.norm.lockstep import in_lockstep
+from syncbn.norm.module import SyncBatchNorm
+from syncbn.norm.moments import Moments, merge, unpack
 
 
 @torch.no_grad()
-def recalibrate(model: nn.Module, loader: Iterable[Any]) -> None:
+def recalibrate(model: nn.Module, loader: Iterable[Any], process_group: GroupSpec = None) -> None:
     """Set the running statistics of every batch norm in `model` to those of all data that `loader` yields.
 
     One pass in training mode, so that each layer sees inputs normalised as in training; modes are restored,
-    parameters and other layers are left alone. With torch.distributed, every rank calls it with its share of
-    the data, the same number of batches; a share may hold fewer samples than another.
+    parameters and other layers are left alone. With torch.distributed, every rank of the group calls it with its
+    share of the data: any number of batches, none at all included. Where layers are synchronised, a rank that has
+    run out goes on with empty batches (see `in_lockstep`), which `model` must then accept.
 
     Args:
         model: called with each batch.
         loader: batches; of a tuple or list, the first element is the input.
+        process_group: whose data make the population, see `SyncBatchNorm`; it contains the layers' groups.
 
     Raises:
-        ValueError: no batch norm with running statistics in `model`, or one that no data reached; nothing is set.
+        ValueError: no batch norm with running statistics in `model`, one that no data reached, or one whose group
+            reaches beyond `process_group`; nothing is set, on any rank.
+        RuntimeError: another rank's `loader` raised, where layers are synchronised.
     """
     layers = {
         n: m
@@ -39,28 +49,11 @@ def recalibrate(model: nn.Module, loader: Iterable[Any]) -> None:
     }
     if not layers:
         raise ValueError("recalibrate: the model has no batch norm that tracks running statistics")
-    before = [buffer.clone() for buffer in model.buffers()]
-    own: dict[nn.Module, Moments] = {}
-
-    def collect(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        new = kernels.pick(inputs[0]).moments(inputs[0])
-        own[layer] = _union([own[layer], new]) if layer in own else new
-
-    hooks = [layer.register_forward_pre_hook(collect) for layer in layers.values()]
-    modes = {module: module.training for module in model.modules()}
-    try:
-        for module in modes:
-            module.training = True
-        for batch in loader:
-            model(batch[0] if isinstance(batch, tuple | list) else batch)
-    finally:
-        for hook in hooks:
-            hook.remove()
-        for module, training in modes.items():
-            module.training = training
-        for buffer, value in zip(model.buffers(), before, strict=True):
-            buffer.copy_(value)
-    populations = {n: _over_ranks(own.get(m) or _nothing(m), n) for n, m in layers.items()}
+    group = resolve(process_group)
+    if _are_synchronised(model, group):
+        loader = in_lockstep(loader, group)
+    own = _observed(model, loader, list(layers.values()))
+    populations = {n: _over_ranks(own.get(m) or _nothing(m), n, group) for n, m in layers.items()}
     for name, population in populations.items():
         if population.count == 0:
             raise ValueError(f"recalibrate: no data reached layer {name!r} on any rank")
@@ -68,22 +61,93 @@ def recalibrate(model: nn.Module, loader: Iterable[Any]) -> None:
         _set(layers[name], population)
 
 
-def _union(parts: list[Moments]) -> Moments:
-    return merge(*(torch.stack(column) for column in zip(*parts, strict=True)))
+def _are_synchronised(model: nn.Module, group: ProcessGroup | None) -> bool:
+    """Whether layers wait for other ranks, all of which must then be in `group`."""
+    widest = 1
+    for name, layer in model.named_modules():
+        if group is not None and isinstance(layer, SyncBatchNorm):
+            ranks = _ranks(resolve(layer.process_group))
+            if not ranks <= _ranks(group):
+                raise ValueError(
+                    f"recalibrate: process_group has ranks {sorted(_ranks(group))}, "
+                    f"but layer {name!r} is synchronised over {sorted(ranks)}: give a group that contains them"
+                )
+            widest = max(widest, len(ranks))
+    return widest > 1
+
+
+def _ranks(group: ProcessGroup | None) -> set[int]:
+    return set(dist.get_process_group_ranks(group))
+
+
+def _observed(
+    model: nn.Module, batches: Iterable[Any], layers: list[_BatchNorm]
+) -> dict[nn.Module, Moments]:
+    """The moments of what enters each of `layers` on this rank; the model is left as it was."""
+    own: dict[nn.Module, Moments] = {}
+
+    def collect(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        x, mask = _operands(*args, **kwargs)
+        packed = kernels.pick(x).moments(x, None if mask is None else fitted(mask, x))
+        new = unpack(packed.to(torch.float64).unsqueeze(0))
+        old = own.get(layer)
+        parts = (
+            new
+            if old is None
+            else Moments(*(torch.cat(c) for c in zip(_row(old), new, strict=True)))
+        )
+        own[layer] = merge(*parts)
+
+    hooks = [layer.register_forward_pre_hook(collect, with_kwargs=True) for layer in layers]
+    try:
+        with _training(model):
+            for batch in batches:
+                model(batch[0] if isinstance(batch, tuple | list) else batch)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return own
+
+
+@contextmanager
+def _training(model: nn.Module) -> Iterator[None]:
+    """Every module in training mode; then modes and buffers as before."""
+    before = [buffer.clone() for buffer in model.buffers()]
+    modes = {module: module.training for module in model.modules()}
+    try:
+        for module in modes:
+            module.training = True
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
+        for buffer, value in zip(model.buffers(), before, strict=True):
+            buffer.copy_(value)
+
+
+def _operands(
+    input: Tensor, mask: Tensor | None = None, *_others: Any, **_other: Any
+) -> tuple[Tensor, Tensor | None]:
+    """Of the arguments of a layer, those that make its statistics."""
+    return input, mask
+
+
+def _row(moments: Moments) -> Moments:
+    """One set of moments as W = 1 sets."""
+    return Moments(*(values.unsqueeze(0) for values in moments))
 
 
 def _nothing(layer: _BatchNorm) -> Moments:
     assert layer.running_mean is not None
-    zeros = torch.zeros_like(layer.running_mean)
-    return Moments(zeros.new_zeros((), dtype=torch.float64), zeros, zeros)
+    zeros = torch.zeros_like(layer.running_mean, dtype=torch.float64)
+    return Moments(zeros.new_zeros(()), zeros, zeros)
 
 
-def _over_ranks(own: Moments, name: str) -> Moments:
-    if not (dist.is_available() and dist.is_initialized()):
+def _over_ranks(own: Moments, name: str, group: ProcessGroup | None) -> Moments:
+    if group is None:
         return own
-    assert dist.group.WORLD is not None
-    values = torch.cat([own.count.view(1), own.mean.to(torch.float64), own.M2.to(torch.float64)])
-    gathered = exchange_of(dist.group.WORLD).gather(
+    values = torch.cat([own.count.view(1), own.mean, own.M2])
+    gathered = exchange_of(group).gather(
         values,
         kind=FORWARD,
         layer=f"recalibrate {name}",

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from syncbn.norm.exchange import Exchange, Place
 from syncbn.norm.header import NAMED
+from syncbn.norm.join import refuse_ddp_join
 from syncbn.norm.kernels import Kernels, Running
 from syncbn.norm.moments import Statistics
 from syncbn.norm.replay import Remembered, Replays, replaying
@@ -74,6 +75,7 @@ def forward_statistics(
             return known, None
     packed = own.unsqueeze(0)
     if call.exchange is not None:
+        refuse_ddp_join(call.name)
         packed = call.exchange.moments(own, **call.place(x, needs_grad))
     statistics = kernel.merge(packed, call.eps)
     _check(packed, statistics, call, x)

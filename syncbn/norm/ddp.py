@@ -1,0 +1,41 @@
+"""What DistributedDataParallel need not broadcast: running statistics that all ranks have computed alike."""
+
+import torch.distributed as dist
+from torch import nn
+
+from syncbn.norm.groups import resolve
+from syncbn.norm.module import SyncBatchNorm
+
+_STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
+
+
+def ddp_buffers_to_ignore(model: nn.Module) -> list[str]:
+    """The names of the buffers of `model` that are the same bits on every rank after every step.
+
+    These are the running statistics of the synchronised layers whose group is all ranks. Spares
+    DistributedDataParallel a broadcast in every forward pass, and keeps its broadcast for the other buffers:
+
+        names = syncbn.ddp_buffers_to_ignore(model)
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, names)
+        model = DistributedDataParallel(model)
+
+    It does not broadcast ignored buffers at its construction either: ranks must begin with the same ones.
+
+    Args:
+        model: converted, and not yet wrapped. With torch.distributed initialised this resolves the groups of its
+            layers, which is a collective where they are given by name or size.
+    """
+    whole = {name for name, layer in model.named_modules() if _spans_all_ranks(layer)}
+    names = [name.rpartition(".") for name, _ in model.named_buffers()]
+    return [
+        f"{layer}{dot}{buffer}"
+        for layer, dot, buffer in names
+        if layer in whole and buffer in _STATISTICS
+    ]
+
+
+def _spans_all_ranks(layer: nn.Module) -> bool:
+    if not isinstance(layer, SyncBatchNorm):
+        return False
+    group = resolve(layer.process_group)
+    return group is None or dist.get_world_size(group) == dist.get_world_size()
