@@ -77,14 +77,16 @@ class OutOfTime(Interrupted):
 
 
 class Stopped(Interrupted):
-    """A signal ended the run at a step boundary; its checkpoint was saved.
+    """A signal ended the run, at a step boundary if it could.
 
     Args:
         signal_number: the signal received, 2 (SIGINT) or 15 (SIGTERM).
+        saved: whether a checkpoint was saved for it.
     """
 
-    def __init__(self, signal_number: int) -> None:
-        super().__init__(f"stopped by signal {signal_number}, checkpoint saved")
+    def __init__(self, signal_number: int, saved: bool = True) -> None:
+        how = ", checkpoint saved" if saved else " before a checkpoint could be saved"
+        super().__init__(f"stopped by signal {signal_number}{how}")
         self.signal_number = signal_number
         self.exit_code = 128 + signal_number
 

@@ -71,12 +71,9 @@ def logged(folder: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        failure = _of_a_child(error)
-        if exit_code(failure) < 128:  # a signal is no failure
-            _keep(failure, folder / "error.log")
-        if failure is error:
-            raise
-        raise failure from error
+        if exit_code(error) < 128:  # a signal is no failure
+            _keep(error, folder / "error.log")
+        raise
 
 
 def _keep(failure: Exception, log: Path) -> None:
@@ -85,17 +82,6 @@ def _keep(failure: Exception, log: Path) -> None:
         log.write_text(_details(failure))
         if exit_code(failure) == 1:
             failure.add_note(f"(traceback in {log})")
-
-
-def _of_a_child(error: Exception) -> Exception:
-    """What a child process failed of, where `error` is torch's report of that; else `error` itself."""
-    if "torch.distributed" not in sys.modules:
-        return error
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-
-    from syncbn.launch.children import first_failure
-
-    return first_failure(error) if isinstance(error, ChildFailedError) else error
 
 
 def say(value: dict[str, Any] | list[Any], text: str, as_json: bool) -> None:

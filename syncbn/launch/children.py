@@ -1,4 +1,8 @@
-"""What a rank that fails tells the process that started it, through the file torchrun's agent gives each rank."""
+"""What ranks on this machine tell the process that started them, each through the file torchrun's agent gives it.
+
+The agent reports the first process that it finds dead, which need not be the one that failed first. So every rank says
+how it ended, a good end too, and a rank that says nothing is known to have been killed.
+"""
 
 import json
 import os
@@ -9,58 +13,75 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
+from syncbn.errors import InfrastructureError, RankFailed, Stopped, SyncbnError, exit_code
+from syncbn.launch.outcomes import LOST, kind
 
-from syncbn.errors import InfrastructureError, RankFailed, SyncbnError, exit_code
+Reports = dict[int, dict[str, Any]]
+"""What ranks said of their end, those that came to say anything."""
 
 
 @contextmanager
 def told() -> Iterator[None]:
-    """Leave a failure within behind for `first_failure`, and end the process with its exit code."""
+    """Leave the outcome of what is within behind for `reports_in`; end the process with a failure's exit code."""
     try:
         yield
     except BaseException as error:
-        file = os.environ.get("TORCHELASTIC_ERROR_FILE")
-        if file is not None:
-            Path(file).write_text(json.dumps(_report(error)))
+        _tell(_report(exit_code(error), _message(error), traceback.format_exc()))
         raise SystemExit(exit_code(error)) from None
+    _tell(_report(0, "done", ""))
 
 
-def _report(error: BaseException) -> dict[str, Any]:
-    """The failure in the form that torchrun's agent reads, with our own fields beside it."""
-    ours = hasattr(error, "exit_code")
-    text = str(error) if ours else f"{type(error).__name__}: {error}"
-    extra = {"py_callstack": traceback.format_exc(), "timestamp": str(int(time.time()))}
+def _tell(report: dict[str, Any]) -> None:
+    file = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if file is not None:
+        beside = Path(f"{file}.part")
+        beside.write_text(json.dumps(report))
+        beside.replace(file)
+
+
+def _message(error: BaseException) -> str:
+    return str(error) if hasattr(error, "exit_code") else f"{type(error).__name__}: {error}"
+
+
+def _report(code: int, message: str, details: str) -> dict[str, Any]:
+    """An outcome in the form that torchrun's agent reads, with our own fields beside it."""
+    extra = {"py_callstack": details, "timestamp": str(int(time.time()))}
     return {
-        "message": {"message": text, "extraInfo": extra},
-        "exit_code": exit_code(error),
+        "message": {"message": message, "extraInfo": extra},
+        "exit_code": code,
         "time": time.time(),
     }
 
 
-def first_failure(error: ChildFailedError) -> SyncbnError:
-    """The failure behind `error`: the first rank's that names a cause, else the death of a rank.
+def reports_in(folder: Path) -> Reports:
+    """What the ranks of an agent with the log folder `folder` told, by rank."""
+    return {
+        int(path.parent.name): json.loads(path.read_text())
+        for path in folder.glob("*/attempt_0/*/error.json")
+    }
 
-    When a rank fails, its peers lose their connection to it and fail too, without knowing why; so an error with an
-    exit code of its own is heard before the others.
-    """
-    reports = [_read(failure) for failure in error.failures.values()]
-    reports = sorted((r for r in reports if r), key=lambda r: (r["exit_code"] == 1, r["time"]))
-    if reports:
-        told = reports[0]["message"]
-        return RankFailed(
-            told["message"], reports[0]["exit_code"], told["extraInfo"]["py_callstack"]
+
+def failure(reports: Reports, num_ranks: int) -> SyncbnError:
+    """Why `num_ranks` ranks, some of which failed, did: see `outcomes`."""
+    failed = [report for report in reports.values() if report["exit_code"]]
+    failed.sort(key=lambda report: (kind(report["exit_code"]), report["time"]))
+    dead = [str(rank) for rank in range(num_ranks) if rank not in reports]
+    if dead and not (failed and kind(failed[0]["exit_code"]) < LOST):
+        return InfrastructureError(
+            f"rank {', '.join(dead)} died: start it again to continue from its checkpoint"
         )
-    rank, failure = error.get_first_failure()
-    how = f"signal {-failure.exitcode}" if failure.exitcode < 0 else f"exit code {failure.exitcode}"
-    return InfrastructureError(
-        f"rank {rank} died of {how}: start it again to continue from its checkpoint"
-    )
+    if not failed:
+        return InfrastructureError("a rank died at its end: start it again")
+    told = failed[0]["message"]
+    return RankFailed(told["message"], failed[0]["exit_code"], told["extraInfo"]["py_callstack"])
 
 
-def _read(failure: ProcessFailure) -> dict[str, Any] | None:
-    try:
-        report = json.loads(Path(failure.error_file).read_text())
-    except (OSError, ValueError):
-        return None
-    return report if "exit_code" in report else None
+def after_signal(signal_number: int, reports: Reports, num_ranks: int) -> SyncbnError:
+    """How ranks ended that a signal was handed on to: stopped, unless one says that something else went wrong.
+
+    Rank 0 writes checkpoints, so it is the one to say whether there is one.
+    """
+    codes = {rank: report["exit_code"] for rank, report in reports.items()}
+    if any(code and kind(code) < LOST for code in codes.values()):
+        return failure(reports, num_ranks)
+    return Stopped(signal_number, saved=codes.get(0) in (0, 128 + signal_number))

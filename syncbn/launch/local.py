@@ -6,16 +6,19 @@ on, and ends the others when one fails. Under torchrun, or for one rank, nothing
 
 import logging
 import os
+import tempfile
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
-from torch.distributed.elastic.multiprocessing.api import SignalException
+from torch.distributed.elastic.multiprocessing.api import DefaultLogsSpecs, SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from syncbn.compare.queue import run_trials
 from syncbn.config import Config, RunConfig
-from syncbn.errors import Stopped
-from syncbn.launch.children import told
+from syncbn.launch.children import after_signal, failure, reports_in, told
+from syncbn.launch.outcomes import lost_ranks_named
 from syncbn.launch.rank import run_rank
 from syncbn.launch.study import conduct
 from syncbn.runtime import Runtime, from_environment
@@ -29,7 +32,7 @@ def launch_run(cfg: RunConfig) -> RunSummary:
     """Train the one run that `cfg` describes and return its summary.
 
     Raises:
-        SyncbnError: the run failed; `ChildFailedError` where a rank that was started here failed.
+        SyncbnError: the run failed, here or on a rank that was started here.
     """
     return _on_ranks(cfg, run_rank, cfg.num_ranks)
 
@@ -48,6 +51,12 @@ def _on_ranks(cfg: RunConfig, work: Work, num_ranks: int) -> Any:
     if num_ranks == 1 or "WORLD_SIZE" in os.environ:
         return _work(cfg, work)
     os.environ.setdefault("OMP_NUM_THREADS", str(cfg.train.num_threads))
+    with tempfile.TemporaryDirectory(prefix="syncbn-ranks-") as folder:
+        return _under_an_agent(cfg, work, num_ranks, folder)
+
+
+def _under_an_agent(cfg: RunConfig, work: Work, num_ranks: int, folder: str) -> Any:
+    """`work` on `num_ranks` processes of their own, which leave in `folder` how they ended."""
     launch = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
@@ -59,6 +68,7 @@ def _on_ranks(cfg: RunConfig, work: Work, num_ranks: int) -> Any:
         max_restarts=0,
         monitor_interval=0.1,
         start_method="spawn",
+        logs_specs=DefaultLogsSpecs(log_dir=folder),
     )
     logging.getLogger("torch.distributed.elastic").setLevel(
         logging.CRITICAL
@@ -66,7 +76,9 @@ def _on_ranks(cfg: RunConfig, work: Work, num_ranks: int) -> Any:
     try:
         return elastic_launch(launch, _rank)(cfg, work)[0]
     except SignalException as signalled:
-        raise Stopped(signalled.sigval) from signalled
+        raise after_signal(signalled.sigval, reports_in(Path(folder)), num_ranks) from signalled
+    except ChildFailedError as failed:
+        raise failure(reports_in(Path(folder)), num_ranks) from failed
 
 
 def _rank(cfg: RunConfig, work: Work) -> Any:
@@ -78,6 +90,7 @@ def _rank(cfg: RunConfig, work: Work) -> Any:
 def _work(cfg: RunConfig, work: Work) -> Any:
     runtime = from_environment(cfg)
     try:
-        return work(cfg, runtime)
+        with lost_ranks_named():
+            return work(cfg, runtime)
     finally:
         runtime.close()

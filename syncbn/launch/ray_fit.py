@@ -19,6 +19,7 @@ from ray.train.torch import TorchTrainer
 
 from syncbn.config import Config
 from syncbn.errors import InfrastructureError, RankFailed, SyncbnError, exit_code
+from syncbn.launch.outcomes import LOST, kind, lost_ranks_named
 from syncbn.launch.ray_progress import progress_of
 from syncbn.launch.ray_stop import signals_written_to, stopping_on
 from syncbn.runtime.base import Runtime
@@ -66,7 +67,7 @@ def _rank(config: dict[str, Any]) -> Any:
     """What each worker runs."""
     cfg: Config = config["cfg"]
     try:
-        with stopping_on(config["stop_file"]):
+        with stopping_on(config["stop_file"]), lost_ranks_named():
             return config["work"](cfg, from_ray(cfg))
     except Exception as error:
         if hasattr(error, "exit_code"):
@@ -76,21 +77,16 @@ def _rank(config: dict[str, Any]) -> Any:
 
 
 def cause(error: TrainingFailedError) -> SyncbnError:
-    """The failure behind `error`: the first rank's that names one, else the death of a worker.
-
-    When a rank fails, its peers lose their connection to it and fail too, without knowing why; so a rank that says
-    what went wrong is heard before the others.
-    """
-    failures = getattr(error, "worker_failures", {})
-    told = [failures[rank] for rank in sorted(failures)]
-    told = [getattr(failure, "_base_exc", failure) for failure in told]
-    told = [failure for failure in told if isinstance(failure, RankFailed)]
-    if told:
-        return min(
-            told, key=lambda failure: failure.exit_code in (1, InfrastructureError.exit_code)
-        )
-    dead = ", ".join(f"rank {rank}" for rank in sorted(failures)) or "the worker group"
-    reason = next(iter(failures.values()), getattr(error, "controller_failure", error))
+    """The failure behind `error`: that of the rank to be heard first (see `outcomes`), else the death of a worker."""
+    failures = sorted(getattr(error, "worker_failures", {}).items())
+    causes = {rank: getattr(failure, "_base_exc", failure) for rank, failure in failures}
+    told = [failure for failure in causes.values() if isinstance(failure, RankFailed)]
+    killed = {rank: f for rank, f in causes.items() if not isinstance(f, RankFailed)}
+    heard = min(told, key=lambda failure: kind(failure.exit_code), default=None)
+    if heard is not None and (kind(heard.exit_code) < LOST or not killed):
+        return heard
+    dead = ", ".join(f"rank {rank}" for rank in killed) or "the worker group"
+    reason = next(iter(killed.values()), getattr(error, "controller_failure", error))
     first_line = str(reason).strip().partition("\n")[0]
     return InfrastructureError(
         f"{dead} died ({type(reason).__name__}: {first_line}): start it again to continue from its checkpoint"

@@ -17,7 +17,7 @@ from rich.console import Console
 from syncbn.checkpoint import RunLock
 from syncbn.compare.queue import trials
 from syncbn.config import Config
-from syncbn.errors import Stopped
+from syncbn.launch.outcomes import was_stopped
 from syncbn.launch.tracked import probe_tracking
 from syncbn.tracking import read_journal
 from syncbn.tracking.study import StudyTracker
@@ -59,8 +59,8 @@ def _tracked(cfg: Config, clock: "Clock") -> Iterator[StudyTracker]:
     try:
         yield tracker
     except BaseException as error:
-        stopped = isinstance(error, Stopped | KeyboardInterrupt)
-        tracker.finish("stopped" if stopped else "failed", f"{type(error).__name__}: {error}")
+        status = "stopped" if was_stopped(error) else "failed"
+        tracker.finish(status, f"{type(error).__name__}: {error}")
         raise
     tracker.finish()
     clock.lap("last records to MLflow")

@@ -1,0 +1,45 @@
+"""Which of several ranks' outcomes is heard: the one that tells a user what happened.
+
+When a rank fails, the others lose their connection to it or are stopped, and fail too without knowing why. So a rank
+that names a cause comes before one with a bug of ours, and both before those that were only taken along.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from syncbn.errors import InfrastructureError, exit_code
+
+NAMED, BUG, LOST, STOPPED = range(4)
+"""What an exit code says of its rank, in the order in which ranks are heard."""
+
+_SIGNS = ("Connection closed by peer", "Connection reset by peer")
+"""How gloo says that a rank is gone."""
+
+
+def kind(code: int) -> int:
+    """`NAMED`, `BUG`, `LOST` or `STOPPED`, for the exit code of a rank that did not succeed."""
+    return {1: BUG, InfrastructureError.exit_code: LOST, 130: STOPPED, 143: STOPPED}.get(
+        code, NAMED
+    )
+
+
+def was_stopped(error: BaseException) -> bool:
+    """Whether `error` is how a signal ended what ran, here or on a rank."""
+    return isinstance(error, KeyboardInterrupt) or kind(exit_code(error)) == STOPPED
+
+
+@contextmanager
+def lost_ranks_named() -> Iterator[None]:
+    """Tell a connection that another rank let go of from a bug of this rank.
+
+    Raises:
+        InfrastructureError: in place of torch's error.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if hasattr(error, "exit_code") or not any(sign in str(error) for sign in _SIGNS):
+            raise
+        raise InfrastructureError(
+            "another rank is gone: where it left no message of its own, start it again to continue from its checkpoint"
+        ) from error
