@@ -8,12 +8,15 @@ import torch
 from hypothesis import given, settings
 from kernel_suite import Case
 
+from syncbn.norm.kernels import ACTIVATIONS, Affine, EagerKernels, Fused, Running
+from syncbn.norm.kernels.activations import apply_act
+
 pytestmark = [
     pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="no triton"),
     pytest.mark.skipif(torch.cuda.is_available(), reason="test_gpu.py runs the kernels themselves"),
 ]
 interpreted = pytest.mark.triton_interpreter
-some = settings(max_examples=12, deadline=None)
+some = settings(max_examples=8, deadline=None)
 
 
 def kernels():
@@ -44,26 +47,48 @@ def test_gradients_are_those_of_float64(case: Case):
     suite.check_backward(kernels(), case)
 
 
-SHAPES = {
-    "a plane of several tiles": (2, 3, 1100),
-    "rows of several tiles": (70, 130),
-    "more images than programs": (20, 3, 9, 9),
-    "one channel": (3, 1, 5, 7),
-    "one value": (1, 1, 1, 1),
-    "no image": (0, 3, 4, 4),
-    "no position": (3, 4, 0, 5),
+CUTS = {
+    "a plane of several tiles": Case((2, 3, 1100)),
+    "rows of several tiles": Case((70, 130)),
+    "more images than programs": Case((20, 3, 9, 9)),
+    "more rows than programs": Case((20, 70, 9, 3), channels_last=True),
+    "one channel": Case((3, 1, 5, 7)),
+    "one value": Case((1, 1, 1, 1)),
+    "no image": Case((0, 3, 4, 4)),
+    "no position": Case((3, 4, 0, 5), channels_last=True),
 }
 
 
 @interpreted
 @pytest.mark.parametrize("masked", [False, True], ids=["whole", "masked"])
-@pytest.mark.parametrize("channels_last", [False, True], ids=["planes", "channels_last"])
-@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
-def test_every_value_counts_once_however_the_input_is_cut(shape, channels_last: bool, masked: bool):
-    case = Case(shape, channels_last=channels_last, masked=masked, act="silu", residual=True)
+@pytest.mark.parametrize("case", CUTS.values(), ids=CUTS)
+def test_every_value_counts_once_however_the_input_is_cut(case: Case, masked: bool):
+    case = case._replace(masked=masked)
     suite.check_moments(kernels(), case)
     suite.check_normalize(kernels(), case)
     suite.check_backward(kernels(), case)
+
+
+@interpreted
+@pytest.mark.parametrize("residual", [False, True], ids=["alone", "residual"])
+@pytest.mark.parametrize("act", ACTIVATIONS)
+def test_activations_are_those_of_the_table(act: str, residual: bool):
+    case = Case((3, 5, 8, 9), act=act, residual=residual)
+    suite.check_normalize(kernels(), case)
+    suite.check_backward(kernels(), case)
+
+
+@interpreted
+@pytest.mark.parametrize("act", ACTIVATIONS)
+def test_derivatives_at_kinks_are_those_of_the_table(act: str):
+    z = torch.tensor([[-3.0, -0.0, 0.0, 3.0, 6.0, torch.nan]])
+    one = torch.ones(6)
+    affine = Affine(one * 0, one)
+    slope = kernels().backward_residual(torch.ones_like(z), z, affine, Fused(act))
+    expected = EagerKernels().backward_residual(torch.ones_like(z), z, affine, Fused(act))
+    torch.testing.assert_close(slope, expected, equal_nan=True)
+    y = kernels().normalize(z, affine, Fused(act))
+    torch.testing.assert_close(y, apply_act(act, z), equal_nan=True)
 
 
 @interpreted
@@ -101,8 +126,6 @@ def test_running_statistics_move(total, momentum, dtype):
 
 @interpreted
 def test_running_statistics_may_be_strided():
-    from syncbn.norm.kernels import Running
-
     strided = torch.arange(12.0).view(6, 2)
     statistics = kernels().merge(kernels().moments(torch.randn(8, 6), None)[None], 1e-5)
     running = Running(strided[:, 0], strided[:, 1], None, 1.0)

@@ -4,12 +4,15 @@ The interpreter accepts what the compiler refuses, and says nothing of how memor
 """
 
 import re
+import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 from kernel_suite import FORMATS, Case, Inputs
 
-from syncbn.norm.kernels import Affine, Fused, Running
+from syncbn.norm import kernels as chosen
+from syncbn.norm.kernels import Affine, EagerKernels, Fused, Running
 
 triton = pytest.importorskip("triton")
 if torch.cuda.is_available():
@@ -123,3 +126,13 @@ def test_memory_is_read_and_written_in_wide_accesses(launches: list, case: Case,
     accesses = re.findall(r"\b(?:ld\.global.*evict_first\S*|st\.global\S*)", code)
     assert accesses
     assert all(f"v{bits // 32}.b32" in access for access in accesses), accesses
+
+
+def test_cuda_tensors_are_served_by_triton_where_it_is_installed(monkeypatch: pytest.MonkeyPatch):
+    on_gpu = SimpleNamespace(is_cuda=True)
+    chosen._for_gpu.cache_clear()
+    assert isinstance(chosen.pick(on_gpu), module.TritonKernels)
+    monkeypatch.setitem(sys.modules, "syncbn.norm.kernels.triton", None)
+    chosen._for_gpu.cache_clear()
+    assert isinstance(chosen.pick(on_gpu), EagerKernels)
+    chosen._for_gpu.cache_clear()

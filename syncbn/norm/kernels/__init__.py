@@ -4,6 +4,7 @@ Every implementation gives the same results within rounding and passes the same 
 tensor. Nothing here knows of other ranks, and nothing here waits for a GPU.
 """
 
+import functools
 from typing import Protocol
 
 from torch import Tensor
@@ -75,8 +76,19 @@ _EAGER = EagerKernels()
 
 def pick(x: Tensor) -> Kernels:
     """The kernels that serve `x`, by its device."""
-    del x  # one implementation serves every device so far
+    if x.is_cuda:
+        return _for_gpu()
     return _EAGER
+
+
+@functools.cache
+def _for_gpu() -> Kernels:
+    """Triton's; those in ATen where Triton is not installed. Imported late, because Triton takes its time."""
+    try:
+        from syncbn.norm.kernels.triton import TritonKernels
+    except ImportError:
+        return _EAGER
+    return TritonKernels()
 
 
 def faster_alone(x: Tensor) -> bool:

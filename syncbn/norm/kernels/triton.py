@@ -36,7 +36,7 @@ _EAGER = EagerKernels()
 class TritonKernels:
     """`Kernels` in Triton; with `TRITON_INTERPRET=1` they run on CPU tensors, slowly."""
 
-    def moments(self, x: Tensor, mask: Tensor | None) -> Tensor:
+    def moments(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """Packed moments in one pass over `x`, one more launch where several programs share a channel."""
         dtype, width = stats_dtype(x.dtype), 2 + 2 * x.shape[1]
         if x.numel() == 0:
@@ -62,20 +62,20 @@ class TritonKernels:
         packed = packed.contiguous()
         num_rows, num_channels = packed.shape[0], packed.shape[1] // 2 - 1
         total = torch.empty((), dtype=torch.float64, device=packed.device)
-        statistics = packed.new_empty((3, num_channels))
+        statistics = [packed.new_empty(num_channels) for _ in ("mean", "var", "invstd")]
         block, grid = _merge_shape(num_rows, num_channels)
         _launch(
             per_channel.merge_kernel,
             grid,
             packed,
             total,
-            statistics,
+            *statistics,
             *_split(eps),
             num_rows,
             num_channels,
             *block,
         )
-        return Statistics(total, *statistics.unbind())
+        return Statistics(total, *statistics)
 
     def update(self, running: Running, statistics: Statistics) -> None:
         """Move the running statistics, in one launch; strided ones are left to ATen."""

@@ -47,5 +47,5 @@ def slope(z: tl.tensor, ACT: tl.constexpr) -> tl.tensor:
         derivative = gate * (1 + z * (1 - gate))
     else:
         tl.static_assert(ACT == _HARDSWISH)
-        derivative = tl.where(z < -3, 0.0, tl.where(z > 3, 1.0, z / 3 + 0.5))
+        derivative = tl.where(z < -3, 0.0, tl.where(z <= 3, z / 3 + 0.5, 1.0))
     return derivative

@@ -16,7 +16,9 @@ from syncbn.norm.kernels.triton_tiles import own_channels
 def merge_kernel(
     packed_ptr: tl.tensor,
     total_ptr: tl.tensor,
-    statistics_ptr: tl.tensor,
+    mean_ptr: tl.tensor,
+    var_ptr: tl.tensor,
+    invstd_ptr: tl.tensor,
     eps_high: tl.tensor,
     eps_low: tl.tensor,
     W: tl.tensor,
@@ -24,16 +26,16 @@ def merge_kernel(
     ROWS: tl.constexpr,
     K: tl.constexpr,
 ) -> None:
-    """The total; then C means, variances and inverse standard deviations of W rows of packed moments."""
+    """The total, means, variances and inverse standard deviations of W rows of packed moments."""
     channel, known = own_channels(C, K)
     total, mean, M2 = merged(packed_ptr, W, C, ROWS, K)
     var = M2 / tl.maximum(total, 1.0)
     if tl.program_id(0) == 0:
         tl.store(total_ptr, total)
-    tl.store(statistics_ptr + channel, mean, mask=known)
-    tl.store(statistics_ptr + C + channel, var, mask=known)
+    tl.store(mean_ptr + channel, mean, mask=known)
+    tl.store(var_ptr + channel, var, mask=known)
     invstd = 1 / tl.sqrt(var + eps_high + eps_low)
-    tl.store(statistics_ptr + 2 * C + channel, invstd, mask=known)
+    tl.store(invstd_ptr + channel, invstd, mask=known)
 
 
 @triton.jit

@@ -56,7 +56,7 @@ def tiling_of(x: Tensor) -> Tiling:
     channels_last = num_positions == 1 or not x.is_contiguous()
     if channels_last:
         num_images, num_positions = 1, num_images * num_positions
-    programs = PROGRAMS_PER_MULTIPROCESSOR * multiprocessors(x.device)
+    programs = PROGRAMS_PER_MULTIPROCESSOR * multiprocessors(x)
     return tile(num_images, num_channels, num_positions, channels_last, programs)
 
 
@@ -90,12 +90,11 @@ def _tile_shape(num_channels: int, num_positions: int, channels_last: bool) -> t
     return (height, width) if height * num_positions < 2**31 else (1, width)
 
 
-@functools.cache
-def multiprocessors(device: torch.device) -> int:
-    """Of a GPU; 1 of a CPU, where Triton's interpreter runs one program after another."""
-    if device.type != "cuda":
-        return 1
-    return torch.cuda.get_device_properties(device).multi_processor_count
+def multiprocessors(x: Tensor) -> int:
+    """Of the GPU that holds `x`; 1 of a CPU, where Triton's interpreter runs one program after another."""
+    if x.is_cuda:
+        return torch.cuda.get_device_properties(x.device).multi_processor_count
+    return 1
 
 
 @triton.jit
