@@ -83,6 +83,18 @@ def test_exports_in_evaluation_as_batch_norm_does():
     assert not any("syncbn" in name for name in names)
 
 
+def test_exports_to_onnx_as_batch_norm_does():
+    pytest.importorskip("onnxscript")
+    x = torch.randn(4, 3, 5, 5)
+    programs = [
+        torch.onnx.export(layer.eval(), (x,), dynamo=True, verbose=False) for layer in twins()
+    ]
+    operators = [[node.op_type for node in p.model_proto.graph.node] for p in programs]
+    assert operators[0] == operators[1] == ["BatchNormalization"]
+    weights = [[w.raw_data for w in p.model_proto.graph.initializer] for p in programs]
+    assert weights[0] == weights[1]
+
+
 @pytest.mark.parametrize("act", [None, "relu"])
 def test_scripts_in_evaluation(act):
     ours, theirs = twins(act=act)
