@@ -32,7 +32,8 @@ def join(
                 loss(model(x), target).backward()
                 step()  # optimizer.step(), optimizer.zero_grad()
 
-    Every call of `model` begins a step, with at most one backward pass through all of its outputs. A rank that has run
+    Every call of `model` begins a step, with at most one backward pass through all of its outputs. Evaluate outside:
+    a rank that has run out takes every step for one in training mode. A rank that has run
     out repeats each step of the others with an empty batch, in the form, the autocast state and the `no_sync` state of
     theirs. Gradients are divided by the number of all ranks, as in `model.join()` by default. Where some rank
     ran out, parameters and buffers are at last made equal to those of a rank that did not. For loops of
@@ -44,7 +45,7 @@ def join(
             With it, the state of the optimizer stays equal on all ranks; without it, their gradients are dropped.
 
     Raises:
-        TypeError: `model` is not wrapped.
+        TypeError: `model` is not wrapped, or is called with what no empty batch can be made of.
     """
     if not isinstance(model, DistributedDataParallel):
         raise TypeError(f"model={type(model).__name__} is not allowed: a DistributedDataParallel")

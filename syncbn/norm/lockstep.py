@@ -45,6 +45,7 @@ def in_lockstep(batches: Iterable[Batch], process_group: GroupSpec = None) -> It
 
     Raises:
         RuntimeError: another rank's `batches` raised; that rank raises its own error.
+        TypeError: a batch that no empty one can be made of.
     """
     group = resolve(process_group)
     if group is None:
@@ -81,7 +82,17 @@ def meet(state: int, group: ProcessGroup) -> list[int]:
 
 
 def empty_like(batch: Any) -> Any:
-    """`batch` without its samples: every tensor `(N, *)` becomes `(0, *)`; the rest stays as it is."""
+    """`batch` without its samples: every tensor `(N, *)` becomes `(0, *)`; the rest stays as it is.
+
+    Raises:
+        TypeError: samples within an object of another kind, where they would stay.
+    """
+    for leaf in tree_leaves(batch):
+        if _hides_samples(leaf):
+            raise TypeError(
+                f"a batch with a {type(leaf).__name__} is not allowed, because no empty one can be made of it: "
+                "tensors, in tuples, lists and dicts"
+            )
     return tree_map_only(Tensor, _without_samples, batch)
 
 
@@ -124,6 +135,14 @@ def _without_samples(tensor: Tensor) -> Tensor:
     if tensor.dim() == 0:
         return tensor
     return tensor.detach()[:0].clone().requires_grad_(tensor.requires_grad)
+
+
+def _hides_samples(leaf: Any) -> bool:
+    """Whether something that is no tensor is an array, or an object with tensors among its attributes."""
+    if isinstance(leaf, Tensor):
+        return False
+    inside = tree_leaves(list(getattr(leaf, "__dict__", {}).values()))
+    return hasattr(leaf, "__array__") or any(isinstance(value, Tensor) for value in inside)
 
 
 def _device(group: ProcessGroup) -> str:

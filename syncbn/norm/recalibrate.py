@@ -50,9 +50,10 @@ def recalibrate(model: nn.Module, loader: Iterable[Any], process_group: GroupSpe
     if not layers:
         raise ValueError("recalibrate: the model has no batch norm that tracks running statistics")
     group = resolve(process_group)
+    inputs = (batch[0] if isinstance(batch, tuple | list) else batch for batch in loader)
     if _are_synchronised(model, group):
-        loader = in_lockstep(loader, group)
-    own = _observed(model, loader, list(layers.values()))
+        inputs = in_lockstep(inputs, group)
+    own = _observed(model, inputs, list(layers.values()))
     populations = {n: _over_ranks(own.get(m) or _nothing(m), n, group) for n, m in layers.items()}
     for name, population in populations.items():
         if population.count == 0:
@@ -81,7 +82,7 @@ def _ranks(group: ProcessGroup | None) -> set[int]:
 
 
 def _observed(
-    model: nn.Module, batches: Iterable[Any], layers: list[_BatchNorm]
+    model: nn.Module, inputs: Iterable[Any], layers: list[_BatchNorm]
 ) -> dict[nn.Module, Moments]:
     """The moments of what enters each of `layers` on this rank; the model is left as it was."""
     own: dict[nn.Module, Moments] = {}
@@ -101,8 +102,8 @@ def _observed(
     hooks = [layer.register_forward_pre_hook(collect, with_kwargs=True) for layer in layers]
     try:
         with _training(model):
-            for batch in batches:
-                model(batch[0] if isinstance(batch, tuple | list) else batch)
+            for batch in inputs:
+                model(batch)
     finally:
         for hook in hooks:
             hook.remove()

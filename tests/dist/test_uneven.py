@@ -1,6 +1,7 @@
 """Ranks with unequal numbers of batches: `join` around DistributedDataParallel, and `in_lockstep` around a loader."""
 
 import copy
+from collections import UserDict
 
 import pytest
 import torch
@@ -226,6 +227,14 @@ def test_lockstep_keeps_form_and_flags_of_a_batch(world_size):
         assert last["pair"][0].shape == (0,)
         assert last["pair"][1] == "name"
         assert last["scale"] == 2
+
+
+@pytest.mark.world_size(2)
+@pytest.mark.parametrize("kind", ["array", "object"])
+def test_lockstep_refuses_samples_that_it_cannot_take_out(world_size, kind):
+    held = UserDict(x=torch.ones(2)) if kind == "object" else torch.ones(2).numpy()
+    with pytest.raises(TypeError, match=f"a batch with a {type(held).__name__} is not allowed"):
+        list(syncbn.in_lockstep([(torch.ones(2), held)]))
 
 
 def test_alone_there_is_nobody_to_keep_in_step_with():
