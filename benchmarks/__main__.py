@@ -105,14 +105,15 @@ SECTIONS: dict[str, Callable[[Effort], list[dict[str, Any]]]] = {
 def measure(only: list[str], effort: Effort) -> dict[str, Any]:
     """All sections, or `only` some."""
     results: dict[str, Any] = {"machine": machine.describe(), "gather_bytes": wire.GATHER_BYTES}
+    results |= {name: [] for name in SECTIONS}
     missing = sorted(set(PEERS) - set(installed(list(PEERS))))
     results["missing"] = missing
     for name in missing:
         print(f"{name} is not installed and is left out: make bench installs it where it can")
     start = time.perf_counter()
-    for name, section in SECTIONS.items():
+    for name in only or SECTIONS:
         print(f"{name} ({time.perf_counter() - start:.0f} s so far)", flush=True)
-        results[name] = section(effort) if not only or name in only else []
+        results[name] = SECTIONS[name](effort)
     results["machine"]["load_after"] = round(os.getloadavg()[0], 1)
     results["seconds"] = round(time.perf_counter() - start)
     return results

@@ -39,10 +39,8 @@ class Case:
     layout: str = "NCHW"
     dtype: str = "fp32"
 
-    @property
-    def num_bytes(self) -> int:
-        """Size of one such tensor."""
-        return torch.Size(self.shape).numel() * DTYPES[self.dtype].itemsize
+    def __str__(self) -> str:
+        return f"{'x'.join(map(str, self.shape))} {self.layout} {self.dtype}"
 
     def tensor(self, requires_grad: bool = False) -> Tensor:
         """Random values."""

@@ -18,8 +18,10 @@ from benchmarks.contenders import Run
 
 ROUNDS = (5, 200)
 """Fewest and most rounds of a case."""
-AHEAD_NS = 300_000
-"""How far in the future ranks agree to start: they learn of it by then."""
+AHEAD_NS = 1_000_000
+"""How far in the future ranks agree to start: by then all have learnt of it, and woken."""
+SPIN_NS = 150_000
+"""For how long they spin at the end of that, which is more exact than sleeping."""
 
 
 def interleaved(runs: Mapping[str, Run], budget_s: float) -> dict[str, Any]:
@@ -56,9 +58,10 @@ def start_together() -> None:
     """Return at the same time on every rank, as good as the clock they share."""
     if not dist.is_initialized():
         return
-    now = torch.tensor([time.perf_counter_ns()])
-    dist.all_reduce(now, op=dist.ReduceOp.MAX)
-    while time.perf_counter_ns() < int(now) + AHEAD_NS:
+    start = torch.tensor([time.perf_counter_ns() + AHEAD_NS])
+    dist.all_reduce(start, op=dist.ReduceOp.MAX)
+    time.sleep(max(0, int(start) - SPIN_NS - time.perf_counter_ns()) / 1e9)
+    while time.perf_counter_ns() < int(start):
         pass
 
 
@@ -77,3 +80,15 @@ def over_ranks(values: list[float]) -> list[float]:
         dist.all_reduce(mean)
         mean /= dist.get_world_size()
     return [round(value, 6) for value in mean.tolist()]
+
+
+def say(text: str) -> None:
+    """Print a line of progress, once for all ranks."""
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        print(" ", text, flush=True)
+
+
+def words(timed: Mapping[str, Any]) -> str:
+    """What `interleaved` returned, in a line."""
+    times = "  ".join(f"{name} {ms:.2f}" for name, ms in timed["ms"].items())
+    return f"[{timed['rounds']}] {times} ms"

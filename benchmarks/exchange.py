@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
-from benchmarks.clock import interleaved
+from benchmarks.clock import interleaved, say
 from benchmarks.contenders import Run, socket_group
 from syncbn.norm.exchange import BACKWARD, exchange_of
 
@@ -37,6 +37,7 @@ def measure(channels: Sequence[int], budget_s: float) -> list[dict[str, Any]]:
         us = {name: round(ms * 1e3 / BURST, 2) for name, ms in timed["ms"].items()}
         place = {"world_size": dist.get_world_size(), "channels": c, "payload_bytes": 8 * c}
         rows.append({**place, "us": us, "rounds": timed["rounds"]})
+        say(f"{place['world_size']} ranks, {c} channels: {us} us")
     return rows
 
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 import syncbn
 from benchmarks.cases import Case, all_cases
-from benchmarks.clock import interleaved
+from benchmarks.clock import interleaved, say, words
 from benchmarks.contenders import Run, forward_backward
 
 
@@ -16,8 +16,11 @@ def measure(
     budget_s: float, shapes: Sequence[Sequence[int]], layouts: Sequence[str]
 ) -> list[dict[str, Any]]:
     """A row a case in float32, with the median milliseconds of both ways; called on every rank."""
-    cases = all_cases(tuple((n, c, h, w) for n, c, h, w in shapes), tuple(layouts), ("fp32",))
-    return [{**case.row(), **interleaved(_runs(case), budget_s)} for case in cases]
+    rows = []
+    for case in all_cases(tuple((n, c, h, w) for n, c, h, w in shapes), tuple(layouts), ("fp32",)):
+        rows.append({**case.row(), **interleaved(_runs(case), budget_s)})
+        say(f"{case} {words(rows[-1])}")
+    return rows
 
 
 def _runs(case: Case) -> dict[str, Run]:

@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 
 from benchmarks.cases import Case, all_cases
-from benchmarks.clock import interleaved
+from benchmarks.clock import interleaved, say, words
 from benchmarks.contenders import installed, runs_for
 
 
@@ -40,13 +40,5 @@ def _row(case: Case, names: Sequence[str], budget_s: float) -> dict[str, Any]:
     world_size = dist.get_world_size() if dist.is_initialized() else 1
     place = {"world_size": world_size, "threads": torch.get_num_threads()}
     row = {**place, **case.row(), **interleaved(runs_for(case, names), budget_s)}
-    if not dist.is_initialized() or dist.get_rank() == 0:
-        print(" ", describe(row), flush=True)
+    say(f"{case} {words(row)}")
     return row
-
-
-def describe(row: dict[str, Any]) -> str:
-    """A row as one line."""
-    shape = "x".join(map(str, row["shape"]))
-    times = "  ".join(f"{name} {ms:.2f}" for name, ms in row["ms"].items())
-    return f"{shape:>14} {row['layout']} {row['dtype']} [{row['rounds']}]: {times} ms"

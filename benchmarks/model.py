@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import syncbn
-from benchmarks.clock import interleaved
+from benchmarks.clock import interleaved, say, words
 from benchmarks.contenders import Run
 from benchmarks.naive import NaiveSyncBatchNorm
 
@@ -27,7 +27,9 @@ def measure(arch: str, images: tuple[int, int, int, int], budget_s: float) -> di
     """
     x, target = torch.randn(*images), torch.randint(1000, (images[0],))
     runs = {name: _step(put(_network(arch)), x, target) for name, put in ARMS.items()}
-    return {"arch": arch, "images": list(images), **interleaved(runs, budget_s)}
+    timed = interleaved(runs, budget_s)
+    say(f"{arch} {words(timed)}")
+    return {"arch": arch, "images": list(images), **timed}
 
 
 def _network(arch: str) -> nn.Module:
