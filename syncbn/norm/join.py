@@ -32,12 +32,11 @@ def join(
                 loss(model(x), target).backward()
                 step()  # optimizer.step(), optimizer.zero_grad()
 
-    Every call of `model` begins a step, with at most one backward pass through all of its outputs. Evaluate outside:
-    a rank that has run out takes every step for one in training mode. A rank that has run
-    out repeats each step of the others with an empty batch, in the form, the autocast state and the `no_sync` state of
-    theirs. Gradients are divided by the number of all ranks, as in `model.join()` by default. Where some rank
-    ran out, parameters and buffers are at last made equal to those of a rank that did not. For loops of
-    another shape see `in_lockstep`.
+    Every call of `model` begins a step, with at most one backward pass through all of its outputs. A rank that has
+    run out repeats each step of the others with an empty batch, in the form, the autocast state and the `no_sync`
+    state of theirs, and in training mode: evaluate outside. Gradients are divided by the number of all ranks, as in
+    `model.join()` by default. Where some rank ran out, parameters and buffers are at last made equal to those of a
+    rank that did not. For loops of another shape see `in_lockstep`.
 
     Args:
         model: the wrapped model; it must accept an empty batch.
