@@ -10,6 +10,7 @@ import triton.language as tl
 
 from syncbn.norm.kernels.triton_acts import activate, slope
 from syncbn.norm.kernels.triton_tiles import (
+    SIZES,
     aligned,
     coefficient,
     coefficients,
@@ -50,7 +51,7 @@ def before_act(
     return dz
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def normalize_kernel(
     x_ptr: tl.tensor,
     mean_ptr: tl.tensor,
@@ -86,7 +87,7 @@ def normalize_kernel(
         store_tile(y_ptr + origin, offsets, y, known, room, P)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def backward_input_kernel(
     dy_ptr: tl.tensor,
     x_ptr: tl.tensor,
@@ -133,7 +134,7 @@ def backward_input_kernel(
         store_tile(dx_ptr + origin, offsets, dx, known, room, P)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def backward_residual_kernel(
     dy_ptr: tl.tensor,
     x_ptr: tl.tensor,

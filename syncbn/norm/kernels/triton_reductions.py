@@ -11,6 +11,7 @@ import triton.language as tl
 
 from syncbn.norm.kernels.triton_maps import before_act
 from syncbn.norm.kernels.triton_tiles import (
+    SIZES,
     aligned,
     coefficients,
     kept,
@@ -24,7 +25,7 @@ from syncbn.norm.kernels.triton_tiles import (
 LOW_BITS = tl.constexpr(2**20)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def moments_kernel(
     x_ptr: tl.tensor,
     mask_ptr: tl.tensor | None,
@@ -147,7 +148,7 @@ def merged(
     return total, mean, M2
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def combine_moments_kernel(
     rows_ptr: tl.tensor,
     packed_ptr: tl.tensor,
@@ -162,7 +163,7 @@ def combine_moments_kernel(
     _store_packed(packed_ptr, total.to(tl.int64), mean, M2, channel, known, C)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def backward_sums_kernel(
     dy_ptr: tl.tensor,
     x_ptr: tl.tensor,
@@ -209,7 +210,7 @@ def backward_sums_kernel(
     tl.store(row_ptr + C, sum_dz_centred * tl.sum(invstd, 1), mask=known)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def add_rows_kernel(
     rows_ptr: tl.tensor,
     sums_ptr: tl.tensor,

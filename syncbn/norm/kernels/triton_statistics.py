@@ -9,10 +9,10 @@ import triton
 import triton.language as tl
 
 from syncbn.norm.kernels.triton_reductions import merged
-from syncbn.norm.kernels.triton_tiles import own_channels
+from syncbn.norm.kernels.triton_tiles import SIZES, own_channels
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def merge_kernel(
     packed_ptr: tl.tensor,
     total_ptr: tl.tensor,
@@ -38,7 +38,7 @@ def merge_kernel(
     tl.store(invstd_ptr + channel, invstd, mask=known)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def update_kernel(
     running_mean_ptr: tl.tensor,
     running_var_ptr: tl.tensor,

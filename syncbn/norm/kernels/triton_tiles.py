@@ -26,6 +26,9 @@ longer runs gain nothing, and shorter ones leave fewer lanes idle at a plane's e
 PROGRAMS_PER_MULTIPROCESSOR = 8
 """32 warps, with enough loads in flight to hide memory's latency. Awaits measurement on a GPU."""
 
+SIZES = ("C", "S", "steps", "steps_per_program", "W")
+"""Parameters that are not worth a compilation for being 1 or a multiple of 16: VECTOR says what matters of them."""
+
 
 class Tiling(NamedTuple):
     """How one launch covers an input.
