@@ -8,6 +8,7 @@ it rare. After the blocks stands why the memory failed, once it has.
 
 import functools
 import mmap
+import os
 import weakref
 import zlib
 
@@ -48,7 +49,7 @@ class Board:
         process = Process.own()
         self._words[rank * stride + _STARTED] = process.started
         self._words[rank * stride + _PID] = process.pid
-        weakref.finalize(self, _leave, self._words, rank * stride + _LEFT)
+        weakref.finalize(self, _leave, self._words, rank * stride)
 
     def published(self) -> list[int]:
         """Frames published so far, a rank."""
@@ -104,5 +105,6 @@ def _bit(layer: str) -> tuple[int, int]:
     return byte, 1 << bit
 
 
-def _leave(words: memoryview, at: int) -> None:
-    words[at] = 1
+def _leave(words: memoryview, control: int) -> None:
+    if words[control + _PID] == os.getpid():  # a forked child that ends leaves nothing
+        words[control + _LEFT] = 1

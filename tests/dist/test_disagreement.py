@@ -103,3 +103,20 @@ def test_a_value_that_is_not_finite_on_one_rank_is_named_on_all(world_size, valu
     _refused_on_every_rank(layer, x, "on rank 1", syncbn.NonFiniteStatistics)
     assert torch.equal(layer.running_var, torch.ones(3))
     assert layer.num_batches_tracked == 0
+
+
+@pytest.mark.world_size(2)
+def test_an_exchange_through_the_group_stays_failed_once_the_group_has_failed(world_size):
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setenv("SYNCBN_EXCHANGE", "gloo")
+        layer = syncbn.SyncBatchNorm(3, process_group=dist.new_group([0, 1]))
+        layer(torch.randn(4, 3))
+        monkeypatch.setattr(dist, "all_gather_into_tensor", _time_out)
+        with pytest.raises(RuntimeError, match="^no answer"):
+            layer(torch.randn(4, 3))
+    with pytest.raises(syncbn.RanksDisagree, match=r"call 2.*the exchange failed: no answer"):
+        layer(torch.randn(4, 3))
+
+
+def _time_out(*_, **__):
+    raise RuntimeError("no answer")

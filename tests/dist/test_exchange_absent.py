@@ -1,11 +1,12 @@
 """A rank that does not come to an exchange in shared memory: what the others learn, and how soon."""
 
+import atexit
 import logging
+import os
 import signal
 import subprocess
 import sys
 import time
-from datetime import timedelta
 
 import pytest
 import torch
@@ -22,9 +23,11 @@ pytestmark = pytest.mark.skipif(
 RANK = "rank {} is in the forward of SyncBatchNorm 'bn1' .call 2"
 
 
-def _group(**options):
-    group = dist.new_group(list(range(dist.get_world_size())), **options)
+def _group(timeout_s=30.0):
+    """A group after its first exchange; connecting its ranks may take longer than they then wait."""
+    group = dist.new_group(list(range(dist.get_world_size())))
     _gather(group, "bn1")
+    exchange_of(group)._transport._timeout_s = timeout_s
     return group
 
 
@@ -59,7 +62,7 @@ def _work(seconds):
 
 @pytest.mark.world_size(2, 3)
 def test_after_the_time_limit_nobody_can_use_the_exchange_any_more(world_size):
-    group, rank = _group(timeout=timedelta(seconds=1)), dist.get_rank()
+    group, rank = _group(timeout_s=1.0), dist.get_rank()
     match = RANK.format("[02]") + r".*waits for rank 1: it did not come within 1 s"
     if rank != 1:
         assert 0.9 < _seconds_until_refused(group, match) < 3
@@ -195,6 +198,19 @@ def test_a_rank_that_destroyed_its_group_is_named_at_once(world_size):
         time.sleep(1)
     else:
         assert _seconds_until_refused(group, "rank 1: it destroyed its process group") < 2
+
+
+@pytest.mark.world_size(2)
+def test_a_forked_child_that_ends_does_not_speak_for_its_parent(world_size):
+    group, rank = _group(), dist.get_rank()
+    if rank:
+        child = os.fork()
+        if child == 0:
+            atexit._run_exitfuncs()
+            os._exit(0)
+        os.waitpid(child, 0)
+        time.sleep(0.5)
+    _gather(group, "bn1")
 
 
 @pytest.mark.world_size(2)

@@ -4,7 +4,6 @@ import os
 import signal
 import subprocess
 import time
-from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -78,26 +77,22 @@ def stop(until_continued_s):
     _say_what_is_raised()
 
 
+@pytest.mark.slow
 def test_a_rank_that_was_stopped_for_a_while_is_waited_for():
     assert [said.splitlines()[-1] for said in _ranks("stop", "5")] == ["came together"] * 2
 
 
 def stop_for_good():
-    group = dist.new_group([0, 1], timeout=timedelta(seconds=2))
-    gather = exchange_of(group).gather
-    for _ in range(2):
-        try:
-            gather(
-                torch.ones(3), kind=1, layer="a", channels=1, dtype=torch.float32, needs_grad=True
-            )
-        except RuntimeError as error:
-            _say(error)
-        if dist.get_rank() == 1:
-            subprocess.Popen(["sh", "-c", f"sleep 6; kill -KILL {os.getpid()}"])
-            os.kill(os.getpid(), signal.SIGSTOP)
+    _gather()
+    exchange_of(dist.group.WORLD)._transport._timeout_s = 2.0
+    if dist.get_rank() == 1:
+        subprocess.Popen(["sh", "-c", f"sleep 6; kill -KILL {os.getpid()}"])
+        os.kill(os.getpid(), signal.SIGSTOP)
+    _say_what_is_raised()
     os._exit(0)
 
 
+@pytest.mark.slow
 def test_a_rank_that_stays_stopped_is_named_at_the_time_limit():
     said = _ranks("stop_for_good")[0]
     assert "waits for rank 1: it did not come within 2 s (it is stopped)" in said

@@ -54,11 +54,12 @@ def test_memory_and_gloo_give_the_same_bits(world_size):
 
 
 @pytest.mark.world_size(2, 4)
-def test_a_thousand_exchanges_bring_every_ranks_latest_values(world_size):
-    group = _group()
-    for step in range(1000):
-        gathered = _gather(group, torch.tensor([float(step), float(dist.get_rank())]))
-        assert gathered.tolist() == [[step, rank] for rank in range(world_size)]
+@pytest.mark.parametrize(("num_values", "steps"), [(2, 1000), (4098, 3000)])
+def test_thousands_of_exchanges_bring_every_ranks_latest_values(world_size, num_values, steps):
+    group, ranks = _group(), torch.arange(world_size).unsqueeze(1)
+    for step in range(steps):
+        gathered = _gather(group, torch.full((num_values,), step + 0.1 * dist.get_rank()))
+        assert bool((gathered == step + 0.1 * ranks).all())
 
 
 @pytest.mark.world_size(2, 3, 4)
