@@ -112,7 +112,7 @@ def test_an_exchange_through_the_group_stays_failed_once_the_group_has_failed(wo
         layer = syncbn.SyncBatchNorm(3, process_group=dist.new_group([0, 1]))
         layer(torch.randn(4, 3))
         monkeypatch.setattr(dist, "all_gather_into_tensor", _time_out)
-        with pytest.raises(RuntimeError, match="^no answer"):
+        with pytest.raises(RuntimeError, match=r"^no answer"):
             layer(torch.randn(4, 3))
     with pytest.raises(syncbn.RanksDisagree, match=r"call 2.*the exchange failed: no answer"):
         layer(torch.randn(4, 3))
