@@ -104,7 +104,11 @@ SECTIONS: dict[str, Callable[[Effort], list[dict[str, Any]]]] = {
 
 def measure(only: list[str], effort: Effort) -> dict[str, Any]:
     """All sections, or `only` some."""
-    results: dict[str, Any] = {"machine": machine.describe(), "gather_bytes": wire.GATHER_BYTES}
+    results: dict[str, Any] = {
+        "machine": machine.describe(),
+        "gather_bytes": wire.GATHER_BYTES,
+        "gather_ranks": wire.GATHER_RANKS,
+    }
     results |= {name: [] for name in SECTIONS}
     missing = sorted(set(PEERS) - set(installed(list(PEERS))))
     results["missing"] = missing

@@ -84,7 +84,7 @@ def exchange(results: Results) -> Picture:
     _measured(axes, rows, "gloo", "gloo gather, measured", COLOURS["naive"])
     limit = results["gather_bytes"]
     lines = fitted(results["exchange"])
-    nccl = [scaling.nccl_cost(channels, ranks, limit) for ranks in scaling.RANKS]
+    nccl = [scaling.nccl_cost(channels, ranks, results["gather_ranks"]) for ranks in scaling.RANKS]
     gloo = [scaling.gloo_cost(*lines, channels, ranks, limit) for ranks in scaling.RANKS]
     _modelled(axes, nccl, "NCCL", COLOURS["reduction"])
     _modelled(axes, gloo, "gloo", COLOURS["fairscale"])
@@ -96,7 +96,9 @@ def exchange(results: Results) -> Picture:
     two = next(row for row in rows if row["world_size"] == 2)["us"]
     faster = f"{two['gloo'] / two['shared']:.0f} times as fast as gloo"
     title = f"Between two ranks of one machine, memory is {faster}"
-    caption = "2048 channels. Upright: where the layer turns from a gather to a reduction."
+    caption = (
+        "2048 channels. Upright: where the layer turns from a gather to a reduction over gloo."
+    )
     return finish(figure, "bench_exchange", title, caption)
 
 

@@ -90,7 +90,7 @@ def reduce_bytes(channels: int) -> int:
 
 
 def gathers(channels: int, ranks: int, limit_bytes: int) -> bool:
-    """Whether the layer gathers rather than reduces: it receives at most `limit_bytes`."""
+    """Whether the layer gathers over gloo rather than reduces: it receives at most `limit_bytes`."""
     return ranks * gather_bytes(channels) <= limit_bytes
 
 
@@ -108,12 +108,12 @@ class Cost:
         return self.gather_us if self.gathers else self.reduce_us
 
 
-def nccl_cost(channels: int, ranks: int, limit_bytes: int) -> Cost:
-    """One exchange over NCCL."""
+def nccl_cost(channels: int, ranks: int, gather_ranks: int) -> Cost:
+    """One exchange over NCCL, where up to `gather_ranks` ranks gather."""
     return Cost(
         nccl_gather_us(gather_bytes(channels), ranks),
         nccl_reduce_us(reduce_bytes(channels), ranks),
-        gathers(channels, ranks, limit_bytes),
+        ranks <= gather_ranks,
     )
 
 

@@ -20,7 +20,9 @@ PAYLOAD_BYTES = 4 * (2 * 2048 + 2)
 """Count, mean and M2 of 2048 channels in float32: every layer of a ResNet-50 fits one frame."""
 
 GATHER_BYTES = 2**20
-"""What a rank may receive in one gather: beyond it a reduction moves less (from the volumes; NCCL unmeasured)."""
+"""What a rank of a CPU group may receive in one gather: beyond it a reduction moves less."""
+GATHER_RANKS = 16
+"""Ranks of a CUDA group that gather; from more on a reduction has fewer steps (NCCL's cost model, unmeasured)."""
 
 
 class Transport(Protocol):
