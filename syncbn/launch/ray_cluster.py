@@ -22,6 +22,7 @@ from ray.core.generated import gcs_service_pb2, gcs_service_pb2_grpc
 from syncbn.config import RunConfig
 from syncbn.errors import NotAuthorised, ServiceUnreachable, UsageError
 from syncbn.launch.ray_access import require_capacity
+from syncbn.launch.ray_watch import ended_without
 
 PROBE_TIMEOUT_S = 5.0
 SHUTDOWN_TIMEOUT_S = 5.0
@@ -88,16 +89,21 @@ def _shut_down(folder: str) -> None:
 @contextmanager
 def _joined(address: str, runtime_env: dict[str, dict[str, str]]) -> Iterator[None]:
     """The running cluster at `address`, of which this machine must be a node."""
+    with ended_without(address):
+        _join(address, runtime_env)
+        try:
+            yield
+        finally:
+            ray.shutdown()
+
+
+def _join(address: str, runtime_env: dict[str, dict[str, str]]) -> None:
     try:
         ray.init(address, logging_level=logging.ERROR, log_to_driver=False, runtime_env=runtime_env)
     except (RuntimeError, ValueError) as error:
         raise UsageError(f"cannot join the cluster at {address}: {error}") from error
     except ConnectionError as error:
         raise ServiceUnreachable(f"cannot join the cluster at {address}: {error}") from error
-    try:
-        yield
-    finally:
-        ray.shutdown()
 
 
 def this_machine(cfg: RunConfig) -> dict[str, float]:

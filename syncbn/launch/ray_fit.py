@@ -14,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from ray.exceptions import RayActorError
 from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig, TrainingFailedError
 from ray.train.torch import TorchTrainer
 
@@ -36,7 +37,7 @@ def fit(cfg: Config, work: Work, num_ranks: int) -> Any:
 
     Raises:
         RankFailed: a rank failed or was stopped; its message and exit code.
-        InfrastructureError: a worker or its node died.
+        InfrastructureError: a worker or its node died, or the cluster's head.
     """
     cfg = _with_absolute_paths(cfg)
     storage = cfg.folder / f".ray-{secrets.token_hex(4)}"
@@ -53,6 +54,10 @@ def fit(cfg: Config, work: Work, num_ranks: int) -> Any:
             return _in_a_thread(trainer.fit).return_value
     except TrainingFailedError as error:
         raise cause(error) from error
+    except RayActorError as error:  # of the trainer's own controller
+        raise InfrastructureError(
+            f"the cluster is gone ({_first_line(error)}): start it again to continue from its checkpoint"
+        ) from error
     finally:
         shutil.rmtree(storage, ignore_errors=True)
 
@@ -87,10 +92,14 @@ def cause(error: TrainingFailedError) -> SyncbnError:
         return heard
     dead = ", ".join(f"rank {rank}" for rank in killed) or "the worker group"
     reason = next(iter(killed.values()), getattr(error, "controller_failure", error))
-    first_line = str(reason).strip().partition("\n")[0]
     return InfrastructureError(
-        f"{dead} died ({type(reason).__name__}: {first_line}): start it again to continue from its checkpoint"
+        f"{dead} died ({_first_line(reason)}): start it again to continue from its checkpoint"
     )
+
+
+def _first_line(error: BaseException) -> str:
+    line = str(error).strip().partition("\n")[0]
+    return f"{type(error).__name__}: {line}"
 
 
 def _run_config(storage: Path) -> RunConfig:
