@@ -71,6 +71,12 @@ def test_a_mean_large_against_the_spread_leaves_the_variance(layout: torch.memor
     suite.close(M2 / truth.shape[1], truth.var(1, unbiased=False), 1e-4)
 
 
+def test_eps_reaches_float64_statistics_whole():
+    same = torch.full((4, 2), 3.0, dtype=torch.float64, device="cuda")
+    statistics = kernels().merge(kernels().moments(same)[None], 1e-5)
+    assert statistics.invstd.tolist() == pytest.approx([1e-5**-0.5] * 2, rel=1e-13)
+
+
 @each_layout
 def test_offsets_may_exceed_32_bits(layout: torch.memory_format):
     if torch.cuda.mem_get_info()[0] < 24 * 2**30:

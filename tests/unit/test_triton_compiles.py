@@ -125,6 +125,14 @@ def test_memory_is_read_and_written_in_wide_accesses(launches: list, case: Case,
     assert all(f"v{bits // 32}.b32" in access for access in accesses), accesses
 
 
+@pytest.mark.parametrize("eps", [1e-5, 1e-3, 0.1, 1.0])
+def test_eps_reaches_float64_statistics_whole(launches: list, eps: float):
+    """Triton hands a Python float over as float32."""
+    module.TritonKernels().merge(torch.empty(2, 8, dtype=torch.float64, device="meta"), eps)
+    handed = [torch.tensor(v).float().double() for v in launches[0][1] if isinstance(v, float)]
+    assert abs(sum(handed) / eps - 1) < 1e-14
+
+
 def test_cuda_tensors_are_served_by_triton_where_it_is_installed(monkeypatch: pytest.MonkeyPatch):
     on_gpu = SimpleNamespace(is_cuda=True)
     chosen._for_gpu.cache_clear()
