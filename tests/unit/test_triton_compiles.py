@@ -4,15 +4,14 @@ The interpreter accepts what the compiler refuses, and says nothing of how memor
 """
 
 import re
-import sys
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from kernel_suite import FORMATS, Case, Inputs
 
-from syncbn.norm import kernels as chosen
-from syncbn.norm.kernels import Affine, EagerKernels, Fused, Running
+from syncbn.norm.kernels import Affine, Fused, Running, pick
 
 triton = pytest.importorskip("triton")
 if torch.cuda.is_available():
@@ -133,11 +132,6 @@ def test_eps_reaches_float64_statistics_whole(launches: list, eps: float):
     assert abs(sum(handed) / eps - 1) < 1e-14
 
 
-def test_cuda_tensors_are_served_by_triton_where_it_is_installed(monkeypatch: pytest.MonkeyPatch):
-    on_gpu = SimpleNamespace(is_cuda=True)
-    chosen._for_gpu.cache_clear()
-    assert isinstance(chosen.pick(on_gpu), module.TritonKernels)
-    monkeypatch.setitem(sys.modules, "syncbn.norm.kernels.triton", None)
-    chosen._for_gpu.cache_clear()
-    assert isinstance(chosen.pick(on_gpu), EagerKernels)
-    chosen._for_gpu.cache_clear()
+def test_cuda_tensors_are_served_by_triton():
+    on_gpu: Any = SimpleNamespace(is_cuda=True, device=torch.device("cuda"))
+    assert isinstance(pick(on_gpu), module.TritonKernels)
