@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from kernel_suite import FORMATS, Case, Inputs
 
 from syncbn.norm.kernels import Affine, Fused, Running, pick
@@ -21,6 +23,7 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
 from syncbn.norm.kernels import triton as module  # noqa: E402
+from syncbn.norm.kernels.triton_tiles import TILE, tile  # noqa: E402
 
 HOPPER = GPUTarget("cuda", 90, 32)
 POINTERS = {
@@ -122,6 +125,25 @@ def test_memory_is_read_and_written_in_wide_accesses(launches: list, case: Case,
     accesses = re.findall(r"\b(?:ld\.global.*evict_first\S*|st\.global\S*)", code)
     assert accesses
     assert all(f"v{bits // 32}.b32" in access for access in accesses), accesses
+
+
+counts = st.integers(1, 2**33)
+
+
+@given(counts, st.integers(1, 2**20), counts, st.booleans(), st.integers(1, 2000))
+def test_programs_share_all_steps_and_offsets_in_a_tile_fit_32_bits(
+    images: int, channels: int, positions: int, channels_last: bool, programs: int
+):
+    tiling = tile(images, channels, positions, channels_last, programs)
+    _, _, steps, of_a_program, height, width, vector, _ = tiling.arguments
+    blocks, shares = tiling.grid
+    assert (blocks - 1) * height < channels <= blocks * height
+    assert (shares - 1) * of_a_program < steps <= shares * of_a_program
+    assert steps == images * -(-positions // width)
+    assert (channels if channels_last else positions) % vector == 0
+    assert height * width <= TILE
+    farthest = width * channels if channels_last else (height - 1) * positions
+    assert farthest < 2**31
 
 
 @pytest.mark.parametrize("eps", [1e-5, 1e-3, 0.1, 1.0])

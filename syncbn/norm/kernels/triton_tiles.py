@@ -19,6 +19,10 @@ from torch import Tensor
 TILE = 2048
 """Values in a tile: 16 a thread at 4 warps, that is 2 to 4 loads of 128 bits. Awaits measurement on a GPU."""
 
+SCATTERED_TILE = 512
+"""Values in a tile whose rows are not aligned, as in planes of 7 x 7: there each value costs registers for an address
+of its own, 220 to 249 a thread for 2048 values, 45 to 64 for 512 (read from the machine code for sm_90)."""
+
 RUN = {True: 64, False: 512}
 """Most values of a tile that follow each other in memory, for channels_last and for planes; from 128 bytes on
 longer runs gain nothing, and shorter ones leave fewer lanes idle at a plane's end. Awaits measurement on a GPU."""
@@ -68,27 +72,30 @@ def tile(
     num_images: int, num_channels: int, num_positions: int, channels_last: bool, num_programs: int
 ) -> Tiling:
     """A tiling with about `num_programs` programs; never more than there are tiles."""
-    height, width = _tile_shape(num_channels, num_positions, channels_last)
+    # Rows of 14 x 14 are not aligned to 16 values but to 4: told so, the compiler still loads vectors.
+    vector = gcd(num_channels if channels_last else num_positions, 16)
+    values = TILE if vector > 1 else SCATTERED_TILE
+    height, width = _tile_shape(num_channels, num_positions, channels_last, values)
     blocks = triton.cdiv(num_channels, height)
     steps = num_images * triton.cdiv(num_positions, width)
     of_a_program = triton.cdiv(steps, max(1, num_programs // blocks))
-    # Rows of 14 x 14 are not aligned to 16 values but to 4: told so, the compiler still loads vectors.
-    vector = gcd(num_channels if channels_last else num_positions, 16)
     sizes = (num_channels, num_positions, steps, of_a_program)
     return Tiling(
         (blocks, triton.cdiv(steps, of_a_program)), (*sizes, height, width, vector, channels_last)
     )
 
 
-def _tile_shape(num_channels: int, num_positions: int, channels_last: bool) -> tuple[int, int]:
-    """Channels and positions of a tile, powers of two."""
+def _tile_shape(
+    num_channels: int, num_positions: int, channels_last: bool, values: int
+) -> tuple[int, int]:
+    """Channels and positions of a tile of at most `values`, powers of two."""
     most_channels = triton.next_power_of_2(num_channels)
     if channels_last:
         height = min(most_channels, RUN[True])
-        return height, min(TILE // height, triton.next_power_of_2(num_positions))
-    longest = max(RUN[False], TILE // min(most_channels, TILE))
+        return height, min(values // height, triton.next_power_of_2(num_positions))
+    longest = max(RUN[False], values // min(most_channels, values))
     width = min(triton.next_power_of_2(num_positions), longest)
-    height = min(TILE // width, most_channels)
+    height = min(values // width, most_channels)
     # Offsets inside a tile are 32 bits wide.
     return (height, width) if height * num_positions < 2**31 else (1, width)
 
