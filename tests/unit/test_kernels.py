@@ -7,8 +7,15 @@ from hypothesis import given, settings
 from kernel_suite import Case
 
 from syncbn.norm.kernels import EagerKernels, Kernels
+from syncbn.norm.kernels.cpu import CpuKernels
+from syncbn.norm.native import library
 
-IMPLEMENTATIONS = [pytest.param(EagerKernels(), id="eager")]
+NATIVE = library() is not None
+compiled = pytest.mark.skipif(not NATIVE, reason="the native library was not built")
+IMPLEMENTATIONS = [
+    pytest.param(EagerKernels(), id="eager"),
+    pytest.param(CpuKernels() if NATIVE else None, id="cpu", marks=compiled),
+]
 each = pytest.mark.parametrize("kernels", IMPLEMENTATIONS)
 
 

@@ -10,6 +10,7 @@ from oracle import assert_close, batch_norm
 from torch import nn
 
 import syncbn
+from syncbn.norm import kernels
 from syncbn.norm.groups import check_spec, resolve
 from syncbn.norm.kernels import EagerKernels
 from syncbn.norm.moments import Moments, merge, unpack
@@ -43,18 +44,33 @@ def test_bad_arguments_are_named_with_what_is_allowed(arguments, error, message)
         syncbn.SyncBatchNorm(**arguments)
 
 
-@pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("shape", [(6, 4), (6, 4, 5), (6, 4, 5, 3), (2, 4, 2, 3, 2)], ids=str)
-def test_without_a_process_group_it_is_torchs_batch_norm_to_the_bit(shape, training):
+shapes = pytest.mark.parametrize(
+    "shape", [(6, 4), (6, 4, 5), (6, 4, 5, 3), (2, 4, 2, 3, 2)], ids=str
+)
+
+
+def _assert_torchs_batch_norm(shape, training, bound):
     ours, theirs = (
         syncbn.SyncBatchNorm(4).train(training),
         batch_norm(4, len(shape)).train(training),
     )
     ours.load_state_dict(theirs.state_dict())
     x = torch.randn(shape)
-    assert torch.equal(ours(x), theirs(x))
+    assert_close(ours(x), theirs(x), bound)
     for name, value in ours.state_dict().items():
-        assert torch.equal(value, theirs.state_dict()[name]), name
+        assert_close(value, theirs.state_dict()[name], bound, name)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@shapes
+def test_without_a_process_group_it_is_torchs_batch_norm_to_the_bit(shape, training, monkeypatch):
+    monkeypatch.setattr(kernels, "faster_alone", lambda x: False)
+    _assert_torchs_batch_norm(shape, training, 0)
+
+
+@shapes
+def test_without_a_process_group_faster_kernels_give_torchs_batch_norm(shape):
+    _assert_torchs_batch_norm(shape, True, 1e-6)
 
 
 @pytest.mark.parametrize(

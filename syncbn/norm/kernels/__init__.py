@@ -4,7 +4,6 @@ Every implementation gives the same results within rounding and passes the same 
 tensor. Nothing here knows of other ranks, and nothing here waits for a GPU.
 """
 
-import functools
 from typing import Protocol
 
 from torch import Tensor
@@ -12,6 +11,7 @@ from torch._C._functorch import peek_interpreter_stack
 from torch.jit._trace import is_tracing
 
 from syncbn.norm.kernels.activations import ACTIVATIONS, check_act
+from syncbn.norm.kernels.choice import chosen
 from syncbn.norm.kernels.eager import EagerKernels
 from syncbn.norm.kernels.operands import Affine, Fused, Running
 from syncbn.norm.moments import Statistics
@@ -71,24 +71,9 @@ class Kernels(Protocol):
         ...
 
 
-_EAGER = EagerKernels()
-
-
 def pick(x: Tensor) -> Kernels:
-    """The kernels that serve `x`, by its device."""
-    if x.is_cuda:
-        return _for_gpu()
-    return _EAGER
-
-
-@functools.cache
-def _for_gpu() -> Kernels:
-    """Triton's; those in ATen where Triton is not installed. Imported late, because Triton takes its time."""
-    try:
-        from syncbn.norm.kernels.triton import TritonKernels
-    except ImportError:
-        return _EAGER
-    return TritonKernels()
+    """The kernels that serve `x`, by its device; see `choice`."""
+    return chosen(x.device.type)
 
 
 def faster_alone(x: Tensor) -> bool:

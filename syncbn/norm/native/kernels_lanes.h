@@ -1,0 +1,183 @@
+// Vectors of 64 bytes, 16 floats or 8 doubles, whatever the machine has: as many pieces of VECTOR_BYTES as that
+// takes. The number of lanes is fixed so that sums have the same order, and so the same bits, on every machine.
+#pragma once
+
+#include <stdint.h>
+
+#if VECTOR_BYTES > 16
+#include <immintrin.h>
+#endif
+
+#define INLINE inline __attribute__((always_inline))
+
+namespace {
+
+// Storage of the half types: bits alone, their arithmetic is done in float.
+struct Bfloat16 { uint16_t bits; };
+struct Float16 { uint16_t bits; };
+
+template <class T> struct StatisticsOf { using Type = float; };
+template <> struct StatisticsOf<double> { using Type = double; };
+template <class T> using Statistics = typename StatisticsOf<T>::Type;
+
+template <class A> struct IntegerOf { using Type = int32_t; };
+template <> struct IntegerOf<double> { using Type = int64_t; };
+
+template <class A> struct Pack {
+  static constexpr int lanes = 64 / sizeof(A);
+  static constexpr int pieces = 64 / VECTOR_BYTES;
+  typedef A Piece __attribute__((vector_size(VECTOR_BYTES)));
+  typedef typename IntegerOf<A>::Type Bits __attribute__((vector_size(VECTOR_BYTES)));
+  Piece piece[pieces];
+};
+
+// f of the corresponding pieces of packs.
+template <class A, class F, class... P> INLINE Pack<A> map(F f, const Pack<A>& first, const P&... rest) {
+  Pack<A> result;
+#pragma GCC unroll 4
+  for (int i = 0; i < Pack<A>::pieces; ++i) result.piece[i] = f(first.piece[i], rest.piece[i]...);
+  return result;
+}
+
+#define LAMBDA(...) [&](__VA_ARGS__) __attribute__((always_inline))
+
+template <class A> INLINE Pack<A> operator+(const Pack<A>& a, const Pack<A>& b) {
+  return map<A>(LAMBDA(auto u, auto v) { return u + v; }, a, b);
+}
+template <class A> INLINE Pack<A> operator-(const Pack<A>& a, const Pack<A>& b) {
+  return map<A>(LAMBDA(auto u, auto v) { return u - v; }, a, b);
+}
+template <class A> INLINE Pack<A> operator*(const Pack<A>& a, const Pack<A>& b) {
+  return map<A>(LAMBDA(auto u, auto v) { return u * v; }, a, b);
+}
+
+template <class A> INLINE Pack<A> broadcast(A value) {
+  Pack<A> result;
+#pragma GCC unroll 4
+  for (int i = 0; i < Pack<A>::pieces; ++i) result.piece[i] = value - typename Pack<A>::Piece{};
+  return result;
+}
+
+template <class A> INLINE Pack<A> zero() { return broadcast<A>(0); }
+
+// An A of the same bits.
+template <class To, class From> INLINE To bits_as(const From& from) {
+  static_assert(sizeof(To) == sizeof(From), "the same size");
+  To to;
+  __builtin_memcpy(&to, &from, sizeof to);
+  return to;
+}
+
+// ---- float from and to the half types, a piece at a time -----------------------------------------------------
+
+constexpr int FLOATS = VECTOR_BYTES / 4;
+typedef float Floats __attribute__((vector_size(VECTOR_BYTES)));
+typedef uint32_t Words __attribute__((vector_size(VECTOR_BYTES)));
+typedef uint16_t Halves __attribute__((vector_size(VECTOR_BYTES / 2)));
+
+INLINE Words widened(const void* from) {
+  Halves halves;
+  __builtin_memcpy(&halves, from, sizeof halves);
+  return __builtin_convertvector(halves, Words);
+}
+
+INLINE void store_narrowed(void* to, Words words) {
+  const Halves halves = __builtin_convertvector(words, Halves);
+  __builtin_memcpy(to, &halves, sizeof halves);
+}
+
+INLINE Floats load_piece(const Bfloat16* from) { return bits_as<Floats>(widened(from) << 16); }
+
+// To nearest, ties to even; NaN stays NaN.
+INLINE void store_piece(Bfloat16* to, Floats value) {
+  const Words bits = bits_as<Words>(value);
+  const Words rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  store_narrowed(to, value == value ? rounded : Words{} + 0x7fc0u);
+}
+
+#if VECTOR_BYTES == 64
+INLINE Floats load_piece(const Float16* from) {
+  return (Floats)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)from));
+}
+INLINE void store_piece(Float16* to, Floats value) {
+  _mm256_storeu_si256((__m256i*)to, _mm512_cvtps_ph((__m512)value, _MM_FROUND_TO_NEAREST_INT));
+}
+#elif VECTOR_BYTES == 32
+INLINE Floats load_piece(const Float16* from) {
+  return (Floats)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)from));
+}
+INLINE void store_piece(Float16* to, Floats value) {
+  _mm_storeu_si128((__m128i*)to, _mm256_cvtps_ph((__m256)value, _MM_FROUND_TO_NEAREST_INT));
+}
+#else
+// Exponents are moved by adding; infinities need more of it, and subnormals are made normal by a subtraction.
+INLINE Floats load_piece(const Float16* from) {
+  const Words half = widened(from), shifted = (half & 0x7fffu) << 13, exponent = shifted & 0x0f800000u;
+  const Words normal = shifted + (112u << 23), infinite = normal + (112u << 23);
+  const Floats small = bits_as<Floats>(normal + (1u << 23)) - 6.103515625e-05f;
+  Words bits = exponent == 0x0f800000u ? infinite : normal;
+  bits = exponent == 0u ? bits_as<Words>(small) : bits;
+  return bits_as<Floats>(bits | (half & 0x8000u) << 16);
+}
+// Below 2^-14 the addition of 0.5 rounds to the subnormal's grid; above, adding to the bits rounds to even.
+INLINE void store_piece(Float16* to, Floats value) {
+  const Words bits = bits_as<Words>(value), sign = bits & 0x80000000u, size = bits ^ sign;
+  const Words normal = (size - (112u << 23) + 0xfffu + ((size >> 13) & 1u)) >> 13;
+  const Words small = bits_as<Words>(bits_as<Floats>(size) + 0.5f) - (126u << 23);
+  Words half = size < (113u << 23) ? small : normal;
+  half = size >= (143u << 23) ? Words{} + 0x7c00u : half;
+  half = size > (255u << 23) ? Words{} + 0x7e00u : half;
+  store_narrowed(to, half | (sign >> 16));
+}
+#endif
+
+// ---- packs from and to memory of any alignment ---------------------------------------------------------------
+
+template <class T> INLINE Pack<float> load(const T* from) {
+  Pack<float> result;
+#pragma GCC unroll 4
+  for (int i = 0; i < Pack<float>::pieces; ++i) result.piece[i] = load_piece(from + i * FLOATS);
+  return result;
+}
+template <class T> INLINE void store(T* to, const Pack<float>& value) {
+#pragma GCC unroll 4
+  for (int i = 0; i < Pack<float>::pieces; ++i) store_piece(to + i * FLOATS, value.piece[i]);
+}
+template <class A> INLINE Pack<A> load_same(const A* from) {
+  Pack<A> result;
+  __builtin_memcpy(&result, from, sizeof result);
+  return result;
+}
+INLINE Pack<float> load(const float* from) { return load_same(from); }
+INLINE Pack<double> load(const double* from) { return load_same(from); }
+INLINE void store(float* to, const Pack<float>& value) { __builtin_memcpy(to, &value, sizeof value); }
+INLINE void store(double* to, const Pack<double>& value) { __builtin_memcpy(to, &value, sizeof value); }
+
+// `value` with all but its last `count` lanes 0.
+template <class A> INLINE Pack<A> keep_last(const Pack<A>& value, int64_t count) {
+  using Bits = typename Pack<A>::Bits;
+  static const typename IntegerOf<A>::Type keep[2 * 16] = {
+      0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1};
+  const auto* from = keep + 16 - Pack<A>::lanes + count;
+  Pack<A> result;
+#pragma GCC unroll 4
+  for (int i = 0; i < Pack<A>::pieces; ++i) {
+    Bits bits;
+    __builtin_memcpy(&bits, from + i * (Pack<A>::lanes / Pack<A>::pieces), sizeof bits);
+    result.piece[i] = bits_as<typename Pack<A>::Piece>(bits_as<Bits>(value.piece[i]) & bits);
+  }
+  return result;
+}
+
+// The sum of all lanes, halves added to halves.
+template <class A> INLINE double total(const Pack<A>& value) {
+  A lane[Pack<A>::lanes];
+  __builtin_memcpy(lane, &value, sizeof lane);
+  double sum[Pack<A>::lanes];
+  for (int i = 0; i < Pack<A>::lanes; ++i) sum[i] = lane[i];
+  for (int half = Pack<A>::lanes / 2; half > 0; half /= 2)
+    for (int i = 0; i < half; ++i) sum[i] += sum[i + half];
+  return sum[0];
+}
+
+}  // namespace

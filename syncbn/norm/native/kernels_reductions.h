@@ -1,0 +1,211 @@
+// Sums over planes and columns, in lanes, block by block: a block's float32 lanes are added up in float64.
+//
+// Moments are taken about a shift near each block's mean, the mean of its first values: one pass, and exact, since
+// at least a 64th of the block's values went into the shift, so that its distance to the block's mean is at most 8
+// standard deviations. Blocks are merged as ranks are (Chan, Golub & LeVeque 1983).
+#pragma once
+
+#include "kernels_passes.h"
+
+namespace {
+
+using syncbn::BLOCK_ROWS;
+using syncbn::BLOCK_VALUES;
+using syncbn::CHUNK_COLUMNS;
+using syncbn::MAX_TILE;
+
+template <class A> struct Sums { Pack<A> first, second; };
+
+template <class A> INLINE void add(Sums<A>& sums, const Terms<A>& terms) {
+  sums.first = sums.first + terms.value;
+  sums.second = sums.second + terms.value * terms.factor;
+}
+
+constexpr bool is_moments(...) { return false; }
+template <class T> constexpr bool is_moments(const Moments<T>*) { return true; }
+
+// What a channel or column has come to, in float64.
+struct Running {
+  double *first, *second, count;
+  // Add a block of `values` values: sums of deviations from `shift`, and of their squares, if MOMENTS.
+  template <bool MOMENTS> INLINE void add(int64_t at, double a, double b, double shift, double values) const {
+    if (!MOMENTS) {
+      first[at] += a;
+      second[at] += b;
+      return;
+    }
+    const double offset = a / values, mean = shift + offset, delta = mean - first[at], share = values / (count + values);
+    first[at] += delta * share;
+    second[at] += b - a * offset + delta * delta * count * share;
+  }
+};
+
+// ---- planes --------------------------------------------------------------------------------------------------
+
+// `ahead` is where the values of this row are found that come next after it: the processor cannot guess the jump from
+// sample to sample (7 -> 13 GB/s for rows of 49).
+template <class Op> INLINE void add_row(const Op& op, const Coefficients<typename Op::A>& k, int64_t begin, int64_t size,
+                                        int64_t ahead, Sums<typename Op::A>& total) {
+  using A = typename Op::A;
+  constexpr int64_t lanes = Pack<A>::lanes;
+  // two chains of additions hide their latency; copies, because values in memory could be those that op reads
+  Sums<A> sums = total, other = {zero<A>(), zero<A>()};
+  const int64_t end = begin + size;
+  int64_t i = begin;
+  for (; i + 2 * lanes <= end; i += 2 * lanes) {
+    op.prefetch(i + ahead);
+    op.prefetch(i + lanes + ahead);
+    add(sums, op(k, i));
+    add(other, op(k, i + lanes));
+  }
+  if (i + lanes <= end) {
+    add(sums, op(k, i));
+    i += lanes;
+  }
+  if (i < end) {
+    Terms<A> terms = op(k, end - lanes);
+    terms.value = keep_last(terms.value, end - i);
+    add(other, terms);
+  }
+  total = {sums.first + other.first, sums.second + other.second};
+}
+
+// The mean of up to 512 values from `begin` on.
+template <class T> INLINE Statistics<T> sample_mean(const T* begin, int64_t size) {
+  using A = Statistics<T>;
+  constexpr int64_t lanes = Pack<A>::lanes;
+  Pack<A> sum = zero<A>();
+  int64_t i = 0;
+  for (; i + lanes <= size && i < 512; i += lanes) sum = sum + load(begin + i);
+  return A(total(sum) / double(i));
+}
+
+// The values [begin, end) of the rows of a tile of channels in the samples [row_begin, row_end).
+struct Block { int64_t row_begin, row_end, begin, end; };
+
+template <class Op> INLINE void add_block(const Op& op, const Part& part, const Block& block, Source<typename Op::A> source,
+                                          const Running& running) {
+  using A = typename Op::A;
+  constexpr bool moments = is_moments((const Op*)nullptr);
+  const int64_t size = op.job.size, tile = part.column_end - part.column_begin, length = block.end - block.begin;
+  const auto first_of = [&](int64_t row, int64_t c) __attribute__((always_inline)) {
+    return (row * op.job.channels + part.column_begin + c) * size + block.begin;
+  };
+  Sums<A> sums[MAX_TILE];
+  A shift[MAX_TILE];
+  for (int64_t c = 0; c < tile; ++c) {
+    sums[c] = {zero<A>(), zero<A>()};
+    shift[c] = moments ? sample_mean(op.x + first_of(block.row_begin, c), length) : source.mean[part.column_begin + c];
+  }
+  for (int64_t row = block.row_begin; row < block.row_end; ++row)
+    for (int64_t c = 0; c < tile; ++c) {
+      Coefficients<A> k = moments ? Coefficients<A>{} : source.channel(part.column_begin + c);
+      k.mean = broadcast<A>(shift[c]);
+      add_row(op, k, first_of(row, c), length, length < size ? length : size * op.job.channels, sums[c]);
+    }
+  const double values = double(block.row_end - block.row_begin) * double(length);
+  for (int64_t c = 0; c < tile; ++c)
+    running.add<moments>(c, total(sums[c].first), total(sums[c].second), shift[c], values);
+}
+
+template <class Op> void reduce_planes(const Job& job, const Part& part, double* first, double* second) {
+  const Op op(job);
+  Running running = {first, second, 0};
+  const int64_t length = job.size < BLOCK_VALUES ? job.size : BLOCK_VALUES;
+  const int64_t fitting = BLOCK_VALUES / length, rows = fitting < 64 ? fitting : 64;
+  for (int64_t row = part.row_begin; row < part.row_end; row += rows)
+    for (int64_t begin = 0; begin < job.size; begin += length) {
+      // a last piece shorter than a vector goes with the one before it
+      const int64_t left = job.size - begin;
+      const bool last = left < length + syncbn::MIN_SIZE;
+      const Block block = {row, row + rows < part.row_end ? row + rows : part.row_end, begin, last ? job.size : begin + length};
+      add_block(op, part, block, Source<typename Op::A>(job), running);
+      running.count += double(block.row_end - block.row_begin) * double(block.end - block.begin);
+      if (last) break;
+    }
+}
+
+// ---- columns -------------------------------------------------------------------------------------------------
+
+// A chunk of columns: vector p starts at `column(p)`. The last ends where the chunk ends and may overlap the one
+// before; both then have the same sums of the columns they share.
+template <class A> struct Chunk {
+  static constexpr int64_t lanes = Pack<A>::lanes;
+  int64_t begin, end;
+  INLINE int64_t vectors() const { return (end - begin + lanes - 1) / lanes; }
+  INLINE int64_t column(int64_t p) const {
+    const int64_t j = begin + p * lanes;
+    return j + lanes <= end ? j : end - lanes;
+  }
+};
+
+template <class A> struct ColumnState {
+  Sums<A> sums[CHUNK_COLUMNS / Pack<A>::lanes + 1];
+  Pack<A> shift[CHUNK_COLUMNS / Pack<A>::lanes + 1];
+};
+
+template <int ROWS, class Op> INLINE void add_rows(const Op& op, const Source<typename Op::A>& source, int64_t row,
+                                                   Chunk<typename Op::A> chunk, ColumnState<typename Op::A>& state) {
+  using A = typename Op::A;
+  for (int64_t p = 0; p < chunk.vectors(); ++p) {
+    const int64_t column = chunk.column(p);
+    const bool moments = is_moments((const Op*)nullptr);
+    Coefficients<A> k = moments ? Coefficients<A>{} : source.columns(column);
+    if (moments) k.mean = state.shift[p];
+    Sums<A> even = state.sums[p], odd = {zero<A>(), zero<A>()};
+#pragma GCC unroll 4
+    for (int r = 0; r < ROWS; ++r) add(r % 2 ? odd : even, op(k, (row + r) * op.job.size + column));
+    state.sums[p] = {even.first + odd.first, even.second + odd.second};
+  }
+}
+
+// Sums to 0, shifts to the mean of the first rows.
+template <class Op> INLINE void start_block(const Op& op, int64_t row, int64_t rows, Chunk<typename Op::A> chunk,
+                                            ColumnState<typename Op::A>& state) {
+  using A = typename Op::A;
+  const int64_t sample = rows < 4 ? rows : 4;
+  for (int64_t p = 0; p < chunk.vectors(); ++p) {
+    state.sums[p] = {zero<A>(), zero<A>()};
+    if (!is_moments((const Op*)nullptr)) continue;
+    Pack<A> sum = zero<A>();
+    for (int64_t r = 0; r < sample; ++r) sum = sum + load(op.x + (row + r) * op.job.size + chunk.column(p));
+    state.shift[p] = sum * broadcast<A>(A(1) / A(sample));
+  }
+}
+
+template <class Op> INLINE void finish_block(Chunk<typename Op::A> chunk, const ColumnState<typename Op::A>& state,
+                                             const Running& running, int64_t rows) {
+  using A = typename Op::A;
+  constexpr bool moments = is_moments((const Op*)nullptr);
+  int64_t next = chunk.begin;  // columns that two vectors share are added once
+  for (int64_t p = 0; p < chunk.vectors(); ++p) {
+    A first[Chunk<A>::lanes], second[Chunk<A>::lanes], shift[Chunk<A>::lanes] = {};
+    store(first, state.sums[p].first);
+    store(second, state.sums[p].second);
+    if (moments) store(shift, state.shift[p]);
+    const int64_t column = chunk.column(p);
+    for (int64_t l = next - column; l < Chunk<A>::lanes; ++l)
+      running.add<moments>(column + l - chunk.begin, first[l], second[l], shift[l], double(rows));
+    next = column + Chunk<A>::lanes;
+  }
+}
+
+template <class Op> void reduce_columns(const Job& job, const Part& part, double* first, double* second) {
+  using A = typename Op::A;
+  const Op op(job);
+  const Source<A> source(job);
+  const Chunk<A> chunk = {part.column_begin, part.column_end};
+  Running running = {first, second, 0};
+  ColumnState<A> state;
+  for (int64_t begin = part.row_begin; begin < part.row_end; begin += BLOCK_ROWS) {
+    const int64_t end = begin + BLOCK_ROWS < part.row_end ? begin + BLOCK_ROWS : part.row_end;
+    start_block(op, begin, end - begin, chunk, state);
+    int64_t row = begin;
+    for (; row + 4 <= end; row += 4) add_rows<4>(op, source, row, chunk, state);
+    for (; row < end; ++row) add_rows<1>(op, source, row, chunk, state);
+    finish_block<Op>(chunk, state, running, end - begin);
+    running.count += double(end - begin);
+  }
+}
+
+}  // namespace

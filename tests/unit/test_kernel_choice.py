@@ -1,0 +1,100 @@
+"""Which kernels serve which device, and what `SYNCBN_KERNELS` changes about it."""
+
+import sys
+import warnings
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from syncbn.norm.kernels import EagerKernels, choice, pick
+from syncbn.norm.kernels import cpu as native
+from syncbn.norm.kernels.choice import chosen
+from syncbn.norm.kernels.cpu import CpuKernels
+from syncbn.norm.native import library
+
+compiled = pytest.mark.skipif(library() is None, reason="the native library was not built")
+
+
+@pytest.fixture(autouse=True)
+def _unforced(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.delenv("SYNCBN_KERNELS", raising=False)
+    chosen.cache_clear()
+    yield
+    chosen.cache_clear()
+
+
+def without_library(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(choice, "library", lambda: None)
+    monkeypatch.setattr(native, "library", lambda: None)
+    monkeypatch.setattr(native, "_declared", native._declared.__wrapped__)
+
+
+@compiled
+def test_a_cpu_is_served_by_native_code():
+    assert isinstance(pick(torch.ones(2, 2)), CpuKernels)
+
+
+def test_without_the_library_one_warning_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch):
+    without_library(monkeypatch)
+    with pytest.warns(RuntimeWarning, match="compiler is at hand when the package is installed"):
+        assert isinstance(pick(torch.ones(2, 2)), EagerKernels)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        pick(torch.ones(2, 2))
+
+
+def test_cuda_is_served_by_triton_where_it_is_installed(monkeypatch: pytest.MonkeyPatch):
+    triton = pytest.importorskip("syncbn.norm.kernels.triton")
+    assert isinstance(chosen("cuda"), triton.TritonKernels)
+    monkeypatch.setitem(sys.modules, "syncbn.norm.kernels.triton", None)
+    chosen.cache_clear()
+    assert isinstance(chosen("cuda"), EagerKernels)
+
+
+def test_other_devices_are_served_by_aten():
+    assert isinstance(chosen("meta"), EagerKernels)
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda", "meta"])
+def test_aten_can_be_asked_for_anywhere(monkeypatch: pytest.MonkeyPatch, device: str):
+    monkeypatch.setenv("SYNCBN_KERNELS", "eager")
+    assert isinstance(chosen(device), EagerKernels)
+
+
+@compiled
+def test_native_code_can_be_asked_for_on_a_cpu_alone(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("SYNCBN_KERNELS", "cpu")
+    assert isinstance(chosen("cpu"), CpuKernels)
+    with pytest.raises(RuntimeError, match="'cpu' cannot serve a tensor on 'cuda'"):
+        chosen("cuda")
+
+
+def test_native_code_that_was_not_built_is_said_to_be_missing(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("SYNCBN_KERNELS", "cpu")
+    without_library(monkeypatch)
+    with pytest.raises(RuntimeError, match="was not built"):
+        chosen("cpu")
+
+
+def test_triton_serves_a_cpu_only_as_an_interpreter(monkeypatch: pytest.MonkeyPatch):
+    triton = pytest.importorskip("syncbn.norm.kernels.triton")
+    monkeypatch.setenv("SYNCBN_KERNELS", "triton")
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(RuntimeError, match="'triton' cannot serve a tensor on 'cpu'"):
+        chosen("cpu")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert isinstance(chosen("cpu"), triton.TritonKernels)
+
+
+def test_triton_that_is_not_installed_is_said_to_be_missing(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("SYNCBN_KERNELS", "triton")
+    monkeypatch.setitem(sys.modules, "syncbn.norm.kernels.triton", None)
+    with pytest.raises(RuntimeError, match="needs Triton"):
+        chosen("cuda")
+
+
+def test_a_name_that_is_none_is_answered_with_those_there_are(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("SYNCBN_KERNELS", "fast")
+    with pytest.raises(ValueError, match="'fast' is not allowed: one of eager, cpu, triton"):
+        chosen("cpu")
