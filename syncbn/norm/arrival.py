@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import Store
 
 from syncbn.norm.header import FORWARD, Header, RanksDisagree, passed_by
-from syncbn.norm.patrol import Absent, Patrol
+from syncbn.norm.patrol import Absent, Patrol, linger
 from syncbn.norm.processes import Process, machine
 from syncbn.norm.wire import Wire
 
@@ -37,6 +37,7 @@ class Arrival:
         self._wire = wire
         self._passed: set[tuple[str, str]] = set()
         """Passes in eval mode, "forward" or "backward" and the layer."""
+        self._lingered = False
 
     def wait(self, header: bytes, call: int) -> None:
         """Wait until every rank has come to an exchange, or is best waited for in a collective.
@@ -74,6 +75,9 @@ class Arrival:
         self._passed.add(place)
         with suppress(dist.DistError):
             self._store.set(_PASSED.format(self._wire.rank, *place), _process_word())
+            if backward and not self._lingered:
+                self._lingered = True
+                linger(lambda: self._unknown(layer))
             if backward and self._store.check([_WAITING]):
                 self._refuse(layer, json.loads(self._store.get(_WAITING)))
 
@@ -112,6 +116,14 @@ class Arrival:
         passed = ("forward", doing.layer) in self._passed
         counts = doing.kind == FORWARD and not passed
         return json.dumps({"here": here, "layer": doing.layer if counts else None})
+
+    def _unknown(self, layer: str) -> bool:
+        """Whether some rank neither waits in a first exchange nor has left word of passing `layer`."""
+        others = [rank for rank in range(self._wire.world_size) if rank != self._wire.rank]
+        keys = [
+            _PASSED.format(rank, "forward", layer) for rank in self._missing(self._store, others)
+        ]
+        return not all(self._store.check([key]) for key in keys)
 
     def _refuse(self, layer: str, waiting: dict[str, Any]) -> None:
         """Raise where a rank waits for what this rank has gone through in eval mode."""

@@ -45,7 +45,7 @@ class Board:
         stride = CONTROL_BYTES // 8
         self._published = self._words[: world_size * stride : stride]
         self._own = rank * CONTROL_BYTES
-        self._noted = False
+        self._noted = self._backward_noted = False
         process = Process.own()
         self._words[rank * stride + _STARTED] = process.started
         self._words[rank * stride + _PID] = process.pid
@@ -64,18 +64,25 @@ class Board:
         """Whether `rank` let go of the group."""
         return bool(self._words[rank * CONTROL_BYTES // 8 + _LEFT])
 
-    def note(self, layer: str, backward: bool) -> None:
-        """Post that this rank goes through `layer` in eval mode."""
+    def note(self, layer: str, backward: bool) -> bool:
+        """Post that this rank goes through `layer` in eval mode; whether backward, the first time since `forget`."""
         byte, mask = _bit(layer)
         self._bytes[self._own + _PASSED[backward] + byte] |= mask
         self._noted = True
+        first = backward and not self._backward_noted
+        self._backward_noted |= backward
+        return first
 
     def forget(self) -> None:
         """Take back what was noted: an exchange has brought all ranks together again."""
         if self._noted:
             first, last = self._own + _PASSED[False], self._own + CONTROL_BYTES
             self._bytes[first:last] = bytes(last - first)
-            self._noted = False
+            self._noted = self._backward_noted = False
+
+    def seen_in(self, rank: int, layer: str) -> bool:
+        """Whether `rank` went through `layer` in eval mode, forward or backward, since its last exchange."""
+        return self._has(rank, layer, False) or self._has(rank, layer, True)
 
     def passed_alone(self, layer: str, other: int) -> bool:
         """Whether this rank went through `layer` in eval mode and rank `other` did not."""

@@ -6,6 +6,8 @@ The rules, for each rank that has not come:
 * It has let go of its process group, and so can never come: `RanksDisagree` at once.
 * It went through the awaited layer in eval mode, as this rank did not, and sleeps: `RanksDisagree` once it has slept
   for 4 s where it ran the backward pass too, for 6 s where the forward pass alone (it may be evaluating).
+* It runs a backward pass in eval mode, of a layer whose forward pass others wait in: `RanksDisagree` at once, there
+  too.
 * It sleeps, and nothing tells why: `RanksDisagree` after 300 s, or at the group's time limit if that is shorter.
 * It works: it is waited for until the group's time limit, with one warning after 10 s. So is one that was
   stopped, waits for a disk, or is held by a debugger that stops it.
@@ -16,7 +18,7 @@ an upload or at a prompt, needs a barrier around it, or `SYNCBN_EXCHANGE=gloo`, 
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from syncbn.norm.header import RankLost, RanksDisagree
@@ -24,6 +26,8 @@ from syncbn.norm.processes import Process, Rest
 
 ASLEEP_S = {"backward": 4.0, "forward": 6.0, "": 300.0}
 """How long a rank may sleep, by what it did in eval mode."""
+LINGER_S = 1.0
+"""How long the first backward pass in eval mode since the last exchange waits for ranks that may not be there yet."""
 SLOW_S = 10.0
 """After which a rank that works is mentioned in the log."""
 
@@ -45,6 +49,17 @@ class Absent:
     process: Process | None
     passed: str = ""
     left: bool = False
+
+
+def linger(unknown: Callable[[], bool]) -> None:
+    """Wait while it is `unknown` what other ranks do, for a moment.
+
+    A rank that runs a backward pass in eval mode is about to block in the sum of gradients, if others train: it is
+    told apart only here, and only if they come in time.
+    """
+    end = time.monotonic() + LINGER_S
+    while unknown() and time.monotonic() < end:
+        time.sleep(0.002)
 
 
 class Patrol:

@@ -33,7 +33,7 @@ from syncbn.norm.header import (
 )
 from syncbn.norm.memory import shared_over
 from syncbn.norm.native import library
-from syncbn.norm.patrol import Absent, Patrol
+from syncbn.norm.patrol import Absent, Patrol, linger
 from syncbn.norm.wire import PAYLOAD_BYTES, Wire
 
 SLOT_BYTES = -(-(HEADER_BYTES + PAYLOAD_BYTES) // 64) * 64
@@ -163,11 +163,21 @@ class SharedMemory:
             RanksDisagree: in the backward pass, where another rank waits for this one in the forward pass of a
                 layer that this one has gone through in eval mode and that one has not.
         """
-        self._board.note(layer, backward)
+        first = self._board.note(layer, backward)
         if backward:
+            if first:
+                linger(lambda: self._unknown(layer))
             for rank, count in enumerate(self._board.published()):
                 if count > self._ring.round:
                     self._refuse(layer, rank, count)
+
+    def _unknown(self, layer: str) -> bool:
+        """Whether some rank is neither in an exchange that this one has not entered nor seen in `layer` itself."""
+        board, own, round_ = self._board, self._wire.rank, self._ring.round
+        return any(
+            rank != own and count <= round_ and not board.seen_in(rank, layer)
+            for rank, count in enumerate(board.published())
+        )
 
     def _refuse(self, layer: str, waiting: int, round_: int) -> None:
         """Raise where rank `waiting` waits for what this rank has gone through in eval mode."""

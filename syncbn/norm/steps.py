@@ -106,7 +106,8 @@ def _check(packed: Tensor, statistics: Statistics, call: Call, x: Tensor) -> Non
     among_ranks = call.exchange is not None and not packed.is_cuda
     if among_ranks and not bool(torch.isfinite(statistics.var).all()):
         bad = (~torch.isfinite(packed)).any(1).nonzero()
-        where = f"on rank {int(bad[0])} of its group" if len(bad) else "on some rank"
+        reduced = len(packed) == 1  # then row 0 is no rank
+        where = "on some rank" if reduced or not len(bad) else f"on rank {int(bad[0])} of its group"
         raise NonFiniteStatistics(
             f"SyncBatchNorm {call.name!r}: NaN, infinite or too large input {where}; "
             "running statistics are unchanged"

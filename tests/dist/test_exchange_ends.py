@@ -10,7 +10,10 @@ import pytest
 import torch
 import torch.distributed as dist
 from own_ranks import run_ranks
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
+import syncbn
 from syncbn.norm import shared
 from syncbn.norm.exchange import exchange_of
 
@@ -109,7 +112,7 @@ def eval_on_one_rank(first_exchange, wait):
         time.sleep(float(wait))
         _say_what_is_raised()
         os._exit(0)  # the other rank is blocked in a collective: nothing more to do together
-    time.sleep(1 - float(wait))
+    time.sleep(max(0.0, 1 - float(wait)))
     try:
         exchange.pass_by("bn1", False)
         exchange.pass_by("bn1", True)
@@ -121,7 +124,7 @@ def eval_on_one_rank(first_exchange, wait):
 @pytest.mark.parametrize("first_exchange", ["before", "never"])
 def test_eval_mode_on_one_rank_is_an_error_within_ten_seconds(first_exchange):
     """The rank in eval mode was faster, and is blocked when the other comes."""
-    waiting, _ = _ranks("eval_on_one_rank", first_exchange, "1")
+    waiting, _ = _ranks("eval_on_one_rank", first_exchange, "2")
     said = waiting.splitlines()[-1]
     assert "backward of this layer in eval mode and has been blocked" in said
     assert 4 <= int(said.split()[2]) <= 7
@@ -133,3 +136,29 @@ def test_eval_mode_on_the_slower_rank_fails_on_both_at_once(first_exchange):
     for said in (waiting, passing):
         assert "rank 1 runs the backward pass of SyncBatchNorm 'bn1' in eval mode; rank 0" in said
     assert "RanksDisagree after 1 s" in waiting
+
+
+def train_with_one_rank_in_eval(first_steps, late_rank):
+    """Two ranks under DistributedDataParallel, one of which forgets `model.train()`."""
+    torch.manual_seed(0)
+    layers = nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)
+    model = DistributedDataParallel(syncbn.convert_sync_batchnorm(nn.Sequential(*layers)))
+    for _ in range(int(first_steps)):
+        model(torch.randn(4, 3, 5, 5)).square().sum().backward()
+    model.train(dist.get_rank() == 0)
+    time.sleep(0.3 * (dist.get_rank() == int(late_rank)))
+    began = time.monotonic()
+    try:
+        model(torch.randn(4, 3, 5, 5)).square().sum().backward()
+    except RuntimeError as error:
+        _say(f"{type(error).__name__} after {time.monotonic() - began:.0f} s: {error}")
+    os._exit(0)
+
+
+@pytest.mark.parametrize("late_rank", ["0", "1"])
+@pytest.mark.parametrize("first_steps", ["0", "1"])
+def test_a_training_step_with_one_rank_in_eval_mode_fails_on_both_by_name(first_steps, late_rank):
+    for said in _ranks("train_with_one_rank_in_eval", first_steps, late_rank):
+        assert "RanksDisagree after " in said
+        assert int(said.split("RanksDisagree after ")[1].split()[0]) < 10
+        assert "rank 1 runs the backward pass of SyncBatchNorm '4' in eval mode; rank 0" in said
