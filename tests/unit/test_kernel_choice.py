@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from syncbn.norm import native as sources
 from syncbn.norm.kernels import EagerKernels, choice, pick
 from syncbn.norm.kernels import cpu as native
 from syncbn.norm.kernels.choice import chosen
@@ -42,6 +43,13 @@ def test_without_the_library_one_warning_says_how_to_get_it(monkeypatch: pytest.
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         pick(torch.ones(2, 2))
+
+
+def test_a_library_of_other_sources_or_none_is_not_used(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(sources, "ABI", sources.ABI + 1)
+    assert library.__wrapped__() is None
+    monkeypatch.setattr(sources.sysconfig, "get_config_var", lambda name: ".nothing")
+    assert library.__wrapped__() is None
 
 
 def test_cuda_is_served_by_triton_where_it_is_installed(monkeypatch: pytest.MonkeyPatch):

@@ -89,11 +89,23 @@ INLINE void store_narrowed(void* to, Words words) {
 INLINE Floats load_piece(const Bfloat16* from) { return bits_as<Floats>(widened(from) << 16); }
 
 // To nearest, ties to even; NaN stays NaN.
+#if VECTOR_BYTES == 64
+INLINE void store_piece(Bfloat16* to, Floats value) {
+  const __m512i bits = (__m512i)value;
+  const __mmask16 odd = _mm512_test_epi32_mask(bits, _mm512_set1_epi32(0x10000));
+  const __mmask16 number = _mm512_cmp_ps_mask((__m512)value, (__m512)value, _CMP_ORD_Q);
+  const __m512i down = _mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff));
+  const __m512i even = _mm512_mask_add_epi32(down, odd, bits, _mm512_set1_epi32(0x8000));
+  const __m512i words = _mm512_mask_srli_epi32(_mm512_set1_epi32(0x7fc0), number, even, 16);
+  _mm256_storeu_si256((__m256i*)to, _mm512_cvtepi32_epi16(words));
+}
+#else
 INLINE void store_piece(Bfloat16* to, Floats value) {
   const Words bits = bits_as<Words>(value);
   const Words rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
   store_narrowed(to, value == value ? rounded : Words{} + 0x7fc0u);
 }
+#endif
 
 #if VECTOR_BYTES == 64
 INLINE Floats load_piece(const Float16* from) {

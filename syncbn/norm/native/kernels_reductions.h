@@ -2,7 +2,7 @@
 //
 // Moments are taken about a shift near each block's mean, the mean of its first values: one pass, and exact, since
 // at least a 64th of the block's values went into the shift, so that its distance to the block's mean is at most 8
-// standard deviations. Blocks are merged as ranks are (Chan, Golub & LeVeque 1983).
+// of the block's standard deviations, whatever the values. Blocks are merged as ranks are (Chan, Golub & LeVeque 1983).
 #pragma once
 
 #include "kernels_passes.h"
@@ -70,13 +70,13 @@ template <class Op> INLINE void add_row(const Op& op, const Coefficients<typenam
   total = {sums.first + other.first, sums.second + other.second};
 }
 
-// The mean of up to 512 values from `begin` on.
+// The mean of up to 128 values from `begin` on.
 template <class T> INLINE Statistics<T> sample_mean(const T* begin, int64_t size) {
   using A = Statistics<T>;
   constexpr int64_t lanes = Pack<A>::lanes;
   Pack<A> sum = zero<A>();
   int64_t i = 0;
-  for (; i + lanes <= size && i < 512; i += lanes) sum = sum + load(begin + i);
+  for (; i + lanes <= size && i < 128; i += lanes) sum = sum + load(begin + i);
   return A(total(sum) / double(i));
 }
 
