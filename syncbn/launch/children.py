@@ -15,6 +15,7 @@ from typing import Any
 
 from syncbn.errors import InfrastructureError, RankFailed, Stopped, SyncbnError, exit_code
 from syncbn.launch.outcomes import LOST, kind
+from syncbn.train.stopping import stop_on_signals
 
 Reports = dict[int, dict[str, Any]]
 """What ranks said of their end, those that came to say anything."""
@@ -22,13 +23,17 @@ Reports = dict[int, dict[str, Any]]
 
 @contextmanager
 def told() -> Iterator[None]:
-    """Leave the outcome of what is within behind for `reports_in`; end the process with a failure's exit code."""
-    try:
-        yield
-    except BaseException as error:
-        _tell(_report(exit_code(error), _message(error), traceback.format_exc()))
-        raise SystemExit(exit_code(error)) from None
-    _tell(_report(0, "done", ""))
+    """Leave the outcome of what is within behind for `reports_in`; end the process with a failure's exit code.
+
+    The agent ends all ranks once one has: its signal must not come between a rank's failure and its word of it.
+    """
+    with stop_on_signals():
+        try:
+            yield
+        except BaseException as error:
+            _tell(_report(exit_code(error), _message(error), traceback.format_exc()))
+            raise SystemExit(exit_code(error)) from None
+        _tell(_report(0, "done", ""))
 
 
 def _tell(report: dict[str, Any]) -> None:

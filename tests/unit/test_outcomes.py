@@ -1,5 +1,7 @@
 """Whose outcome is heard when some of several ranks fail."""
 
+import signal
+
 import pytest
 
 from syncbn.errors import DataError, InfrastructureError, RankFailed, Stopped
@@ -71,6 +73,22 @@ def test_a_rank_tells_how_it_ended_good_or_bad(tmp_path, monkeypatch):
     heard = failure(found, 3)
     assert str(heard) == "no data"
     assert "DataError" in heard.details
+
+
+def test_a_signal_between_a_failure_and_its_report_does_not_silence_the_rank(tmp_path, monkeypatch):
+    file = tmp_path / "run_1" / "attempt_0" / "0" / "error.json"
+    file.parent.mkdir(parents=True)
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(file))
+    with pytest.raises(SystemExit), told():
+        fail_and_be_signalled()
+    assert str(failure(reports_in(tmp_path), 1)) == "no data"
+
+
+def fail_and_be_signalled():
+    try:
+        raise DataError("no data")
+    finally:
+        signal.raise_signal(signal.SIGTERM)
 
 
 def test_a_connection_that_another_rank_let_go_of_is_no_bug_of_this_one():
