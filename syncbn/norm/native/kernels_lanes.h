@@ -155,15 +155,23 @@ template <class T> INLINE void store(T* to, const Pack<float>& value) {
 #pragma GCC unroll 4
   for (int i = 0; i < Pack<float>::pieces; ++i) store_piece(to + i * FLOATS, value.piece[i]);
 }
+// Piece by piece: a copy of the whole pack goes through the stack where it has more than one.
 template <class A> INLINE Pack<A> load_same(const A* from) {
   Pack<A> result;
-  __builtin_memcpy(&result, from, sizeof result);
+#pragma GCC unroll 4
+  for (int i = 0; i < Pack<A>::pieces; ++i)
+    __builtin_memcpy(&result.piece[i], from + i * (VECTOR_BYTES / sizeof(A)), VECTOR_BYTES);
   return result;
+}
+template <class A> INLINE void store_same(A* to, const Pack<A>& value) {
+#pragma GCC unroll 4
+  for (int i = 0; i < Pack<A>::pieces; ++i)
+    __builtin_memcpy(to + i * (VECTOR_BYTES / sizeof(A)), &value.piece[i], VECTOR_BYTES);
 }
 INLINE Pack<float> load(const float* from) { return load_same(from); }
 INLINE Pack<double> load(const double* from) { return load_same(from); }
-INLINE void store(float* to, const Pack<float>& value) { __builtin_memcpy(to, &value, sizeof value); }
-INLINE void store(double* to, const Pack<double>& value) { __builtin_memcpy(to, &value, sizeof value); }
+INLINE void store(float* to, const Pack<float>& value) { store_same(to, value); }
+INLINE void store(double* to, const Pack<double>& value) { store_same(to, value); }
 
 // `value` with all but its last `count` lanes 0.
 template <class A> INLINE Pack<A> keep_last(const Pack<A>& value, int64_t count) {
@@ -184,7 +192,7 @@ template <class A> INLINE Pack<A> keep_last(const Pack<A>& value, int64_t count)
 // The sum of all lanes, halves added to halves.
 template <class A> INLINE double total(const Pack<A>& value) {
   A lane[Pack<A>::lanes];
-  __builtin_memcpy(lane, &value, sizeof lane);
+  store(lane, value);
   double sum[Pack<A>::lanes];
   for (int i = 0; i < Pack<A>::lanes; ++i) sum[i] = lane[i];
   for (int half = Pack<A>::lanes / 2; half > 0; half /= 2)
