@@ -17,7 +17,7 @@ from torch import Tensor
 
 from syncbn.norm import kernels
 from syncbn.norm.kernels import ACTIVATIONS, Affine, Fused
-from syncbn.norm.steps import Call, forward_statistics, sums_over_ranks
+from syncbn.norm.steps import Call, forward_alone, forward_statistics, sums_over_ranks
 
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, None]
 Needs = tuple[bool, ...]
@@ -37,11 +37,16 @@ class SyncBatchNormFunction(torch.autograd.Function):
         call: Call,
     ) -> Tensor:
         """Normalise; keep what backward needs and no more."""
-        kernel = kernels.pick(x)
-        statistics, ctx.remembered = forward_statistics(x, kernel, call, ctx.needs_input_grad[0])
-        affine = Affine(statistics.mean, statistics.invstd, weight, bias)
-        y = kernel.normalize(x, affine, Fused(call.act, residual, call.mask))
-        ctx.call, ctx.statistics = call, statistics
+        ctx.call = call
+        whole = forward_alone(x, weight, bias, residual, call)
+        if whole is None:
+            kernel = kernels.pick(x)
+            needs_grad = ctx.needs_input_grad[0]
+            ctx.statistics, ctx.remembered = forward_statistics(x, kernel, call, needs_grad)
+            affine = Affine(ctx.statistics.mean, ctx.statistics.invstd, weight, bias)
+            y = kernel.normalize(x, affine, Fused(call.act, residual, call.mask))
+        else:
+            y, ctx.statistics = whole
         ctx.save_for_backward(x, weight, bias, *to_keep(call.act, residual, y))
         return y
 
@@ -80,10 +85,15 @@ def gradients(
     kernel = kernels.pick(x)
     dx = dweight = dbias = dresidual = None
     if any(needs[:3]):
-        sums = kernel.backward_sums(dy, x, affine, fused)
-        if needs[0]:
-            everyones = sums_over_ranks(sums, x, call)
-            dx = kernel.backward_input(dy, x, affine, fused, everyones, total)
+        alone = kernels.at_once(x) if needs[0] and call.exchange is None else None
+        whole = alone and alone.backward(dy, x, affine, fused, total)
+        if whole:
+            dx, sums = whole
+        else:
+            sums = kernel.backward_sums(dy, x, affine, fused)
+            if needs[0]:
+                everyones = sums_over_ranks(sums, x, call)
+                dx = kernel.backward_input(dy, x, affine, fused, everyones, total)
         dweight, dbias = _parameters(sums[1], sums[0], affine.weight, affine.bias, needs)
     if needs[3]:
         plain = fused.act is None and fused.mask is None

@@ -9,10 +9,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from syncbn.norm import kernels
 from syncbn.norm.exchange import Exchange, Place
 from syncbn.norm.header import NAMED
 from syncbn.norm.join import refuse_ddp_join
-from syncbn.norm.kernels import Kernels, Running
+from syncbn.norm.kernels import Fused, Kernels, Running
 from syncbn.norm.moments import Statistics
 from syncbn.norm.replay import Remembered, Replays, replaying
 
@@ -56,6 +57,25 @@ class Call:
             needs_grad=needs_grad,
             serial=self.serial,
         )
+
+
+def forward_alone(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None, call: Call
+) -> tuple[Tensor, Statistics] | None:
+    """The whole forward pass of a group of one, where some kernel does it at once; updates running statistics.
+
+    Raises:
+        ValueError: one value per channel.
+    """
+    kernel = kernels.at_once(x)
+    if kernel is None or call.exchange is not None:
+        return None
+    whole = kernel.forward(x, weight, bias, call.eps, Fused(call.act, residual, call.mask))
+    if whole is not None:
+        _check_count(whole[1], call)
+        if call.running is not None and not replaying():
+            kernel.update(call.running, whole[1])
+    return whole
 
 
 def forward_statistics(
@@ -112,6 +132,10 @@ def _check(packed: Tensor, statistics: Statistics, call: Call, x: Tensor) -> Non
             f"SyncBatchNorm {call.name!r}: NaN, infinite or too large input {where}; "
             "running statistics are unchanged"
         )
+    _check_count(statistics, call)
+
+
+def _check_count(statistics: Statistics, call: Call) -> None:
     if float(statistics.total) == 1:
         raise ValueError(
             f"SyncBatchNorm {call.name!r}: expected more than 1 value per channel over all ranks when training"

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from kernel_suite import Case
 
-from syncbn.norm.kernels import EagerKernels, Kernels
+from syncbn.norm.kernels import EagerKernels, Fused, Kernels
 from syncbn.norm.kernels.cpu import CpuKernels
 from syncbn.norm.native import library
 
@@ -72,3 +72,45 @@ def test_running_statistics_move(
 @settings(max_examples=20)
 def test_results_are_the_same_bits_every_time(kernels: Kernels, case: Case):
     suite.check_deterministic(kernels, case)
+
+
+@compiled
+@pytest.mark.parametrize("threads", [1, 2])
+@given(case=suite.cases())
+@settings(max_examples=40)
+def test_a_whole_pass_at_once_gives_the_bits_of_one_step_after_another(case: Case, threads: int):
+    check_at_once(case, threads)
+
+
+@compiled
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("shape", [(8, 64, 56, 56), (16, 37, 33, 9), (4, 300, 7, 7)])
+def test_a_pass_in_several_windows_gives_the_bits_of_one(shape: tuple[int, ...], channels_last):
+    for act in (None, "relu"):
+        check_at_once(
+            Case(shape, channels_last=channels_last, act=act, residual=act is not None), 1
+        )
+
+
+def check_at_once(case: Case, threads: int) -> None:
+    kernels, before = CpuKernels(), torch.get_num_threads()
+    given, fused = suite.backward_inputs(case)
+    forward = Fused(case.act, given.residual, given.mask)
+    torch.set_num_threads(threads)
+    try:
+        whole = kernels.forward(given.x, given.affine.weight, given.affine.bias, 1e-5, forward)
+        if whole is None:  # left to ATen
+            return
+        expected = kernels.merge(kernels.moments(given.x).unsqueeze(0), 1e-5)
+        affine = given.affine._replace(mean=expected.mean, invstd=expected.invstd)
+        y = kernels.normalize(given.x, affine, forward)
+        assert all(torch.equal(a, b) for a, b in zip(whole[1], expected, strict=True))
+        assert torch.equal(whole[0].nan_to_num(), y.nan_to_num())
+        both = kernels.backward(given.dy, given.x, affine, fused, expected.total)
+        assert both is not None
+        sums = kernels.backward_sums(given.dy, given.x, affine, fused)
+        dx = kernels.backward_input(given.dy, given.x, affine, fused, sums, expected.total)
+        assert torch.equal(both[0].nan_to_num(), dx.nan_to_num())
+        assert torch.equal(both[1].nan_to_num(), sums.nan_to_num())
+    finally:
+        torch.set_num_threads(before)

@@ -56,7 +56,8 @@ def test_a_pass_is_forgotten_with_its_graph():
     from syncbn.norm.replay import replays_of
 
     layer = syncbn.SyncBatchNorm(3, act="relu")
-    loss = layer(torch.randn(4, 3, requires_grad=True)).sum()
+    everything = torch.ones(4, 1, dtype=torch.bool)
+    loss = layer(torch.randn(4, 3, requires_grad=True), everything).sum()
     assert len(replays_of(layer)._passes) == 1
     del loss
     assert not replays_of(layer)._passes

@@ -7,6 +7,7 @@ shape alone. What networks do not do often, masks and mixed dtypes among it, is 
 import ctypes
 import functools
 import struct
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -140,6 +141,51 @@ class CpuKernels:
         self._run(BACKWARD_RESIDUAL, layout, dz, x, affine, fused, dy)
         return dz
 
+    def forward(
+        self, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, fused: Fused
+    ) -> tuple[Tensor, Statistics] | None:
+        """The whole forward pass of a group of one, part by part while it is in the cache; None if not served."""
+        if not _native(x, fused):
+            return None
+        x, layout = _laid_out(x)
+        y = torch.empty_like(x)
+        total = torch.empty((), dtype=torch.float64)
+        mean, var, invstd = torch.empty(3, layout.channels, dtype=stats_dtype(x.dtype)).unbind()
+        merged = (total.data_ptr(), mean.data_ptr(), var.data_ptr(), invstd.data_ptr())
+        affine = Affine(mean, invstd, weight, bias)
+        self._run(
+            NORMALIZE,
+            layout,
+            y,
+            x,
+            affine,
+            fused,
+            run=lambda call: self._library.syncbn_forward(call, eps, *merged),
+        )
+        return y, Statistics(total, mean, var, invstd)
+
+    def backward(
+        self, dy: Tensor, x: Tensor, affine: Affine, fused: Fused, total: Tensor
+    ) -> tuple[Tensor, Tensor] | None:
+        """The whole backward pass of a group of one: dx, and `backward_sums`; None if not served."""
+        if not _native(x, fused, dy):
+            return None
+        x, layout = _laid_out(x)
+        dx = torch.empty_like(x)
+        sums = torch.empty(2, layout.channels, dtype=stats_dtype(x.dtype))
+        self._run(
+            BACKWARD_INPUT,
+            layout,
+            dx,
+            x,
+            affine,
+            fused,
+            dy,
+            total=total,
+            run=lambda call: self._library.syncbn_backward(call, sums.data_ptr()),
+        )
+        return dx, sums
+
     def _run(
         self,
         kind: int,
@@ -151,8 +197,9 @@ class CpuKernels:
         dy: Tensor | None = None,
         sums: Tensor | None = None,
         total: Tensor | None = None,
+        run: Callable[[bytes], None] | None = None,
     ) -> None:
-        """One pass of the library over x; the tensors named here live until it is done."""
+        """One pass of the library over x, or what `run` does; the tensors named here live until it is done."""
         extra, extra_is = _extra(fused)
         extra, dy = _aligned(extra, layout), _aligned(dy, layout)
         stats = affine.mean.dtype
@@ -168,7 +215,7 @@ class CpuKernels:
             *map(_address, (dy, extra, *coefficients, sums, total)),
             result.data_ptr(),
         )
-        self._library.syncbn_pass(call)
+        (run or self._library.syncbn_pass)(call)
 
 
 @functools.cache
@@ -179,11 +226,13 @@ def _declared() -> ctypes.CDLL:
         raise RuntimeError("the native library of syncbn was not built; see syncbn.norm.native")
     pointer, number, real, flag = ctypes.c_void_p, ctypes.c_int64, ctypes.c_double, ctypes.c_int
     found.syncbn_pass.argtypes = [ctypes.c_char_p]
+    found.syncbn_forward.argtypes = [ctypes.c_char_p, real, *[pointer] * 4]
+    found.syncbn_backward.argtypes = [ctypes.c_char_p, pointer]
     found.syncbn_merge.argtypes = [flag, pointer, number, number, real, *[pointer] * 4]
     pair = [flag, pointer, pointer]
     found.syncbn_update.argtypes = [*pair, pointer, real, *pair, pointer, number]
-    for function in (found.syncbn_pass, found.syncbn_merge, found.syncbn_update):
-        function.restype = None
+    for name in ("pass", "forward", "backward", "merge", "update"):
+        getattr(found, f"syncbn_{name}").restype = None
     return found
 
 
@@ -228,11 +277,15 @@ def _laid_out(x: Tensor) -> tuple[Tensor, Layout]:
 
 def _aligned(values: Tensor | None, layout: Layout) -> Tensor | None:
     """`values` in the order of x."""
-    return None if values is None else values.contiguous(memory_format=layout.memory_format)
+    if values is None or values.is_contiguous(memory_format=layout.memory_format):
+        return values
+    return values.contiguous(memory_format=layout.memory_format)
 
 
 def _plain(values: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    return None if values is None else values.to(dtype).contiguous()
+    if values is None or (values.dtype == dtype and values.is_contiguous()):
+        return values
+    return values.to(dtype).contiguous()
 
 
 def _address(values: Tensor | None) -> int:

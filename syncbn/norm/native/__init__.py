@@ -10,7 +10,7 @@ import functools
 import sysconfig
 from pathlib import Path
 
-ABI = 2
+ABI = 3
 """What `syncbn_abi` of a library built from these sources returns; raised with every change of a signature."""
 
 

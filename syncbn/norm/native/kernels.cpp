@@ -10,20 +10,23 @@ namespace {
 
 template <class A> struct Affine { const A *mean, *invstd, *weight, *bias; };
 
-// Coefficients by channel, laid out by column of `plan`.
+// Coefficients by channel, laid out by column of `plan`, filled in window by window.
 template <class A> class Coefficients {
  public:
-  Coefficients(const Plan& plan, const Affine<A>& affine, const A* sums, double total)
-      : width_(plan.width()), values_(new A[(sums ? 5 : 3) * width_]), backward_(sums) {
-    plan.each(width_, [&](int64_t j, int64_t c) {
-      at(MEAN)[j] = affine.mean[c];
-      at(SCALE)[j] = affine.weight ? affine.invstd[c] * affine.weight[c] : affine.invstd[c];
-      at(BIAS)[j] = affine.bias ? affine.bias[c] : A(0);
+  Coefficients(const Plan& plan, const Affine<A>& affine, bool backward)
+      : plan_(plan), affine_(affine), width_(plan.width()), values_(new A[(backward ? 5 : 3) * width_]), backward_(backward) {}
+  void fill(Window window) {
+    plan_.each(window, [&](int64_t j, int64_t c) {
+      at(MEAN)[j] = affine_.mean[c];
+      at(SCALE)[j] = affine_.weight ? affine_.invstd[c] * affine_.weight[c] : affine_.invstd[c];
+      at(BIAS)[j] = affine_.bias ? affine_.bias[c] : A(0);
     });
-    if (!backward_) return;
-    plan.each(width_, [&](int64_t j, int64_t c) {
-      at(SLOPE)[j] = -affine.invstd[c] * (sums[plan.channels + c] / A(total));
-      at(OFFSET)[j] = sums[c] / A(total);
+  }
+  void fill_backward(Window window, const A* sums, double total) {
+    const A values = A(total > 1 ? total : 1);
+    plan_.each(window, [&](int64_t j, int64_t c) {
+      at(SLOPE)[j] = -affine_.invstd[c] * (sums[plan_.channels + c] / values);
+      at(OFFSET)[j] = sums[c] / values;
     });
   }
   void give_to(Job& job) const {
@@ -38,52 +41,97 @@ template <class A> class Coefficients {
  private:
   enum Which { MEAN, SCALE, BIAS, SLOPE, OFFSET };
   A* at(Which which) const { return values_.get() + which * width_; }
+  const Plan& plan_;
+  const Affine<A> affine_;
   int64_t width_;
   std::unique_ptr<A[]> values_;
   bool backward_;
 };
 
-template <class A> void pack(const Plan& plan, const Reduced& reduced, A* packed) {
-  const int64_t C = plan.channels, count = plan.samples * plan.size;
+// The moments of a window's channels, packed; all channels where columns are not channels.
+template <class A> void pack(const Plan& plan, const Reduced& reduced, Window window, A* packed) {
+  const int64_t count = plan.samples * plan.size, begin = plan.channel(window.begin), C = plan.channel(window.end) - begin;
   packed[0] = A(count % LOW_BITS);
   packed[1] = A(count / LOW_BITS);
   std::vector<double> mean(C), M2(C);
   for (const Share& share : reduced.shares) {
     const double weight = share.count / double(count);
-    plan.each(share.width, [&](int64_t j, int64_t c) { mean[c] += weight * share.first[j]; });
+    plan.each({window.begin, window.begin + share.width},
+              [&](int64_t j, int64_t c) { mean[c - begin] += weight * share.first[j - window.begin]; });
   }
   for (const Share& share : reduced.shares)
-    plan.each(share.width, [&](int64_t j, int64_t c) {
-      const double delta = share.first[j] - mean[c];
-      M2[c] += share.second[j] + share.count * delta * delta;
+    plan.each({window.begin, window.begin + share.width}, [&](int64_t j, int64_t c) {
+      const double delta = share.first[j - window.begin] - mean[c - begin];
+      M2[c - begin] += share.second[j - window.begin] + share.count * delta * delta;
     });
   for (int64_t c = 0; c < C; ++c) packed[2 + c] = A(mean[c]);
   for (int64_t c = 0; c < C; ++c) packed[2 + C + c] = A(M2[c]);
 }
 
-template <class A> void add_up(const Plan& plan, const Reduced& reduced, const A* invstd, A* sums) {
-  const int64_t C = plan.channels;
+template <class A> void add_up(const Plan& plan, const Reduced& reduced, Window window, const A* invstd, A* sums) {
+  const int64_t begin = plan.channel(window.begin), C = plan.channel(window.end) - begin;
   std::vector<double> first(C), second(C);
   for (const Share& share : reduced.shares)
-    plan.each(share.width, [&](int64_t j, int64_t c) {
-      first[c] += share.first[j];
-      second[c] += share.second[j];
+    plan.each({window.begin, window.begin + share.width}, [&](int64_t j, int64_t c) {
+      first[c - begin] += share.first[j - window.begin];
+      second[c - begin] += share.second[j - window.begin];
     });
-  for (int64_t c = 0; c < C; ++c) sums[c] = A(first[c]);
-  for (int64_t c = 0; c < C; ++c) sums[C + c] = A(second[c] * invstd[c]);
+  for (int64_t c = 0; c < C; ++c) sums[begin + c] = A(first[c]);
+  for (int64_t c = 0; c < C; ++c) sums[plan.channels + begin + c] = A(second[c] * invstd[begin + c]);
+}
+
+template <class A> Affine<A> typed(const void* const affine[4]) {
+  return {(const A*)affine[0], (const A*)affine[1], (const A*)affine[2], (const A*)affine[3]};
 }
 
 // The job with its coefficients, run over the whole input.
 template <class A> void run(Job job, const Shape& shape, const void* const affine[4], const void* sums, double total,
                             void* result) {
   const Plan plan(job, shape);
-  const Affine<A> given = {(const A*)affine[0], (const A*)affine[1], (const A*)affine[2], (const A*)affine[3]};
-  if (job.kind == MOMENTS) return pack(plan, reduce(job, plan, shape.threads), (A*)result);
-  Coefficients<A> coefficients(plan, given, (const A*)sums, total > 1 ? total : 1);
+  const Window all = {0, plan.width()};
+  if (job.kind == MOMENTS) return pack(plan, reduce(job, plan, shape.threads, all), all, (A*)result);
+  Coefficients<A> coefficients(plan, typed<A>(affine), sums);
+  coefficients.fill(all);
+  if (sums) coefficients.fill_backward(all, (const A*)sums, total);
   coefficients.give_to(job);
-  if (job.kind == BACKWARD_SUMS) return add_up(plan, reduce(job, plan, shape.threads), given.invstd, (A*)result);
+  if (job.kind == BACKWARD_SUMS)
+    return add_up(plan, reduce(job, plan, shape.threads, all), all, (const A*)affine[1], (A*)result);
   job.out = result;
-  map(job, plan, shape.threads);
+  map(job, plan, shape.threads, all);
+}
+
+// Both passes of a group of one, window by window: what the first has read is still at hand for the second.
+template <class A> void forward(Job job, const Shape& shape, const void* const affine[4], double eps, const Merged& merged) {
+  const Plan plan(job, shape);
+  Coefficients<A> coefficients(plan, typed<A>(affine), false);
+  coefficients.give_to(job);
+  each_window(plan, job.extra ? 2 : 1, shape.threads, [&](Window window, int threads) {
+    const int64_t begin = plan.channel(window.begin), C = plan.channel(window.end) - begin;
+    const std::unique_ptr<A[]> packed(new A[2 + 2 * C]);
+    Job moments = job;
+    moments.kind = MOMENTS;
+    pack(plan, reduce(moments, plan, threads, window), window, packed.get());
+    double total;  // the same in every window
+    const Merged part = {&total, (A*)merged.mean + begin, (A*)merged.var + begin, (A*)merged.invstd + begin};
+    merge(packed.get(), 1, C, eps, part);
+    coefficients.fill(window);
+    map(job, plan, threads, window);
+  });
+  *merged.total = double(plan.samples * plan.size);
+}
+
+template <class A> void backward(Job job, const Shape& shape, const void* const affine[4], double total, void* sums) {
+  const Plan plan(job, shape);
+  Coefficients<A> coefficients(plan, typed<A>(affine), true);
+  coefficients.give_to(job);
+  each_window(plan, job.extra ? 3 : 2, shape.threads, [&](Window window, int threads) {
+    coefficients.fill(window);
+    Job reduction = job;
+    reduction.kind = BACKWARD_SUMS;
+    add_up(plan, reduce(reduction, plan, threads, window), window, (const A*)affine[1], (A*)sums);
+    coefficients.fill_backward(window, (const A*)sums, total);
+    map(job, plan, threads, window);
+  });
 }
 
 }  // namespace
@@ -99,7 +147,9 @@ struct Call {
   void* result;
 };
 
-SYNCBN_API void syncbn_pass(const Call* call) {
+namespace {
+
+Job job_of(const Call* call) {
   Job job = {};
   job.kind = syncbn::Kind(call->kind);
   job.dtype = syncbn::Dtype(call->dtype);
@@ -108,9 +158,35 @@ SYNCBN_API void syncbn_pass(const Call* call) {
   job.x = call->x;
   job.dy = call->dy;
   job.extra = call->extra;
-  const syncbn::Shape shape = {call->samples, call->channels, call->size, int(call->threads)};
+  return job;
+}
+
+syncbn::Shape shape_of(const Call* call) { return {call->samples, call->channels, call->size, int(call->threads)}; }
+
+double total_of(const Call* call) { return call->total ? *(const double*)call->total : 1; }
+
+}  // namespace
+
+SYNCBN_API void syncbn_pass(const Call* call) {
   const void* const affine[4] = {call->mean, call->invstd, call->weight, call->bias};
-  const double total = call->total ? *(const double*)call->total : 1;
-  const auto run = job.dtype == syncbn::FLOAT64 ? syncbn::run<double> : syncbn::run<float>;
-  run(job, shape, affine, call->sums, total, call->result);
+  const auto run = call->dtype == syncbn::FLOAT64 ? syncbn::run<double> : syncbn::run<float>;
+  run(job_of(call), shape_of(call), affine, call->sums, total_of(call), call->result);
+}
+
+// The forward pass of a group of one: the moments, what they come down to, and y. The call is that of NORMALIZE.
+SYNCBN_API void syncbn_forward(const Call* call, double eps, double* total, void* mean, void* var, void* invstd) {
+  const void* const affine[4] = {mean, invstd, call->weight, call->bias};
+  const auto run = call->dtype == syncbn::FLOAT64 ? syncbn::forward<double> : syncbn::forward<float>;
+  Job job = job_of(call);
+  job.out = call->result;
+  run(job, shape_of(call), affine, eps, {total, mean, var, invstd});
+}
+
+// The backward pass of a group of one: sums, and dx. The call is that of BACKWARD_INPUT, without its sums.
+SYNCBN_API void syncbn_backward(const Call* call, void* sums) {
+  const void* const affine[4] = {call->mean, call->invstd, call->weight, call->bias};
+  const auto run = call->dtype == syncbn::FLOAT64 ? syncbn::backward<double> : syncbn::backward<float>;
+  Job job = job_of(call);
+  job.out = call->result;
+  run(job, shape_of(call), affine, total_of(call), sums);
 }

@@ -39,7 +39,7 @@ struct Job {
   const void *mean, *scale, *bias, *slope, *offset;
 };
 
-// A range of samples (planes, reductions) or rows, and of channels or columns; maps take whole rows.
+// A range of samples (planes, reductions) or rows, and of channels or columns; maps of planes take whole rows.
 struct Part {
   int64_t row_begin, row_end, column_begin, column_end;
 };

@@ -34,12 +34,12 @@ template <class Op> void map_planes(const Job& job, const Part& part, double*, d
 }
 
 // ROWS rows at once, so that the coefficients of a column are loaded once for all of them.
-template <int ROWS, class Op> INLINE void map_rows(const Op& op, const Source<typename Op::A>& source, int64_t row) {
+template <int ROWS, class Op> INLINE void map_rows(const Op& op, const Source<typename Op::A>& source, int64_t row, const Part& part) {
   constexpr int64_t lanes = Pack<typename Op::A>::lanes;
   const int64_t size = op.job.size;
   auto* out = (typename Op::Element*)op.job.out;
-  for (int64_t j = 0; j < size; j += lanes) {
-    const int64_t column = j + lanes <= size ? j : size - lanes;
+  for (int64_t j = part.column_begin; j < part.column_end; j += lanes) {
+    const int64_t column = j + lanes <= part.column_end ? j : part.column_end - lanes;
     const auto k = source.columns(column);
 #pragma GCC unroll 4
     for (int r = 0; r < ROWS; ++r) {
@@ -53,8 +53,8 @@ template <class Op> void map_columns(const Job& job, const Part& part, double*, 
   const Op op(job);
   const Source<typename Op::A> source(job);
   int64_t row = part.row_begin;
-  for (; row + 4 <= part.row_end; row += 4) map_rows<4>(op, source, row);
-  for (; row < part.row_end; ++row) map_rows<1>(op, source, row);
+  for (; row + 4 <= part.row_end; row += 4) map_rows<4>(op, source, row, part);
+  for (; row < part.row_end; ++row) map_rows<1>(op, source, row, part);
 }
 
 }  // namespace

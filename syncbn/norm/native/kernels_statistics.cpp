@@ -6,18 +6,12 @@
 #include "common.h"
 #include "kernels_plan.h"
 
-namespace {
+namespace syncbn {
 
-struct Statistics {
-  double* total;
-  void *mean, *var, *invstd;
-};
-
-// See `merge` in syncbn/norm/moments.py; `packed` is (ranks, 2 + 2C).
-template <class A> void merge(const A* packed, int64_t ranks, int64_t C, double eps, const Statistics& out) {
+template <class A> void merge(const A* packed, int64_t ranks, int64_t C, double eps, const Merged& out) {
   const int64_t stride = 2 + 2 * C;
   const auto count = [&](int64_t rank) {
-    return double(packed[rank * stride]) + double(packed[rank * stride + 1]) * syncbn::LOW_BITS;
+    return double(packed[rank * stride]) + double(packed[rank * stride + 1]) * LOW_BITS;
   };
   double total = 0;
   for (int64_t rank = 0; rank < ranks; ++rank) total += count(rank);
@@ -38,6 +32,13 @@ template <class A> void merge(const A* packed, int64_t ranks, int64_t C, double 
   }
 }
 
+template void merge(const float*, int64_t, int64_t, double, const Merged&);
+template void merge(const double*, int64_t, int64_t, double, const Merged&);
+
+}  // namespace syncbn
+
+namespace {
+
 template <class Old, class New> void move(Old* old, const New* fresh, int64_t C, double weight, double scale) {
   for (int64_t c = 0; c < C; ++c) old[c] = Old(double(old[c]) * (1 - weight) + double(fresh[c]) * scale * weight);
 }
@@ -46,9 +47,9 @@ template <class Old, class New> void move(Old* old, const New* fresh, int64_t C,
 
 SYNCBN_API void syncbn_merge(int is_double, const void* packed, int64_t ranks, int64_t channels, double eps, double* total,
                              void* mean, void* var, void* invstd) {
-  const Statistics out = {total, mean, var, invstd};
-  if (is_double) merge((const double*)packed, ranks, channels, eps, out);
-  else merge((const float*)packed, ranks, channels, eps, out);
+  const syncbn::Merged out = {total, mean, var, invstd};
+  if (is_double) syncbn::merge((const double*)packed, ranks, channels, eps, out);
+  else syncbn::merge((const float*)packed, ranks, channels, eps, out);
 }
 
 // Count the batch in `tracked` (may be null), and move running_mean and running_var towards mean and var; both pairs
