@@ -139,17 +139,21 @@ def check_backward(kernels: Kernels, case: Case, device: str = "cpu") -> None:
     sums = kernels.backward_sums(given.dy, given.x, given.affine, fused)
     assert sums.dtype == given.affine.mean.dtype
     assert sums.shape == (2, case.shape[1])
-    close(sums, TRUTH.backward_sums(*wide), 1e-11 if exact else 4e-6, _sum_scale(*wide))
+    close(sums, TRUTH.backward_sums(*wide), 1e-11 if exact else 4e-6, _sum_scale(*wide[:3]))
     total = torch.full((), max(given.x.numel() // case.shape[1], 1), dtype=torch.float64)
     total = total.to(device)
     dx = kernels.backward_input(given.dy, given.x, given.affine, fused, sums, total)
     _assert_like(dx, given.x)
     expected = TRUTH.backward_input(*wide, sums.double(), total)
-    close(dx, expected, 4 * ROUNDING[case.dtype])
+    largest = None
+    if dx.numel():
+        largest = _largest_term(wide[0], wide[1], affine, sums.double() / total)
+    close(dx, expected, ROUNDING[case.dtype], largest)
     if case.act is not None:
         dresidual = kernels.backward_residual(given.dy, given.x, given.affine, fused)
         _assert_like(dresidual, given.dy)
-        close(dresidual, TRUTH.backward_residual(*wide), ROUNDING[case.dtype])
+        largest = given.dy.double().abs().amax() if dx.numel() else None
+        close(dresidual, TRUTH.backward_residual(*wide), ROUNDING[case.dtype], largest)
 
 
 def backward_inputs(case: Case, device: str = "cpu") -> tuple[Inputs, Fused]:
@@ -275,12 +279,19 @@ def _double(given: Inputs, case: Case, fused: Fused | None) -> tuple[Affine, Fus
     return Affine(*wide), fused._replace(residual=residual, output=output)  # pyright: ignore
 
 
-def _sum_scale(dy: Tensor, x: Tensor, affine: Affine, fused: Fused) -> Tensor:
-    """The sums of magnitudes, against which the rounding of a sum is measured."""
-    dz = TRUTH.backward_residual(dy, x, affine, fused).abs()
+def _sum_scale(dy: Tensor, x: Tensor, affine: Affine) -> Tensor:
+    """The sums of magnitudes, against which the rounding of a sum is measured; |act'| is at most about 1."""
     xhat = TRUTH.normalize(x, Affine(affine.mean, affine.invstd), Fused()).abs()
     dims = [dim for dim in range(x.dim()) if dim != 1]
-    return torch.stack([dz.sum(dims), (dz * xhat).sum(dims)])
+    return torch.stack([dy.abs().sum(dims), (dy.abs() * xhat).sum(dims)])
+
+
+def _largest_term(dy: Tensor, x: Tensor, affine: Affine, means: Tensor) -> Tensor:
+    """The largest term of dx, against which its rounding is measured: they may cancel."""
+    xhat = TRUTH.normalize(x, Affine(affine.mean, affine.invstd), Fused()).abs()
+    scale = affine.invstd if affine.weight is None else affine.invstd * affine.weight
+    terms = dy.abs().amax() + means[0].abs().amax() + xhat.amax() * means[1].abs().amax()
+    return scale.abs().amax() * terms
 
 
 def _clones(running: Running) -> Running:
