@@ -27,6 +27,13 @@ from syncbn.train import RunSummary
 Work = Callable[[Any, Runtime], Any]
 """What every rank does with the config and its runtime: `run_rank` or `run_trials`."""
 
+RANK_ENVIRONMENT = {
+    "MALLOC_MMAP_THRESHOLD_": str(2**30),
+    "MALLOC_TRIM_THRESHOLD_": str(2**31),
+}
+"""glibc keeps freed memory in the process: giving large results back at once costs page faults at every step, up to
+half of a large layer's time (docs/performance.md)."""
+
 
 def launch_run(cfg: RunConfig) -> RunSummary:
     """Train the one run that `cfg` describes and return its summary.
@@ -50,7 +57,8 @@ def _on_ranks(cfg: RunConfig, work: Work, num_ranks: int) -> Any:
     """Let `num_ranks` ranks do `work`; return what rank 0's returned."""
     if num_ranks == 1 or "WORLD_SIZE" in os.environ:
         return _work(cfg, work)
-    os.environ.setdefault("OMP_NUM_THREADS", str(cfg.train.num_threads))
+    for name, value in (RANK_ENVIRONMENT | {"OMP_NUM_THREADS": str(cfg.train.num_threads)}).items():
+        os.environ.setdefault(name, value)
     with tempfile.TemporaryDirectory(prefix="syncbn-ranks-") as folder:
         return _under_an_agent(cfg, work, num_ranks, folder)
 
