@@ -4,7 +4,7 @@ Everything else in the layer is one rank's own arithmetic. Each meeting is one e
 same bits.
 """
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,8 +24,7 @@ class NonFiniteStatistics(FloatingPointError):
     exit_code = 8
 
 
-@dataclass(frozen=True)
-class Call:
+class Call(NamedTuple):
     """One use of a layer: all that is not a differentiable tensor.
 
     Attributes:

@@ -121,6 +121,7 @@ def eval_on_one_rank(first_exchange, wait):
         _say(f"{type(error).__name__}: {error}")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("first_exchange", ["before", "never"])
 def test_eval_mode_on_one_rank_is_an_error_within_ten_seconds(first_exchange):
     """The rank in eval mode was faster, and is blocked when the other comes."""
@@ -130,6 +131,7 @@ def test_eval_mode_on_one_rank_is_an_error_within_ten_seconds(first_exchange):
     assert 4 <= int(said.split()[2]) <= 7
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("first_exchange", ["before", "never"])
 def test_eval_mode_on_the_slower_rank_fails_on_both_at_once(first_exchange):
     waiting, passing = _ranks("eval_on_one_rank", first_exchange, "0")
@@ -155,8 +157,7 @@ def train_with_one_rank_in_eval(first_steps, late_rank):
     os._exit(0)
 
 
-@pytest.mark.parametrize("late_rank", ["0", "1"])
-@pytest.mark.parametrize("first_steps", ["0", "1"])
+@pytest.mark.parametrize(("first_steps", "late_rank"), [("0", "1"), ("1", "0")])
 def test_a_training_step_with_one_rank_in_eval_mode_fails_on_both_by_name(first_steps, late_rank):
     for said in _ranks("train_with_one_rank_in_eval", first_steps, late_rank):
         assert "RanksDisagree after " in said

@@ -6,6 +6,7 @@ tensor. Nothing here knows of other ranks, and nothing here waits for a GPU.
 
 from typing import Protocol
 
+import torch
 from torch import Tensor
 from torch._C._functorch import peek_interpreter_stack
 from torch.jit._trace import is_tracing
@@ -29,6 +30,10 @@ __all__ = [
     "faster_alone",
     "pick",
 ]
+
+
+WORTH_IT_PLANES, WORTH_IT = 2**17, 2**19
+"""Values from which on a layer alone is faster here than in torch: float32 planes, and all else (2 cores, 1 thread)."""
 
 
 class Kernels(Protocol):
@@ -87,8 +92,13 @@ def at_once(x: Tensor) -> CpuKernels | None:
 def faster_alone(x: Tensor) -> bool:
     """Whether a group of one does better with kernels of ours than with torch's batch norm.
 
-    Where a transform or a tracer looks on, torch's own operation is the one it knows.
+    Below some size the way through Python costs more than the kernels save. Where a transform or a tracer looks on,
+    torch's own operation is the one it knows.
     """
-    plain = type(x) is Tensor and x.device.type == "cpu"
+    if type(x) is not Tensor or x.device.type != "cpu":
+        return False
+    planes = x.dtype == torch.float32 and x.is_contiguous()
+    if x.numel() < (WORTH_IT_PLANES if planes else WORTH_IT):
+        return False
     watched = is_tracing() or peek_interpreter_stack() is not None
-    return plain and not watched and not isinstance(pick(x), EagerKernels)
+    return not watched and not isinstance(pick(x), EagerKernels)
