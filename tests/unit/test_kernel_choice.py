@@ -1,12 +1,18 @@
 """Which kernels serve which device, and what `SYNCBN_KERNELS` changes about it."""
 
+import importlib.metadata
+import os
+import shutil
+import subprocess
 import sys
 import warnings
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
 
+import syncbn
 from syncbn.norm import native as sources
 from syncbn.norm.kernels import EagerKernels, choice, pick
 from syncbn.norm.kernels import cpu as native
@@ -106,3 +112,53 @@ def test_a_name_that_is_none_is_answered_with_those_there_are(monkeypatch: pytes
     monkeypatch.setenv("SYNCBN_KERNELS", "fast")
     with pytest.raises(ValueError, match="'fast' is not allowed: one of eager, cpu, triton"):
         chosen("cpu")
+
+
+@compiled
+def test_sources_that_stand_before_the_installed_package_use_its_library(tmp_path: Path):
+    ignore = shutil.ignore_patterns("*.so", "__pycache__")
+    shutil.copytree(Path(syncbn.__file__).parent, tmp_path / "syncbn", ignore=ignore)
+    program = "from syncbn.norm import native; print(native.__file__, native.library() is not None)"
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    said = subprocess.run(
+        [sys.executable, "-c", program],
+        env=environment,
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    ).stdout
+    assert said.split() == [str(tmp_path / "syncbn/norm/native/__init__.py"), "True"]
+
+
+class Installed:
+    """Enough of `importlib.metadata.Distribution`."""
+
+    def __init__(self, origin: str | None) -> None:
+        self.origin = origin
+
+    def read_text(self, name: str) -> str | None:
+        return self.origin
+
+    def locate_file(self, path: str) -> Path:
+        return Path("/site-packages") / path
+
+
+@pytest.mark.parametrize(
+    ("origin", "folder"),
+    [
+        (None, "/site-packages/syncbn/norm/native"),
+        ('{"url": "file:///a/b", "dir_info": {}}', "/site-packages/syncbn/norm/native"),
+        ('{"url": "file:///a/b", "dir_info": {"editable": true}}', "/a/b/syncbn/norm/native"),
+    ],
+)
+def test_the_installed_package_is_where_it_says(monkeypatch, origin: str | None, folder: str):
+    monkeypatch.setattr(importlib.metadata, "distribution", lambda name: Installed(origin))
+    assert sources._installed_folder() == Path(folder)
+
+
+def test_a_bare_checkout_has_no_installed_package(monkeypatch: pytest.MonkeyPatch):
+    def missing(name: str) -> Installed:
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "distribution", missing)
+    assert sources._installed_folder() == Path()

@@ -5,10 +5,15 @@ no compiler was at hand at the install, or the package runs from a bare checkout
 slower paths in ATen serve.
 """
 
+import contextlib
 import ctypes
 import functools
+import importlib.metadata
+import json
 import sysconfig
 from pathlib import Path
+from urllib.parse import urlparse
+from urllib.request import url2pathname
 
 ABI = 3
 """What `syncbn_abi` of a library built from these sources returns; raised with every change of a signature."""
@@ -17,9 +22,23 @@ ABI = 3
 @functools.cache
 def library() -> ctypes.CDLL | None:
     """The compiled library; None where there is none, or one of other sources."""
-    path = Path(__file__).with_name(f"_native{sysconfig.get_config_var('EXT_SUFFIX')}")
+    name = f"_native{sysconfig.get_config_var('EXT_SUFFIX')}"
+    for folder in (Path(__file__).parent, _installed_folder()):
+        with contextlib.suppress(OSError, AttributeError):
+            found = ctypes.CDLL(str(folder / name))
+            if found.syncbn_abi() == ABI:
+                return found
+    return None
+
+
+def _installed_folder() -> Path:
+    """This package as it was installed: its sources may stand before it on the path, as they do in a Ray job."""
     try:
-        found = ctypes.CDLL(str(path))
-        return found if found.syncbn_abi() == ABI else None
-    except (OSError, AttributeError):
-        return None
+        installed = importlib.metadata.distribution("syncbn")
+    except importlib.metadata.PackageNotFoundError:
+        return Path()
+    origin = json.loads(installed.read_text("direct_url.json") or "{}")
+    root = Path(str(installed.locate_file("")))
+    if origin.get("dir_info", {}).get("editable"):
+        root = Path(url2pathname(urlparse(origin["url"]).path))
+    return root / "syncbn/norm/native"
