@@ -33,6 +33,13 @@ def test_a_rank_that_never_comes_is_given_up_at_the_time_limit_and_all_are_told(
     assert b"waits for rank 1" in waiting._store.get("syncbn/failed")
 
 
+def test_a_rank_without_word_from_the_others_goes_on_to_the_collective(monkeypatch):
+    monkeypatch.setattr(arrival, "SETTLE_S", 0.0)
+    waiting = Alone()
+    waiting.wait(HEADER, 1)
+    assert not waiting._store.check(["syncbn/failed"])
+
+
 def test_a_rank_that_comes_after_another_gave_up_hears_why():
     coming = Alone()
     coming._store.set("syncbn/failed", "rank 1 gave up")
