@@ -1,17 +1,19 @@
-"""The schema of a run and of a study, as plain typed dataclasses.
+"""The schema of one training run: which network, on what, normalised how, for how long, where."""
 
-One decision shaped this file: a Hydra config is composed once (`syncbn.compose`), becomes a `Config` here, and
-from there on only these frozen-by-habit objects travel. Nothing in the project instantiates a class that a
-config names; names are looked up in the registries of the module that owns them.
-"""
-
-import hashlib
-import json
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
+PROBES = (
+    "quantiles",
+    "shift",
+    "saturation",
+    "gradients",
+    "population",
+    "smoothness",
+    "leak",
+    "exchange",
+    "oracle",
+)
 ARMS = (
     "none",
     "local",
@@ -42,6 +44,10 @@ class ModelConfig:
     """Where the norm stands in a hidden layer: `pre` or `post` the activation, or on the layer's `input`."""
     width: int = 32
     """Channels of the first convolution (cnn, vgg)."""
+    dropout: float = 0.0
+    """Probability with which each hidden activation is dropped in training (mlp, cnn, vgg)."""
+    lrn: bool = False
+    """Local response normalisation after each activation, as in AlexNet (cnn, vgg)."""
     arch: str | None = None
     """torchvision classification model by name, e.g. `resnet18` (torchvision)."""
 
@@ -127,6 +133,11 @@ class TrainConfig:
     steps: int = 600
     per_rank_batch: int = 32
     """Samples a rank and step; the global batch is this times launcher.num_workers."""
+    virtual: bool = False
+    """One process stands for all `launcher.num_workers` ranks: each batch is split into as many groups, normalised as
+    those ranks would, and the gradient is the mean that DistributedDataParallel gives (`syncbn.virtual`)."""
+    shares: str = "shuffled"
+    """How a global batch is dealt to ranks: `shuffled`, or `by_class`, which gives each rank samples of few classes."""
     drop_last: bool = True
     """Skip an epoch's last, smaller global batch; otherwise ranks share it unevenly, correctly weighted."""
     eval_every: int = 0
@@ -168,10 +179,26 @@ class LauncherConfig:
     """Ray cluster to join, `host:port`; none starts a local one."""
     cpus_per_worker: int = 1
     gpus_per_worker: int = 0
+    processes: int | None = None
+    """Processes that share out the trials of a study which take one process each; none means one a core."""
     timeout_s: float = 60.0
     """Longest wait in one collective."""
     start_timeout_s: float = 300.0
     """Longest wait for all ranks to come up."""
+
+
+@dataclass
+class ProbeConfig:
+    """What is looked at in a network while it trains (`syncbn.probes`); nothing by default."""
+
+    names: list[str] = field(default_factory=list)
+    """Any of `PROBES`."""
+    every: int = 0
+    """Steps between looks; 0 looks at the start and at the end only."""
+    first: int = 0
+    """The first step that counts for what a probe sums up over training."""
+    samples: int = 2000
+    """Test images that a probe looks at, the first ones."""
 
 
 @dataclass
@@ -184,37 +211,6 @@ class TrackingConfig:
     """MLflow tracking URI; none means the sqlite store in runs_dir."""
     experiment: str | None = None
     """MLflow experiment; none means the study's name, or `runs`."""
-
-
-@dataclass
-class ClaimConfig:
-    """A statement on the paired differences `arm - against`, declared before the study runs."""
-
-    name: str
-    arm: str
-    against: str
-    metric: str = "test_error"
-    kind: str = "less"
-    """`less`: the whole interval lies below threshold. `greater`: above. `equivalent`: within +-threshold (TOST)."""
-    threshold: float = 0.0
-    scale: str = "difference"
-    """`difference`: arm - against, in the metric's unit. `ratio`: arm / against, threshold and margin too."""
-    statement: str = ""
-    """The claim in words, as printed in the report."""
-
-
-@dataclass
-class StudyConfig:
-    """Arms x seeds, and what is claimed of them."""
-
-    question: str = ""
-    """What the study asks, in one sentence."""
-    seeds: list[int] = field(default_factory=lambda: list(range(6)))
-    factor: list[str] = field(default_factory=lambda: ["norm"])
-    """Config groups (or dotted keys) in which arms may differ; any other difference is refused."""
-    arms: dict[str, list[str]] = field(default_factory=dict)
-    """Arm name to its overrides."""
-    claims: list[ClaimConfig] = field(default_factory=list)
 
 
 @dataclass
@@ -231,6 +227,7 @@ class RunConfig:
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     launcher: LauncherConfig = field(default_factory=LauncherConfig)
+    probe: ProbeConfig = field(default_factory=ProbeConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
 
     @property
@@ -245,49 +242,6 @@ class RunConfig:
 
     @property
     def num_ranks(self) -> int:
-        """Processes that train: one for `big_batch`, whose single rank takes the whole global batch."""
-        return 1 if self.norm.name == "big_batch" else self.launcher.num_workers
-
-
-@dataclass
-class Config(RunConfig):
-    """What is composed: a run, and the study around it where there is one."""
-
-    study: StudyConfig | None = None
-
-
-_NOT_IN_HASH = {"name", "runs_dir", "tracking", "study"}
-_NOT_IN_HASH_OF = {
-    "data": {"root", "download", "num_loaders"},
-    "train": {"resume", "progress", "checkpoint_every", "time_limit_s"},
-    "launcher": {"name", "address", "cpus_per_worker", "timeout_s", "start_timeout_s"},
-}
-
-
-def identity(cfg: RunConfig) -> dict[str, Any]:
-    """The part of `cfg` that decides a run's numbers: without names, places, services and timeouts."""
-    return identity_of(asdict(cfg))
-
-
-def identity_of(config: Mapping[str, Any]) -> dict[str, Any]:
-    """`identity` of a config that was read back as a tree, as a journal's `start` record holds it."""
-    tree = {key: value for key, value in config.items() if key not in _NOT_IN_HASH}
-    for group, left_out in _NOT_IN_HASH_OF.items():
-        tree[group] = {key: value for key, value in tree[group].items() if key not in left_out}
-    return tree
-
-
-def config_hash(cfg: RunConfig) -> str:
-    """First 12 hex digits of the sha256 of `identity(cfg)`; equal hashes promise equal runs."""
-    return _digest(identity(cfg))
-
-
-def resume_hash(cfg: RunConfig) -> str:
-    """`config_hash` without the world size and the batch a rank, which may change where their product does not."""
-    tree = identity(cfg)
-    del tree["launcher"]["num_workers"], tree["train"]["per_rank_batch"]
-    return _digest(tree)
-
-
-def _digest(tree: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()[:12]
+        """Processes that train: one for virtual ranks, and for `big_batch`, which takes the whole global batch."""
+        alone = self.train.virtual or self.norm.name == "big_batch"
+        return 1 if alone else self.launcher.num_workers

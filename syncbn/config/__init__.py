@@ -1,0 +1,57 @@
+"""The schema of runs and studies, as plain typed dataclasses.
+
+One decision shaped this package: a Hydra config is composed once (`syncbn.compose`), becomes a `Config` here, and
+from there on only these frozen-by-habit objects travel. Nothing in the project instantiates a class that a
+config names; names are looked up in the registries of the module that owns them.
+"""
+
+from syncbn.config.identity import config_hash, identity, identity_of, resume_hash
+from syncbn.config.run import (
+    ARMS,
+    PROBES,
+    DataConfig,
+    LauncherConfig,
+    ModelConfig,
+    NormConfig,
+    OptimConfig,
+    ProbeConfig,
+    RunConfig,
+    TrackingConfig,
+    TrainConfig,
+)
+from syncbn.config.study import (
+    KINDS,
+    SCALES,
+    ClaimConfig,
+    Config,
+    PublishedConfig,
+    StudyConfig,
+    TargetConfig,
+    TuneConfig,
+)
+
+__all__ = [
+    "ARMS",
+    "KINDS",
+    "PROBES",
+    "SCALES",
+    "ClaimConfig",
+    "Config",
+    "DataConfig",
+    "LauncherConfig",
+    "ModelConfig",
+    "NormConfig",
+    "OptimConfig",
+    "ProbeConfig",
+    "PublishedConfig",
+    "RunConfig",
+    "StudyConfig",
+    "TargetConfig",
+    "TrackingConfig",
+    "TrainConfig",
+    "TuneConfig",
+    "config_hash",
+    "identity",
+    "identity_of",
+    "resume_hash",
+]

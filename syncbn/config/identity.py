@@ -1,0 +1,55 @@
+"""What of a config decides a run's numbers, and its hash.
+
+The decision: names, places, services and timeouts are left out, so equal hashes promise equal runs wherever they ran.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
+
+from syncbn.config.run import RunConfig
+
+_NOT_IN_HASH = {"name", "runs_dir", "tracking", "study"}
+_NOT_IN_HASH_OF = {
+    "data": {"root", "download", "num_loaders"},
+    "train": {"resume", "progress", "checkpoint_every", "time_limit_s"},
+    "launcher": {
+        "name",
+        "address",
+        "cpus_per_worker",
+        "processes",
+        "timeout_s",
+        "start_timeout_s",
+    },
+}
+
+
+def identity(cfg: RunConfig) -> dict[str, Any]:
+    """The part of `cfg` that decides a run's numbers: without names, places, services and timeouts."""
+    return identity_of(asdict(cfg))
+
+
+def identity_of(config: Mapping[str, Any]) -> dict[str, Any]:
+    """`identity` of a config that was read back as a tree, as a journal's `start` record holds it."""
+    tree = {key: value for key, value in config.items() if key not in _NOT_IN_HASH}
+    for group, left_out in _NOT_IN_HASH_OF.items():
+        tree[group] = {key: value for key, value in tree[group].items() if key not in left_out}
+    return tree
+
+
+def config_hash(cfg: RunConfig) -> str:
+    """First 12 hex digits of the sha256 of `identity(cfg)`; equal hashes promise equal runs."""
+    return _digest(identity(cfg))
+
+
+def resume_hash(cfg: RunConfig) -> str:
+    """`config_hash` without the world size and the batch a rank, which may change where their product does not."""
+    tree = identity(cfg)
+    del tree["launcher"]["num_workers"], tree["train"]["per_rank_batch"]
+    return _digest(tree)
+
+
+def _digest(tree: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()[:12]

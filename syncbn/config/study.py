@@ -1,0 +1,130 @@
+"""The schema of a study: arms x seeds, and what is claimed of them before it runs.
+
+The decision that shaped the file: everything that a verdict depends on stands in the study's YAML - arms, seeds,
+tuning, targets, thresholds, and which claims are primary - so that the history shows what was declared when.
+"""
+
+from dataclasses import dataclass, field
+
+from syncbn.config.run import RunConfig
+
+KINDS = ("less", "greater", "equivalent", "within", "different", "increasing", "decreasing")
+SCALES = ("difference", "ratio", "share")
+
+
+@dataclass
+class ClaimConfig:
+    """A statement on one number a seed, declared before the study runs.
+
+    The number is `arm - against`; the arm's own where there is no `against`; (arm - against) - (beyond[0] - beyond[1])
+    for an interaction; or, along several arms in order, how the metric runs with it.
+    """
+
+    name: str
+    arm: str = ""
+    against: str | None = None
+    beyond: list[str] = field(default_factory=list)
+    """Two arms whose difference is taken off: an interaction."""
+    along: list[str] = field(default_factory=list)
+    """Arms in order, for `increasing` and `decreasing`: Kendall's tau of the metric against the order, Page's test."""
+    metric: str = "test_error"
+    """A metric at the end of a trial, or `metric@step`."""
+    kind: str = "less"
+    """`less`: the whole interval lies below threshold. `greater`: above. `equivalent`: within +-threshold (TOST).
+    `within`: inside `range`. `different`: 0 (or ratio 1) lies outside the interval, and the effect is not shown to be
+    within +-threshold. `increasing`, `decreasing`: along the arms."""
+    threshold: float = 0.0
+    range: list[float] = field(default_factory=list)
+    """Two ends, for `within`."""
+    scale: str = "difference"
+    """`difference`: arm - against, in the metric's unit. `ratio`: arm / against, threshold and margin too. `share`:
+    the share of the looks during training at which arm lies below against."""
+    in_every_seed: bool = False
+    """The claim holds only if it does in every single seed (sign test); `less` and `greater`."""
+    primary: bool = True
+    """Counts towards Holm's correction; a secondary claim is judged by its interval alone, and said to be secondary."""
+    factor: list[str] | None = None
+    """Config groups or dotted keys in which its arms may differ; none means the study's factor."""
+    statement: str = ""
+    """The claim in words, as printed in the report."""
+
+
+@dataclass
+class TuneConfig:
+    """A search that every arm gets alike, before the study, on held-out training samples."""
+
+    key: str = "optim.lr"
+    values: list[float] = field(default_factory=list)
+    seeds: list[int] = field(default_factory=lambda: [1000, 1001])
+    """Seeds of the search alone; the study's own are others."""
+    validation: float = 0.1
+    """Share of the training samples held out to choose by; the test set is not looked at."""
+    steps: int | None = None
+    """Steps of a trial of the search; none means the study's."""
+    follow: dict[str, str] = field(default_factory=dict)
+    """Arms that are not searched for: `bn_x5: none*5` takes five times what was chosen for arm `none`."""
+
+
+@dataclass
+class TargetConfig:
+    """The test error that `steps_to_target` counts steps to, and that a grid cell must reach to have trained."""
+
+    error: float | None = None
+    """A fraction; none takes it from `arm`."""
+    arm: str | None = None
+    """The median over seeds of this arm's best error is the target."""
+    tolerance: float = 0.005
+    """How far the next evaluation may lie above the target for the first to count."""
+
+
+@dataclass
+class PublishedConfig:
+    """A table of figures from the literature, shown beside the study's own."""
+
+    source: str = ""
+    """Authors, year, and where in their text."""
+    setting: str = ""
+    """Data, network, and the figures' unit."""
+    columns: list[str] = field(default_factory=list)
+    """Heads, after that of the row's name."""
+    rows: dict[str, list[str]] = field(default_factory=dict)
+
+
+@dataclass
+class StudyConfig:
+    """Arms x seeds, and what is claimed of them."""
+
+    question: str = ""
+    """What the study asks, in one sentence."""
+    statement: str = ""
+    """What the text on batch norm says, in one sentence."""
+    order: int = 100
+    """Where it stands among the studies."""
+    tiers: list[str] = field(default_factory=list)
+    """Of `fast` and `full`: which runs of all studies it belongs to."""
+    budget_s: float = 0.0
+    """How long the full tier may take on two cores, in seconds, as declared."""
+    fast: list[str] = field(default_factory=list)
+    """Overrides that make its fast tier of it."""
+    seeds: list[int] = field(default_factory=lambda: list(range(6)))
+    factor: list[str] = field(default_factory=lambda: ["norm"])
+    """Config groups (or dotted keys) in which arms may differ; any other difference is refused."""
+    arms: dict[str, list[str]] = field(default_factory=dict)
+    """Arm name to its overrides."""
+    grid: dict[str, list[float]] = field(default_factory=dict)
+    """Keys and values: every arm is run in every combination, each an arm of its own, `<arm>_<value>_<value>`."""
+    tune: TuneConfig | None = None
+    target: TargetConfig | None = None
+    primary_metric: str = "test_error"
+    """What the study is about, and what its figures show first."""
+    claims: list[ClaimConfig] = field(default_factory=list)
+    published: list[PublishedConfig] = field(default_factory=list)
+    later: str = ""
+    """Where later work contradicts or qualifies the statement: two sentences with their source."""
+
+
+@dataclass
+class Config(RunConfig):
+    """What is composed: a run, and the study around it where there is one."""
+
+    study: StudyConfig | None = None
