@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from syncbn.config import ARMS, ClaimConfig, Config, StudyConfig
+from syncbn.config import ARMS, PROBES, ClaimConfig, Config, StudyConfig
 from syncbn.errors import UsageError
 
 
@@ -61,6 +61,7 @@ CHECKS = (
     _one_of("model.placement", "pre", "post", "input"),
     _positive("model.init_std"),
     _whole("model.width", 1),
+    Check("model.dropout", lambda share: 0 <= share < 1, "a number from 0 to below 1"),
     Check("model.hidden", lambda widths: all(w >= 1 for w in widths), "whole numbers >= 1"),
     _one_of(
         "data.name", "digits", "mnist", "fashion_mnist", "cifar10", "image_folder", "synthetic"
@@ -98,6 +99,7 @@ CHECKS = (
     _positive("optim.clip_norm"),
     _whole("train.steps", 1),
     _whole("train.per_rank_batch", 1),
+    _one_of("train.shares", "shuffled", "by_class"),
     _whole("train.eval_every", 0),
     _whole("train.eval_batch", 1),
     _whole("train.log_every", 1),
@@ -111,10 +113,19 @@ CHECKS = (
     _whole("train.num_threads", 1),
     _one_of("launcher.name", "local", "ray"),
     _whole("launcher.num_workers", 1),
+    _whole("launcher.processes", 1),
     _whole("launcher.cpus_per_worker", 1),
     _whole("launcher.gpus_per_worker", 0),
     _positive("launcher.timeout_s"),
     _positive("launcher.start_timeout_s"),
+    Check(
+        "probe.names",
+        lambda names: set(names) <= set(PROBES),
+        "a list of any of " + ", ".join(PROBES),
+    ),
+    _whole("probe.every", 0),
+    _whole("probe.first", 0),
+    _whole("probe.samples", 1),
     _one_of("tracking.name", "mlflow", "journal"),
 )
 
@@ -147,6 +158,7 @@ def _across_keys(cfg: Config) -> Iterator[str]:
     """Complaints about keys that are each fine alone."""
     if cfg.model.name == "torchvision" and cfg.model.arch is None:
         yield "model=torchvision needs model.arch, the name of a torchvision classification model"
+    yield from _no_part_of_the_model(cfg)
     if cfg.optim.nesterov and not cfg.optim.momentum:
         yield "optim.nesterov=True needs optim.momentum > 0"
     if cfg.norm.name == "sync_group":
@@ -159,10 +171,27 @@ def _across_keys(cfg: Config) -> Iterator[str]:
             f"launcher.num_workers={cfg.launcher.num_workers} normalises samples of model=mlp one by one, which leaves "
             "nothing of them: at least 2 samples must share their statistics"
         )
+    if cfg.train.virtual and cfg.norm.name == "torch_sync":
+        yield (
+            "norm=torch_sync is not allowed with train.virtual=True: torch's layer needs real ranks; "
+            "use norm=sync, or train.virtual=False"
+        )
     if cfg.norm.name == "ghost" and cfg.train.per_rank_batch % cfg.norm.ghost_size:
         yield (
             f"norm.ghost_size={cfg.norm.ghost_size} must divide "
             f"train.per_rank_batch={cfg.train.per_rank_batch}"
+        )
+
+
+def _no_part_of_the_model(cfg: Config) -> Iterator[str]:
+    """Complaints about options that the model named would leave aside without a word."""
+    name = cfg.model.name
+    if cfg.model.lrn and name not in ("cnn", "vgg"):
+        yield f"model.lrn=True is not allowed with model.name={name}: one of cnn, vgg"
+    if cfg.model.dropout and name == "torchvision":
+        yield (
+            f"model.dropout={cfg.model.dropout:g} is not allowed with model.name={name}, whose networks bring "
+            "their own: one of mlp, cnn, vgg"
         )
 
 
