@@ -52,20 +52,35 @@ def init_normal(model: nn.Module, std: float) -> None:
                 nn.init.zeros_(module.bias)
 
 
-def hidden_layer(affine: nn.Linear | nn.Conv2d, activation: str, placement: str) -> nn.Sequential:
-    """A linear map or convolution with its norm and its activation, in the order that `placement` says.
+def hidden_layer(cfg: ModelConfig, affine: nn.Linear | nn.Conv2d) -> nn.Sequential:
+    """A linear map or convolution with its norm and its activation, in the order that `cfg.placement` says.
 
     `pre`: affine, norm, activation (Ioffe & Szegedy 2015). `post`: affine, activation, norm. `input`: norm,
-    affine, activation, so the first such layer normalises the images themselves.
+    affine, activation, so the first such layer normalises the images themselves. Where `cfg` asks for them, local
+    response normalisation (`lrn`, after convolutions) and then `dropout` follow the activation.
     """
-    norm = _norm(affine, on_input=placement == "input")
-    parts = {"affine": affine, "norm": norm, "activation": ACTIVATIONS[activation]()}
+    norm = _norm(affine, on_input=cfg.placement == "input")
+    parts = {"affine": affine, "norm": norm, "activation": ACTIVATIONS[cfg.activation]()}
+    if cfg.lrn:
+        parts["lrn"] = local_response_norm()
+    if cfg.dropout:
+        parts["dropout"] = nn.Dropout(cfg.dropout)
+    activated = [name for name in ("activation", "lrn", "dropout") if name in parts]
     order = {
-        "pre": ("affine", "norm", "activation"),
-        "post": ("affine", "activation", "norm"),
-        "input": ("norm", "affine", "activation"),
-    }[placement]
+        "pre": ["affine", "norm", *activated],
+        "post": ["affine", *activated, "norm"],
+        "input": ["norm", "affine", *activated],
+    }[cfg.placement]
     return nn.Sequential(OrderedDict((name, parts[name]) for name in order))
+
+
+def local_response_norm() -> nn.LocalResponseNorm:
+    """Over 5 adjacent channels with AlexNet's constants (Krizhevsky, Sutskever & Hinton 2012, section 3.3).
+
+    y_i = x_i / (2 + 1e-4 * sum over channels i-2 to i+2 of x^2) ** 0.75. Torch takes the mean over 5 channels in
+    place of the sum, so its alpha is 5 times theirs.
+    """
+    return nn.LocalResponseNorm(size=5, alpha=5 * 1e-4, beta=0.75, k=2.0)
 
 
 def _norm(affine: nn.Linear | nn.Conv2d, on_input: bool) -> nn.Module:
@@ -82,10 +97,7 @@ class MLP(nn.Module):
         channels, height, width = shape
         sizes = [channels * height * width, *cfg.hidden]
         self.hidden = nn.Sequential(
-            *(
-                hidden_layer(nn.Linear(fan_in, fan_out), cfg.activation, cfg.placement)
-                for fan_in, fan_out in pairwise(sizes)
-            )
+            *(hidden_layer(cfg, nn.Linear(fan_in, fan_out)) for fan_in, fan_out in pairwise(sizes))
         )
         self.output = nn.Linear(sizes[-1], num_classes)
 
@@ -133,7 +145,7 @@ def build_vgg(cfg: ModelConfig, shape: Shape, num_classes: int) -> nn.Module:
 
 def _convolution(cfg: ModelConfig, fan_in: int, fan_out: int, stride: int = 1) -> nn.Sequential:
     affine = nn.Conv2d(fan_in, fan_out, 3, stride, padding=1)
-    return hidden_layer(affine, cfg.activation, cfg.placement)
+    return hidden_layer(cfg, affine)
 
 
 def build_torchvision(cfg: ModelConfig, shape: Shape, num_classes: int) -> nn.Module:

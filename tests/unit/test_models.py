@@ -6,7 +6,7 @@ from torch import nn
 
 from syncbn.config import ModelConfig
 from syncbn.errors import UsageError
-from syncbn.models import build_model
+from syncbn.models import build_model, local_response_norm
 
 SHAPES = [(1, 8, 8), (3, 11, 9), (2, 1, 1)]
 
@@ -58,6 +58,56 @@ def test_the_norm_stands_where_placement_says(placement, order):
     assert kinds == order * 3 + ["Linear"]
     norms = [m.num_features for m in model.modules() if isinstance(m, nn.BatchNorm1d)]
     assert norms == ([8, 6, 5] if placement == "input" else [6, 5, 4])
+
+
+@pytest.mark.parametrize(
+    ("placement", "order"),
+    [
+        ("pre", ["affine", "norm", "activation", "lrn", "dropout"]),
+        ("post", ["affine", "activation", "lrn", "dropout", "norm"]),
+        ("input", ["norm", "affine", "activation", "lrn", "dropout"]),
+    ],
+)
+@pytest.mark.parametrize(("name", "num_layers"), [("cnn", 3), ("vgg", 6)])
+def test_lrn_and_dropout_follow_every_hidden_activation(name, num_layers, placement, order):
+    cfg = ModelConfig(name=name, width=4, placement=placement, lrn=True, dropout=0.5)
+    check_logits_and_gradients(cfg, (1, 8, 8))
+    layers = [
+        m for m in build_model(cfg, (1, 8, 8), 10, seed=0).hidden if isinstance(m, nn.Sequential)
+    ]
+    assert [[part for part, _ in layer.named_children()] for layer in layers] == [
+        order
+    ] * num_layers
+
+
+def test_dropout_drops_hidden_activations_in_training_only():
+    cfg = ModelConfig(hidden=[400, 400], dropout=0.25)
+    model = build_model(cfg, (1, 8, 8), 10, seed=0)
+    for layer in model.hidden:
+        drop = layer.dropout
+        dropped = (drop(torch.ones(100, 100)) == 0).double().mean().item()
+        assert dropped == pytest.approx(0.25, abs=0.02)
+    x = torch.rand(4, 1, 8, 8)
+    model.eval()
+    assert torch.equal(model(x), model(x))
+
+
+def test_local_response_norm_is_the_formula_of_alexnet():
+    x = torch.rand(2, 9, 3, 3, dtype=torch.float64) * 300
+    energies = [x[:, max(i - 2, 0) : i + 3].square().sum(1) for i in range(9)]
+    expected = x / (2 + 1e-4 * torch.stack(energies, 1)) ** 0.75
+    torch.testing.assert_close(local_response_norm()(x), expected, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("name", ["cnn", "vgg"])
+def test_neither_dropout_nor_lrn_changes_the_weights_a_model_starts_from(name):
+    plain, other = (
+        build_model(ModelConfig(name=name, width=4, **options), (1, 8, 8), 10, seed=0)
+        for options in ({}, {"dropout": 0.5, "lrn": True})
+    )
+    assert list(plain.state_dict()) == list(other.state_dict())
+    for key, value in plain.state_dict().items():
+        assert torch.equal(value, other.state_dict()[key])
 
 
 def test_biases_are_kept_before_a_norm():
