@@ -10,8 +10,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from syncbn.config import ARMS, PROBES, ClaimConfig, Config, StudyConfig
+from syncbn.config import ARMS, PROBES, Config, StudyConfig
 from syncbn.errors import UsageError
+from syncbn.study_checks import complaints
 
 
 @dataclass(frozen=True)
@@ -209,37 +210,9 @@ def _samples_together(cfg: Config) -> int | None:
 
 
 def _check_study(study: StudyConfig) -> None:
-    """Raise `UsageError` for a study without arms or seeds, or with a claim on an arm it has not."""
-    if not study.arms:
-        raise UsageError("study.arms is empty: a study compares at least two arms")
-    if not study.seeds or len(set(study.seeds)) != len(study.seeds) or min(study.seeds) < 0:
-        raise UsageError(f"study.seeds={study.seeds} is not allowed: distinct whole numbers >= 0")
+    """Raise `UsageError` for the first thing that is wrong with a study."""
+    for complaint in complaints(study):
+        raise UsageError(complaint)
     for arm in study.arms:
         if not is_folder_name(arm):
             raise UsageError(f"study arm {arm!r} is not allowed: one plain folder name")
-    for claim in study.claims:
-        for arm in (claim.arm, claim.against):
-            if arm not in study.arms:
-                raise UsageError(
-                    f"claim {claim.name!r} speaks of arm {arm!r}; arms: {', '.join(study.arms)}"
-                )
-        if claim.kind not in ("less", "greater", "equivalent"):
-            raise UsageError(
-                f"claim {claim.name!r}: kind={claim.kind!r} is not allowed: one of less, greater, equivalent"
-            )
-        _check_scale(claim)
-
-
-def _check_scale(claim: ClaimConfig) -> None:
-    """Raise `UsageError` for a scale that is none, or a threshold that means nothing on its scale."""
-    if claim.scale not in ("difference", "ratio"):
-        raise UsageError(
-            f"claim {claim.name!r}: scale={claim.scale!r} is not allowed: one of difference, ratio"
-        )
-    ratio, margin = claim.scale == "ratio", claim.kind == "equivalent"
-    least = float(ratio and margin) if ratio or margin else -math.inf
-    if not (math.isfinite(claim.threshold) and claim.threshold > least):
-        raise UsageError(
-            f"claim {claim.name!r}: threshold={claim.threshold!r} is not allowed: "
-            f"kind={claim.kind} on a {claim.scale} needs a number > {least:g}"
-        )

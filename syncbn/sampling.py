@@ -5,6 +5,8 @@ and ranks only cut that batch up. So every world size trains on the same samples
 comparison stay paired, and a resumed run needs to know nothing but its step.
 """
 
+import hashlib
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -52,6 +54,12 @@ class SampleStream:
         epoch, position = divmod(step, self.steps_per_epoch)
         start = position * self.global_batch
         return self._order_of(epoch)[start : start + self.global_batch]
+
+    def digest(self) -> str:
+        """12 hex digits that tell streams apart: of the first epoch's order, and how it is cut into batches."""
+        cut = (self.num_samples, self.global_batch, self.steps_per_epoch, self.seed)
+        content = self._order_of(0).numpy().tobytes() + repr(cut).encode()
+        return hashlib.sha256(content).hexdigest()[:12]
 
     def _order_of(self, epoch: int) -> Tensor:
         """The epoch's permutation; the latest is kept, because steps mostly ask in order."""

@@ -6,11 +6,12 @@ training loop's business.
 
 from syncbn.checkpoint.format import Meta
 from syncbn.checkpoint.match import check_matches, restore_model
-from syncbn.checkpoint.runlock import RunLock
+from syncbn.checkpoint.runlock import FolderInUse, RunLock
 from syncbn.checkpoint.store import Checkpoint, load, load_latest, save
 
 __all__ = [
     "Checkpoint",
+    "FolderInUse",
     "Meta",
     "RunLock",
     "check_matches",

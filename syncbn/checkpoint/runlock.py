@@ -17,11 +17,16 @@ from syncbn.errors import CheckpointError
 LOCK = ".lock"
 
 
+class FolderInUse(CheckpointError):
+    """Another job holds the folder."""
+
+
 class RunLock:
     """A context manager that holds `folder` (made where it is missing) for this process.
 
     Raises:
-        CheckpointError: on entry, another job holds the folder, or it cannot be written to.
+        FolderInUse: on entry, another job holds the folder.
+        CheckpointError: on entry, it cannot be written to.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -40,7 +45,7 @@ class RunLock:
         except OSError as error:
             holder = _holder(file)
             file.close()
-            raise CheckpointError(
+            raise FolderInUse(
                 f"{self.folder} is in use by {holder}: one job a run folder; give this one another name"
             ) from error
         _sign(file)

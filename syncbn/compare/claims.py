@@ -1,30 +1,29 @@
-"""From a declared claim and one number a seed and arm to a verdict.
+"""From a declared claim and one number a seed to a verdict.
 
 The decision that shaped the file: a claim is judged by where its whole 95 % interval lies against
-the threshold declared before the run, never by the effect alone, and a study with several claims
+the threshold declared before the run, never by the effect alone, and a study with several primary claims
 pays for it (Holm). What the seeds cannot tell is INCONCLUSIVE, and a comparison with a gap in its
 pairs is refused.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from syncbn.compare import statistics
+from syncbn.compare.contrasts import Curve, Evidence, Measurements, pairs, ranked
 from syncbn.compare.statistics import Effect, Floats, Interval
 from syncbn.config import ClaimConfig
-from syncbn.errors import UsageError
+
+__all__ = ["INCONCLUSIVE", "LEVEL", "NOT_REPRODUCED", "REPRODUCED", "Verdict", "judge"]
 
 REPRODUCED = "REPRODUCED"
 NOT_REPRODUCED = "NOT REPRODUCED"
 INCONCLUSIVE = "INCONCLUSIVE"
 LEVEL = 0.05
-"""Largest p value, after Holm's correction over the study's claims, that counts as shown."""
-
-Measurements = Mapping[str, Mapping[str, Sequence[float | None]]]
-"""Arm -> metric -> one value a seed: None where it is missing, infinity where it is censored."""
+"""Largest p value, after Holm's correction over the study's primary claims, that counts as shown."""
 
 
 @dataclass(frozen=True)
@@ -37,130 +36,191 @@ class Verdict:
     claim: ClaimConfig
     verdict: str
     effect: float
-    """Median over seeds of the paired differences or ratios; NaN where some pair is not finite."""
+    """Median over seeds of the paired numbers; NaN where some pair is not finite."""
     interval: Interval
     """95 %: the hull of the BCa bootstrap's and the paired t interval."""
     interval90: Interval | None
     """The 90 % paired t interval that the two one-sided tests amount to (`equivalent` only)."""
     n: int
     p: float
-    """Of the one-sided paired t test against the threshold, or of TOST."""
+    """Of the test that belongs to the claim's kind, see `FINDERS`."""
     p_holm: float
-    """`p` after Holm's correction over all claims of the study."""
+    """`p` after Holm's correction over the study's primary claims; of a secondary claim `p` itself."""
     pairs: list[float]
-    """The paired difference or ratio of each seed, in their order; not finite where censored."""
+    """The paired number of each seed, in their order; not finite where censored."""
     note: str
     """Why the verdict is not what the interval alone suggests, or empty."""
 
 
 @dataclass(frozen=True)
-class _Measured:
-    """A claim's pairs on the scale they are tested on: differences, or logarithms of ratios."""
+class _Sample:
+    """A claim's pairs on the scale they are tested on, differences or logarithms of ratios, and what bounds them."""
 
     claim: ClaimConfig
-    sample: Floats
-    threshold: float
+    values: Floats
     effect: Effect
+    rows: Floats
+    """For trends: the metric along the arms, (seeds, arms); else empty."""
+
+    @property
+    def threshold(self) -> float:
+        """The claim's, on the same scale."""
+        ratio = self.claim.scale == "ratio" and self.claim.threshold > 0
+        return math.log(self.claim.threshold) if ratio else self.claim.threshold
+
+
+@dataclass(frozen=True)
+class _Finding:
+    """The p value, and whether the evidence lies wholly where the claim says, or wholly elsewhere."""
+
     p: float
-    interval90: Interval | None
+    holds: bool
+    contradicted: bool
+    interval90: Interval | None = None
 
 
-def judge(claims: Sequence[ClaimConfig], arms: Measurements, seeds: Sequence[int]) -> list[Verdict]:
+def judge(
+    claims: Sequence[ClaimConfig],
+    arms: Measurements,
+    seeds: Sequence[int],
+    curves: Mapping[str, Mapping[str, Sequence[Curve]]] | None = None,
+) -> list[Verdict]:
     """Verdicts on `claims`, in their order.
 
     Raises:
         UsageError: an arm, its metric or the value of some seed is missing.
     """
-    measured = [_measure(claim, _pairs(claim, arms, seeds)) for claim in claims]
-    corrected = statistics.holm([m.p for m in measured])
-    return [_verdict(m, p_holm, len(claims)) for m, p_holm in zip(measured, corrected, strict=True)]
+    evidence = Evidence(arms, seeds, curves or {})
+    samples = [_sample(claim, evidence) for claim in claims]
+    findings = [_find(sample) for sample in samples]
+    primary = [i for i, claim in enumerate(claims) if claim.primary]
+    corrected = dict(zip(primary, statistics.holm([findings[i].p for i in primary]), strict=True))
+    return [
+        _verdict(sample, finding, corrected.get(i, finding.p), len(primary))
+        for i, (sample, finding) in enumerate(zip(samples, findings, strict=True))
+    ]
 
 
-def _pairs(claim: ClaimConfig, arms: Measurements, seeds: Sequence[int]) -> Floats:
-    """The claim's differences or log ratios, one a seed."""
-    values = [_values(claim, name, arms, seeds) for name in (claim.arm, claim.against)]
-    if claim.scale == "ratio":
-        return statistics.paired_log_ratios(*values)
-    return statistics.paired_differences(*values)
+def _sample(claim: ClaimConfig, evidence: Evidence) -> _Sample:
+    values = pairs(claim, evidence)
+    rows = ranked(claim, evidence) if claim.along else np.empty((0, 0))
+    return _Sample(claim, values, statistics.effect(values), rows)
 
 
-def _values(claim: ClaimConfig, arm: str, arms: Measurements, seeds: Sequence[int]) -> list[float]:
-    metrics = arms.get(arm, {})
-    if claim.metric not in metrics:
-        known = ", ".join(metrics) or "nothing"
-        raise UsageError(
-            f"claim {claim.name!r}: arm {arm!r} has no {claim.metric!r}; measured: {known}"
-        )
-    values = metrics[claim.metric]
-    missing = [seed for seed, value in zip(seeds, values, strict=False) if value is None]
-    missing += seeds[len(values) :]
-    if missing:
-        raise UsageError(
-            f"claim {claim.name!r}: {claim.metric!r} of arm {arm!r} is missing for seeds "
-            f"{missing}: pairs need every seed in both arms"
-        )
-    return [value for value in values if value is not None]
+def _find(sample: _Sample) -> _Finding:
+    if sample.claim.in_every_seed:
+        return _in_every_seed(sample)
+    return FINDERS[sample.claim.kind](sample)
 
 
-def _measure(claim: ClaimConfig, sample: Floats) -> _Measured:
-    threshold = math.log(claim.threshold) if claim.scale == "ratio" else claim.threshold
-    effect = statistics.effect(sample)
-    if claim.kind == "equivalent":
-        test = statistics.tost(sample, threshold)
-        return _Measured(claim, sample, threshold, effect, test.p, test.interval)
-    sign = _sign(claim)
-    p = statistics.p_below(sign * sample, sign * threshold)
-    return _Measured(claim, sample, threshold, effect, p, None)
+def _less(sample: _Sample) -> _Finding:
+    """One-sided t test against the threshold."""
+    interval, threshold = sample.effect.interval, sample.threshold
+    p = statistics.p_below(sample.values, threshold)
+    return _Finding(p, interval.high < threshold, interval.low > threshold)
 
 
-def _sign(claim: ClaimConfig) -> int:
-    """-1 for `greater`, which is `less` with both sides negated."""
-    return -1 if claim.kind == "greater" else 1
+def _greater(sample: _Sample) -> _Finding:
+    """The same from the other side."""
+    interval, threshold = sample.effect.interval, sample.threshold
+    p = statistics.p_below(-sample.values, -threshold)
+    return _Finding(p, interval.low > threshold, interval.high < threshold)
 
 
-def _verdict(measured: _Measured, p_holm: float, num_claims: int) -> Verdict:
+def _equivalent(sample: _Sample) -> _Finding:
+    """Two one-sided t tests against the margin."""
+    interval, margin = sample.effect.interval, sample.threshold
+    test = statistics.tost(sample.values, margin)
+    outside = interval.low > margin or interval.high < -margin
+    return _Finding(test.p, test.p <= LEVEL, outside, test.interval)
+
+
+def _within(sample: _Sample) -> _Finding:
+    """Two one-sided t tests against the ends of the range, and the whole interval inside it."""
+    low, high = sample.claim.range
+    if sample.claim.scale == "ratio":
+        low, high = math.log(low), math.log(high)
+    interval = sample.effect.interval
+    p = max(statistics.p_below(sample.values, high), statistics.p_below(-sample.values, -low))
+    inside = low <= interval.low and interval.high <= high
+    return _Finding(p, inside, interval.low > high or interval.high < low)
+
+
+def _different(sample: _Sample) -> _Finding:
+    """Two-sided t test against no difference; contradicted where both one-sided tests put it within the margin."""
+    interval, margin = sample.effect.interval, sample.threshold
+    p = min(1.0, 2 * min(statistics.p_below(sign * sample.values, 0.0) for sign in (1, -1)))
+    negligible = margin > 0 and statistics.tost(sample.values, margin).p <= LEVEL
+    apart = interval.low > 0 or interval.high < 0
+    return _Finding(p, apart and not negligible, negligible)
+
+
+def _increasing(sample: _Sample) -> _Finding:
+    """Page's test of an ordered alternative within seeds (Page 1963); the interval is that of Kendall's tau."""
+    interval = sample.effect.interval
+    p = statistics.page(sample.rows)
+    return _Finding(p, interval.low > sample.threshold, interval.high < sample.threshold)
+
+
+def _decreasing(sample: _Sample) -> _Finding:
+    """The same with the order of the arms reversed."""
+    interval, threshold = sample.effect.interval, -sample.threshold
+    p = statistics.page(sample.rows[:, ::-1])
+    return _Finding(p, interval.high < threshold, interval.low > threshold)
+
+
+def _in_every_seed(sample: _Sample) -> _Finding:
+    """Sign test: every seed lies on the claimed side of the threshold, or the claim does not hold."""
+    sign = -1 if sample.claim.kind == "greater" else 1
+    on_side = sign * sample.values < sign * sample.threshold
+    p = statistics.p_sign(int(on_side.sum()), len(on_side))
+    return _Finding(p, bool(on_side.all()), not on_side.all())
+
+
+FINDERS: dict[str, Callable[[_Sample], _Finding]] = {
+    "less": _less,
+    "greater": _greater,
+    "equivalent": _equivalent,
+    "within": _within,
+    "different": _different,
+    "increasing": _increasing,
+    "decreasing": _decreasing,
+}
+"""The test of each kind of claim."""
+
+
+def _verdict(sample: _Sample, finding: _Finding, p_holm: float, num_primary: int) -> Verdict:
     """The verdict, with effect and intervals back on the scale of the claim."""
-    word, note = _decide(measured, p_holm, num_claims)
-    ratio = measured.claim.scale == "ratio"
-    bounds90 = measured.interval90
+    word, note = _decide(sample, finding, p_holm, num_primary)
+    ratio = sample.claim.scale == "ratio"
+    bounds90 = finding.interval90
     return Verdict(
-        claim=measured.claim,
+        claim=sample.claim,
         verdict=word,
-        effect=_back(measured.effect.median, ratio),
-        interval=_back_both(measured.effect.interval, ratio),
+        effect=_back(sample.effect.median, ratio),
+        interval=_back_both(sample.effect.interval, ratio),
         interval90=None if bounds90 is None else _back_both(bounds90, ratio),
-        n=measured.effect.n,
-        p=measured.p,
+        n=sample.effect.n,
+        p=finding.p,
         p_holm=p_holm,
-        pairs=[_back(value, ratio) for value in measured.sample.tolist()],
+        pairs=[_back(value, ratio) for value in sample.values.tolist()],
         note=note,
     )
 
 
-def _decide(measured: _Measured, p_holm: float, num_claims: int) -> tuple[str, str]:
+def _decide(sample: _Sample, finding: _Finding, p_holm: float, num_primary: int) -> tuple[str, str]:
     """The word for what interval and corrected test say together, and a note where they part."""
-    if not np.isfinite(measured.sample).all():
-        gaps = int((~np.isfinite(measured.sample)).sum())
-        return INCONCLUSIVE, f"{gaps} of {len(measured.sample)} pairs are censored or not finite"
-    holds, contradicted = _positions(measured)
-    if contradicted:
+    if not np.isfinite(sample.values).all():
+        gaps = int((~np.isfinite(sample.values)).sum())
+        return INCONCLUSIVE, f"{gaps} of {len(sample.values)} pairs are censored or not finite"
+    if finding.contradicted:
         return NOT_REPRODUCED, ""
-    if holds and p_holm <= LEVEL:
+    if finding.holds and p_holm <= LEVEL:
         return REPRODUCED, ""
-    if holds:
-        return INCONCLUSIVE, f"p = {p_holm:.3f} after Holm's correction over {num_claims} claims"
+    if finding.holds:
+        family = f" after Holm's correction over {num_primary} claims"
+        return INCONCLUSIVE, f"p = {p_holm:.3f}{family if sample.claim.primary else ''}"
     return INCONCLUSIVE, ""
-
-
-def _positions(measured: _Measured) -> tuple[bool, bool]:
-    """Whether the evidence lies wholly where the claim says, and whether wholly elsewhere."""
-    interval, threshold = measured.effect.interval, measured.threshold
-    if measured.claim.kind == "equivalent":
-        outside = interval.low > threshold or interval.high < -threshold
-        return measured.p <= LEVEL, outside
-    sign = _sign(measured.claim)
-    low, high = sorted((sign * interval.low, sign * interval.high))
-    return high < sign * threshold, low > sign * threshold
 
 
 def _back(value: float, ratio: bool) -> float:

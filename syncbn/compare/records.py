@@ -6,11 +6,12 @@ ran, not the one it was called with, so a folder left over from other settings c
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from syncbn.config import Config, identity_of
+from syncbn.compare.design import TRIALS, arms_of, study_of
+from syncbn.config import Config, RunConfig, identity_of
 from syncbn.errors import UsageError
 from syncbn.tracking.journal import read_journal
 
@@ -31,6 +32,8 @@ class TrialRecord:
     seconds: float
     world_size: int
     """Ranks that trained."""
+    samples: str
+    """A digest of the samples that it was to see, in their order."""
     points: dict[str, dict[int, float]]
     """Metric -> step -> value, as the journal has them; a step written twice keeps its later value."""
 
@@ -51,17 +54,16 @@ def read_trials(cfg: Config) -> list[TrialRecord]:
     Raises:
         UsageError: `cfg` has no study, or some of its trials are unfinished; names them.
     """
-    if cfg.study is None:
-        raise UsageError("study is not set: name one with study=NAME")
+    study = study_of(cfg)
     folders = {
-        (arm, seed): cfg.folder / "trials" / f"{arm}-{seed}"
-        for arm in cfg.study.arms
-        for seed in cfg.study.seeds
+        (arm.name, seed): cfg.folder / TRIALS / f"{arm.name}-{seed}"
+        for arm in arms_of(study)
+        for seed in study.seeds
     }
     unfinished = [f.name for f in folders.values() if not (f / "summary.json").is_file()]
     if unfinished:
         raise UsageError(
-            f"{len(unfinished)} of {len(folders)} trials in {cfg.folder / 'trials'} are unfinished: "
+            f"{len(unfinished)} of {len(folders)} trials in {cfg.folder / TRIALS} are unfinished: "
             f"{', '.join(unfinished)}; run the study again, finished trials are kept"
         )
     return [read_trial(folder, arm, seed) for (arm, seed), folder in folders.items()]
@@ -86,6 +88,7 @@ def read_trial(folder: Path, arm: str, seed: int) -> TrialRecord:
             steps=int(summary["steps"]),
             seconds=float(summary["seconds"]),
             world_size=int(summary["world_size"]),
+            samples=start["samples"],
             points=points,
         )
     except (KeyError, TypeError, ValueError) as error:
@@ -108,7 +111,7 @@ def refuse_unlike(trials: Sequence[TrialRecord], factor: Sequence[str]) -> None:
     """Refuse trials that differ in more than they may, or that ended before they were done.
 
     Trials of one arm may differ in their seed alone; trials of different arms also in `factor`, config
-    groups or dotted keys.
+    groups or dotted keys. Trials of one seed must have begun with the same samples.
 
     Raises:
         UsageError: two trials differ elsewhere, or one has fewer steps than its config; names both values.
@@ -119,6 +122,40 @@ def refuse_unlike(trials: Sequence[TrialRecord], factor: Sequence[str]) -> None:
     for trial in trials:
         _refuse_difference(firsts[trial.arm], trial, ("seed",), "two seeds of one arm")
         _refuse_difference(trials[0], trial, ("seed", *factor), f"study.factor={list(factor)}")
+    _refuse_unpaired(trials)
+
+
+def refuse_undeclared(trials: Sequence[TrialRecord], declared: Mapping[str, RunConfig]) -> None:
+    """Refuse a trial that ran another config than the study declares for its arm, such as another arm's.
+
+    Args:
+        trials: as their folders hold them.
+        declared: the run of each arm; its seed does not matter.
+
+    Raises:
+        UsageError: names the trial, the key and both values.
+    """
+    for trial in trials:
+        found = difference(asdict(declared[trial.arm]), trial.config, ("seed",))
+        if found is None and trial.config["seed"] != trial.seed:
+            found = f"seed ({trial.seed} against {trial.config['seed']})"
+        if found is not None:
+            raise UsageError(
+                f"trial {trial.name} did not run what the study declares for arm {trial.arm!r}: they differ in "
+                f"{found}; remove its folder and run the study again"
+            )
+
+
+def _refuse_unpaired(trials: Sequence[TrialRecord]) -> None:
+    """Raise `UsageError` where two trials of one seed saw other samples: their difference would mix in chance."""
+    firsts: dict[int, TrialRecord] = {}
+    for trial in trials:
+        first = firsts.setdefault(trial.seed, trial)
+        if trial.samples != first.samples:
+            raise UsageError(
+                f"trials {first.name} and {trial.name} have one seed but saw other samples (their journals' `samples` "
+                f"are {first.samples!r} and {trial.samples!r}): they are no pair, the comparison is refused"
+            )
 
 
 def _refuse_unfinished(trial: TrialRecord) -> None:

@@ -9,15 +9,19 @@ import io
 import json
 import math
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from syncbn.compare import claims, figures, report
+from syncbn.compare import claims, figures, measured, report
 from syncbn.compare.claims import Verdict
-from syncbn.compare.records import TrialRecord, read_trials, refuse_unlike
+from syncbn.compare.contrasts import Curve
+from syncbn.compare.design import arm_configs, arms_of, study_of
+from syncbn.compare.preflight import free_keys
+from syncbn.compare.records import TrialRecord, read_trials, refuse_undeclared, refuse_unlike
 from syncbn.compare.repeat import repeat_command
+from syncbn.compare.tuning import Choice, chosen, values_of
 from syncbn.config import Config, StudyConfig, identity
 
 
@@ -28,19 +32,21 @@ def write_results(cfg: Config) -> dict[str, Any]:
         The summary, as `summary.json` holds it.
 
     Raises:
-        UsageError: trials are unfinished, or differ in more than seed and factor, or miss what a claim
-            needs. Nothing is written then.
+        UsageError: trials are unfinished, or differ in more than seed and factor, or did not run what is declared, or
+            miss what a claim needs. Nothing is written then.
     """
     trials = read_trials(cfg)
-    assert cfg.study is not None
-    refuse_unlike(trials, cfg.study.factor)
-    summary = summarise(cfg, cfg.study, trials)
+    study = study_of(cfg)
+    choices = chosen(cfg)
+    refuse_unlike(trials, [*study.factor, *free_keys(study)])
+    refuse_undeclared(trials, arm_configs(cfg, values_of(choices)))
+    summary = summarise(cfg, study, trials, choices)
     pictures = figures.draw(summary, trials)
     page = report.Page(
         summary=summary,
-        question=cfg.study.question,
+        question=study.question,
         command=repeat_command(cfg),
-        config={**identity(cfg), "study": asdict(cfg.study)},
+        config={**identity(cfg), "study": asdict(study)},
         pictures=pictures,
     )
     _write(cfg.folder / "metrics.parquet", parquet(trials))
@@ -52,31 +58,49 @@ def write_results(cfg: Config) -> dict[str, Any]:
     return summary
 
 
-def summarise(cfg: Config, study: StudyConfig, trials: Sequence[TrialRecord]) -> dict[str, Any]:
+def summarise(
+    cfg: Config,
+    study: StudyConfig,
+    trials: Sequence[TrialRecord],
+    choices: Mapping[str, Choice] | None = None,
+) -> dict[str, Any]:
     """The content of `summary.json`; a number that JSON has none for is None.
 
     Raises:
         UsageError: a claim's metric is missing in some trial.
     """
-    metrics = dict.fromkeys(metric for trial in trials for metric in trial.final)
-    measured = {
-        arm: measurements([t for t in trials if t.arm == arm], metrics, cfg.train.target_error)
-        for arm in study.arms
-    }
-    verdicts = claims.judge(study.claims, measured, study.seeds)
+    arms = measured.by_arm(trials)
+    targets = measured.targets_of(study.target, arms, len(study.seeds))
+    table = measured.measure(study, arms, targets, values_of(choices or {}) or {})
+    if study.grid and targets:
+        table |= measured.families(arms_of(study), table, targets[0])
+    curves = {arm: _curves(own, study) for arm, own in arms.items()}
+    verdicts = claims.judge(study.claims, table, study.seeds, curves)
     summary = {
         "study": cfg.name,
         "versions": _shared([trial.versions for trial in trials]),
         "git": ", ".join(sorted({trial.git for trial in trials})),
-        "design": design(cfg, study),
-        "arms": measured,
+        "design": design(cfg, study, targets, choices or {}),
+        "arms": table,
         "claims": [claim_entry(verdict) for verdict in verdicts],
     }
     return _without_nonfinite(summary)
 
 
-def design(cfg: Config, study: StudyConfig) -> dict[str, Any]:
+def _curves(trials: Sequence[TrialRecord], study: StudyConfig) -> dict[str, list[Curve]]:
+    """The curves that claims on shares speak of."""
+    metrics = {claim.metric for claim in study.claims if claim.scale == "share"}
+    return {metric: [trial.points.get(metric, {}) for trial in trials] for metric in metrics}
+
+
+def design(
+    cfg: Config,
+    study: StudyConfig,
+    targets: Sequence[float] | None,
+    choices: Mapping[str, Choice],
+) -> dict[str, Any]:
     """What was compared on what."""
+    runs = arm_configs(cfg, values_of(choices))
     return {
         "data": cfg.data.name,
         "model": cfg.model.arch or cfg.model.name,
@@ -85,33 +109,32 @@ def design(cfg: Config, study: StudyConfig) -> dict[str, Any]:
         "steps": cfg.train.steps,
         "seeds": list(study.seeds),
         "split": "validation" if cfg.data.validation else "test",
+        "virtual": cfg.train.virtual,
+        "normalisation_batch": {a: measured.normalisation_batch(run) for a, run in runs.items()},
+        "tuned": {arm: _tuned(study, choice) for arm, choice in choices.items()},
+        "target": measured.middle(targets),
+        "grid": study.grid,
+        "families": {arm.name: arm.family for arm in arms_of(study)} if study.grid else {},
+        "tier": tier_of(cfg),
+        "primary_metric": study.primary_metric,
+        "statement": study.statement,
+        "later": study.later,
+        "published": [asdict(table) for table in study.published],
     }
 
 
-def measurements(
-    trials: Sequence[TrialRecord], metrics: Iterable[str], target_error: float | None
-) -> dict[str, list[float | None]]:
-    """Final metrics of one arm's trials, one value a seed; with a target also the steps to it.
-
-    What a diverged trial could not measure is infinite: censored, not missing.
-    """
-    table: dict[str, list[float | None]] = {
-        metric: [trial.final.get(metric, math.inf if trial.diverged else None) for trial in trials]
-        for metric in metrics
-    }
-    table["diverged"] = [float(trial.diverged) for trial in trials]
-    table["seconds"] = [math.inf if trial.diverged else trial.seconds for trial in trials]
-    table["steps"] = [math.inf if trial.diverged else trial.steps for trial in trials]
-    table["world_size"] = [trial.world_size for trial in trials]
-    if target_error is not None:
-        table["steps_to_target"] = [first_at_or_below(trial, target_error) for trial in trials]
-    return table
+def _tuned(study: StudyConfig, choice: Choice) -> dict[str, Any]:
+    """What the search chose for an arm, and the mean validation error of each value that it tried."""
+    assert study.tune is not None
+    errors = {f"{value:g}": sum(found) / len(found) for value, found in choice.errors.items()}
+    return {study.tune.key: choice.value, "errors": errors, "at_an_end": choice.at_an_end}
 
 
-def first_at_or_below(trial: TrialRecord, target_error: float) -> float:
-    """The first evaluated step with that test error or less; infinity where the budget ended before."""
-    errors = trial.points.get("test_error", {})
-    return min((step for step, error in errors.items() if error <= target_error), default=math.inf)
+def tier_of(cfg: Config) -> str | None:
+    """`fast` or `full` for a study that belongs to a tier, by the name that it ran under."""
+    if cfg.study is None or not cfg.study.tiers:
+        return None
+    return "fast" if cfg.name.endswith("-fast") else "full"
 
 
 def claim_entry(verdict: Verdict) -> dict[str, Any]:

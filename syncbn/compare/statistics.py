@@ -186,6 +186,29 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return corrected.tolist()
 
 
+def kendall(values: Floats) -> float:
+    """Kendall's tau-b of `values` against their order: 1 always rising, -1 always falling; 0 where all are equal."""
+    if not np.isfinite(values).all():
+        return math.nan
+    tau = float(stats.kendalltau(np.arange(len(values)), values).statistic)
+    return 0.0 if math.isnan(tau) else tau
+
+
+def page(rows: Floats) -> float:
+    """P value of Page's test that the columns of `rows`, (seeds, arms), rise from left to right (Page 1963).
+
+    Exact where it can be; rows that are not finite test nothing: p is 1.
+    """
+    if rows.shape[0] < 2 or rows.shape[1] < 3 or not np.isfinite(rows).all():
+        return 1.0
+    return float(stats.page_trend_test(rows).pvalue)
+
+
+def p_sign(successes: int, total: int) -> float:
+    """One-sided sign test: chance of so many successes or more among `total` fair coins."""
+    return float(stats.binom.sf(successes - 1, total, 0.5)) if total else 1.0
+
+
 def steps_to_target(steps: Sequence[float]) -> StepsToTarget:
     """Summary of steps to a target over seeds, where `inf` stands for a run censored at its budget.
 

@@ -8,6 +8,7 @@ import logging
 import os
 import tempfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from syncbn.runtime import Runtime, from_environment
 from syncbn.train import RunSummary
 
 Work = Callable[[Any, Runtime], Any]
-"""What every rank does with the config and its runtime: `run_rank` or `run_trials`."""
+"""What every rank does with the config and its runtime: `run_rank`, or `run_trials` with its wave."""
 
 RANK_ENVIRONMENT = {
     "MALLOC_MMAP_THRESHOLD_": str(2**30),
@@ -45,12 +46,14 @@ def launch_run(cfg: RunConfig) -> RunSummary:
 
 
 def launch_study(cfg: Config) -> dict[str, Any]:
-    """Run every trial of the study in `cfg` on one group of ranks; write and return the study's summary.
+    """Run every trial of the study in `cfg`, a group of processes a wave; write and return the study's summary.
 
     Raises:
         SyncbnError: a trial failed; finished ones are kept.
     """
-    return conduct(cfg, lambda: _on_ranks(cfg, run_trials, cfg.launcher.num_workers))
+    return conduct(
+        cfg, lambda wave, processes: _on_ranks(cfg, partial(run_trials, wave), processes)
+    )
 
 
 def _on_ranks(cfg: RunConfig, work: Work, num_ranks: int) -> Any:

@@ -12,6 +12,7 @@ from typing import Any
 
 import yaml
 
+from syncbn.compare.design import arms_of, most_processes
 from syncbn.config import Config
 from syncbn.tracking.redact import redact
 
@@ -45,8 +46,8 @@ class Plan:
 
     @property
     def num_ranks(self) -> int:
-        """Processes that train; a study keeps all of them, though some of its arms take one."""
-        return self.config.num_ranks if self.verb == "train" else self.config.launcher.num_workers
+        """Processes that train; of a study, those of its largest wave."""
+        return self.config.num_ranks if self.verb == "train" else most_processes(self.config)
 
     @property
     def resources(self) -> dict[str, Any]:
@@ -64,7 +65,7 @@ class Plan:
     def trials(self) -> list[str]:
         """Names of a study's trials, `<arm>-<seed>`; none for a run."""
         study = self.config.study
-        return [f"{arm}-{seed}" for arm in study.arms for seed in study.seeds] if study else []
+        return [f"{a.name}-{seed}" for a in arms_of(study) for seed in study.seeds] if study else []
 
     def to_dict(self) -> dict[str, Any]:
         """The plan as plain values, without secrets."""

@@ -27,7 +27,7 @@ from syncbn.runtime.base import Runtime
 from syncbn.runtime.ray import NamedInterfaceConfig, from_ray
 
 Work = Callable[[Any, Runtime], Any]
-"""What every rank does: `run_rank` or `run_trials`."""
+"""What every rank does: `run_rank`, or `run_trials` with its wave."""
 
 
 def fit(cfg: Config, work: Work, num_ranks: int) -> Any:

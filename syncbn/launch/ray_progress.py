@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 
+from syncbn.compare.design import SEARCH, TRIALS, num_trials
 from syncbn.config import Config
 from syncbn.launch.periodic import periodically
 from syncbn.tracking.journal import read_journal
@@ -45,5 +46,5 @@ def run_progress(cfg: Config) -> str:
 def study_progress(cfg: Config) -> str:
     """How many of the study's trials are done."""
     assert cfg.study is not None
-    done = len(list(cfg.folder.glob("trials/*/summary.json")))
-    return f"{cfg.name}: {done} of {len(cfg.study.arms) * len(cfg.study.seeds)} trials done"
+    done = sum(len(list(cfg.folder.glob(f"{f}/*/summary.json"))) for f in (SEARCH, TRIALS))
+    return f"{cfg.name}: {done} of {num_trials(cfg.study)} trials done"

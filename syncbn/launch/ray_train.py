@@ -1,13 +1,15 @@
 """Runs and studies on Ray Train.
 
-One worker group serves a whole study, because starting one costs far more than a trial on digits takes. Ray's
-own restarts are off: a run resumes from its own checkpoint, by the same command, on whichever launcher.
+One worker group serves a whole wave of a study's trials, because starting one costs far more than a trial on digits
+takes. Ray's own restarts are off: a run resumes from its own checkpoint, by the same command, on whichever launcher.
 """
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from syncbn.compare.design import most_processes
 from syncbn.config import Config
 from syncbn.launch.ray_access import prepare_environment
 
@@ -29,17 +31,17 @@ def launch_run(cfg: Config) -> "RunSummary":
 
 
 def launch_study(cfg: Config) -> dict[str, Any]:
-    """Run every trial of the study in `cfg` on one worker group; write and return the study's summary.
+    """Run every trial of the study in `cfg`, a worker group a wave; write and return the study's summary.
 
     Raises:
         SyncbnError: see `prepare_environment`, `ray_cluster.connected` and `ray_fit.fit`.
     """
-    with _ray(cfg, cfg.launcher.num_workers):
+    with _ray(cfg, most_processes(cfg)):
         from syncbn.compare.queue import run_trials
         from syncbn.launch.ray_fit import fit
         from syncbn.launch.study import conduct
 
-        return conduct(cfg, lambda: fit(cfg, run_trials, cfg.launcher.num_workers))
+        return conduct(cfg, lambda wave, processes: fit(cfg, partial(run_trials, wave), processes))
 
 
 @contextmanager

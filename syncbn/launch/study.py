@@ -4,8 +4,9 @@ Statistics and figures are imported once the trials are done: ranks that are sta
 and scipy would cost each of them a second and a half.
 """
 
+import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,15 +16,20 @@ import psutil
 from rich.console import Console
 
 from syncbn.checkpoint import RunLock
-from syncbn.compare.queue import trials
+from syncbn.compare.design import Trial, trials, waves
+from syncbn.compare.tuning import chosen, search, values_of
 from syncbn.config import Config
 from syncbn.launch.outcomes import was_stopped
 from syncbn.launch.tracked import probe_tracking
 from syncbn.tracking import read_journal
 from syncbn.tracking.study import StudyTracker
+from syncbn.train.record import finished
+
+RunWave = Callable[[Sequence[Trial], int], object]
+"""Lets so many processes take these trials, and returns when they are done."""
 
 
-def conduct(cfg: Config, run: Callable[[], object]) -> dict[str, Any]:
+def conduct(cfg: Config, run: RunWave) -> dict[str, Any]:
     """Let `run` take the trials of the study in `cfg`, then write its results, print them, and return the summary.
 
     Raises:
@@ -34,9 +40,12 @@ def conduct(cfg: Config, run: Callable[[], object]) -> dict[str, Any]:
     folders = [trial.config.folder for trial in trials(cfg)]
     probe_tracking(cfg)
     with RunLock(cfg.folder), _tracked(cfg, clock) as tracker:
+        if not cfg.train.resume:
+            _forget([*folders, *(trial.config.folder for trial in search(cfg))])
         tracker.follow(folders)
+        _search(cfg, run, clock)
         began = time.time()
-        run()
+        _take(trials(cfg, values_of(chosen(cfg))), cfg, run)
         first = _first_start(folders, since=began)
         clock.lap("start", until=first)
         clock.lap("training")
@@ -50,6 +59,28 @@ def conduct(cfg: Config, run: Callable[[], object]) -> dict[str, Any]:
     print_table(summary, console, cfg.folder)
     console.print(f"Time: {clock}")
     return summary
+
+
+def _search(cfg: Config, run: RunWave, clock: "Clock") -> None:
+    """The trials that choose what each arm runs with, where the study asks for them."""
+    trials_of_search = search(cfg)
+    if trials_of_search:
+        _take(trials_of_search, cfg, run)
+        clock.lap("tuning")
+
+
+def _take(wanted: Sequence[Trial], cfg: Config, run: RunWave) -> None:
+    """Let processes take those of `wanted` that have not finished, wave by wave."""
+    pending = [trial for trial in wanted if finished(trial.config) is None]
+    for processes, wave in waves(pending, cfg.launcher.processes):
+        run(wave, processes)
+
+
+def _forget(folders: Sequence[Path]) -> None:
+    """Begin anew: what earlier trials left no longer counts as finished, nor as begun."""
+    for folder in folders:
+        (folder / "summary.json").unlink(missing_ok=True)
+        shutil.rmtree(folder / "checkpoints", ignore_errors=True)
 
 
 @contextmanager

@@ -144,6 +144,7 @@ def _begin(state: State, tracker: Tracker) -> None:
         world_size=state.runtime.world_size,
         versions=versions(),
         git=git_revision(),
+        samples=state.stream.digest(),
     )
 
 

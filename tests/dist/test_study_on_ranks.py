@@ -10,7 +10,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from syncbn.compare.queue import run_trials, trials
+from syncbn.compare.design import trials
+from syncbn.compare.queue import run_trials
 from syncbn.config import (
     Config,
     DataConfig,
@@ -40,7 +41,7 @@ def _study(folder: Path, world_size: int, arms: dict[str, list[str]]) -> Config:
 
 
 def _run(cfg: Config) -> None:
-    run_trials(cfg, TorchrunRuntime(torch.device("cpu")))
+    run_trials(trials(cfg), cfg, TorchrunRuntime(torch.device("cpu")))
 
 
 def _summaries(cfg: Config) -> dict[str, dict]:

@@ -4,7 +4,8 @@ import json
 
 import torch
 
-from syncbn.compare.queue import run_trials, trials
+from syncbn.compare.design import trials
+from syncbn.compare.queue import run_trials
 from syncbn.compare.results import write_results
 from syncbn.config import Config, DataConfig, ModelConfig, OptimConfig, StudyConfig, TrainConfig
 from syncbn.runtime import Solo
@@ -24,7 +25,7 @@ def _study(folder, **arms) -> Config:
 
 def _run(cfg: Config) -> dict[str, dict]:
     """Run the trials; every trial's summary."""
-    run_trials(cfg, Solo(torch.device("cpu")))
+    run_trials(trials(cfg), cfg, Solo(torch.device("cpu")))
     folders = [trial.config.folder for trial in trials(cfg)]
     return {f.name: json.loads((f / "summary.json").read_text()) for f in folders}
 

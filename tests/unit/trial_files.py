@@ -100,6 +100,7 @@ def _start(journal: Journal, cfg: RunConfig) -> None:
         config_hash=config_hash(cfg),
         world_size=cfg.num_ranks,
         versions=VERSIONS,
+        samples=f"samples of seed {cfg.seed}",
         git="0123abc",
         attempt=1,
     )
