@@ -60,6 +60,12 @@ class NonFinite(SyncbnError):
         return str(self.args[0])
 
 
+class GotWorse(SyncbnError):
+    """A study that came out worse than an earlier launch of it: what `syncbn compare-to` looks for."""
+
+    exit_code = 9
+
+
 class InfrastructureError(SyncbnError):
     """A worker, node or service that died under a run: the same command may succeed when tried again."""
 

@@ -11,6 +11,7 @@ import click
 VERBS = (
     "train",
     "compare",
+    "compare-to",
     "submit",
     "jobs",
     "status",
@@ -24,7 +25,7 @@ VERBS = (
 
 
 class Verbs(click.Group):
-    """A command group whose commands are found by the name of their module."""
+    """A command group whose commands are found by the name of their module, a dash standing for `_`."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002
         """The verbs, in the order of a day's work."""
@@ -34,7 +35,8 @@ class Verbs(click.Group):
         """The verb `cmd_name`, or None where there is no such verb."""
         if cmd_name not in VERBS:
             return None
-        return getattr(import_module(f"syncbn.cli.{cmd_name}"), cmd_name)
+        module = cmd_name.replace("-", "_")
+        return getattr(import_module(f"syncbn.cli.{module}"), module)
 
 
 @click.command(cls=Verbs)
