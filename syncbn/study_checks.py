@@ -15,9 +15,9 @@ def complaints(study: StudyConfig) -> Iterator[str]:
     if not study.arms:
         yield "study.arms is empty: a study compares at least two arms"
     yield from _about_seeds("study.seeds", study.seeds)
-    for tier in study.tiers:
+    for tier in [*study.tiers, study.tier, *(t for claim in study.claims for t in claim.tiers)]:
         if tier not in ("fast", "full"):
-            yield f"study.tiers: {tier!r} is not allowed: one of fast, full"
+            yield f"study: tier {tier!r} is not allowed: one of fast, full"
     for key, values in study.grid.items():
         if not values or len(set(values)) != len(values):
             yield f"study.grid.{key}={values} is not allowed: distinct numbers"

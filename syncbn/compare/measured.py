@@ -111,7 +111,7 @@ def targets_of(
 
 def stepwise(study: StudyConfig) -> list[str]:
     """The metrics of the form `metric@step` that claims speak of."""
-    return list(dict.fromkeys(claim.metric for claim in study.claims if "@" in claim.metric))
+    return list(dict.fromkeys(claim.metric for claim in study.judged if "@" in claim.metric))
 
 
 def at_step(trials: Sequence[TrialRecord], metric: str) -> list[float | None]:

@@ -75,7 +75,7 @@ def summarise(
     if study.grid and targets:
         table |= measured.families(arms_of(study), table, targets[0])
     curves = {arm: _curves(own, study) for arm, own in arms.items()}
-    verdicts = claims.judge(study.claims, table, study.seeds, curves)
+    verdicts = claims.judge(study.judged, table, study.seeds, curves)
     summary = {
         "study": cfg.name,
         "versions": _shared([trial.versions for trial in trials]),
@@ -89,7 +89,7 @@ def summarise(
 
 def _curves(trials: Sequence[TrialRecord], study: StudyConfig) -> dict[str, list[Curve]]:
     """The curves that claims on shares speak of."""
-    metrics = {claim.metric for claim in study.claims if claim.scale == "share"}
+    metrics = {claim.metric for claim in study.judged if claim.scale == "share"}
     return {metric: [trial.points.get(metric, {}) for trial in trials] for metric in metrics}
 
 
@@ -115,7 +115,7 @@ def design(
         "target": measured.middle(targets),
         "grid": study.grid,
         "families": {arm.name: arm.family for arm in arms_of(study)} if study.grid else {},
-        "tier": tier_of(cfg),
+        "tier": study.tier if study.tiers else None,
         "primary_metric": study.primary_metric,
         "statement": study.statement,
         "later": study.later,
@@ -128,13 +128,6 @@ def _tuned(study: StudyConfig, choice: Choice) -> dict[str, Any]:
     assert study.tune is not None
     errors = {f"{value:g}": sum(found) / len(found) for value, found in choice.errors.items()}
     return {study.tune.key: choice.value, "errors": errors, "at_an_end": choice.at_an_end}
-
-
-def tier_of(cfg: Config) -> str | None:
-    """`fast` or `full` for a study that belongs to a tier, by the name that it ran under."""
-    if cfg.study is None or not cfg.study.tiers:
-        return None
-    return "fast" if cfg.name.endswith("-fast") else "full"
 
 
 def claim_entry(verdict: Verdict) -> dict[str, Any]:

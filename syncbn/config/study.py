@@ -41,6 +41,8 @@ class ClaimConfig:
     the share of the looks during training at which arm lies below against."""
     in_every_seed: bool = False
     """The claim holds only if it does in every single seed (sign test); `less` and `greater`."""
+    tiers: list[str] = field(default_factory=lambda: ["fast", "full"])
+    """The tiers in which it is judged: what takes the full budget to show cannot be judged in the fast tier."""
     primary: bool = True
     """Counts towards Holm's correction; a secondary claim is judged by its interval alone, and said to be secondary."""
     factor: list[str] | None = None
@@ -102,6 +104,8 @@ class StudyConfig:
     """Where it stands among the studies."""
     tiers: list[str] = field(default_factory=list)
     """Of `fast` and `full`: which runs of all studies it belongs to."""
+    tier: str = "full"
+    """The tier that this is: `fast` with the overrides below, else `full`."""
     budget_s: float = 0.0
     """How long the full tier may take on two cores, in seconds, as declared."""
     fast: list[str] = field(default_factory=list)
@@ -121,6 +125,11 @@ class StudyConfig:
     published: list[PublishedConfig] = field(default_factory=list)
     later: str = ""
     """Where later work contradicts or qualifies the statement: two sentences with their source."""
+
+    @property
+    def judged(self) -> list[ClaimConfig]:
+        """The claims of this tier."""
+        return [claim for claim in self.claims if self.tier in claim.tiers]
 
 
 @dataclass
