@@ -2,10 +2,12 @@
 
 One decision shaped this file: the order of samples is a pure function of (seed, step) over the *global* batch,
 and ranks only cut that batch up. So every world size trains on the same samples in the same order, arms of a
-comparison stay paired, and a resumed run needs to know nothing but its step.
+comparison stay paired, and a resumed run needs to know nothing but its step. Dealing samples by class changes the
+order within a global batch, and so what each rank gets of it, but not the batch.
 """
 
 import hashlib
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -31,15 +33,22 @@ class SampleStream:
         global_batch: samples per step over all ranks.
         seed: with the epoch, it alone decides the order.
         drop_last: skip an epoch's last, smaller batch; otherwise it is a step of its own.
+        labels: int64 (num_samples,); with them each global batch stands in the order of its samples' classes.
 
     Raises:
         DataError: fewer samples than one global batch.
     """
 
     def __init__(
-        self, num_samples: int, global_batch: int, seed: int, drop_last: bool = True
+        self,
+        num_samples: int,
+        global_batch: int,
+        seed: int,
+        drop_last: bool = True,
+        labels: Tensor | None = None,
     ) -> None:
         require_global_batch(num_samples, global_batch)
+        self._labels = labels
         self.num_samples = num_samples
         self.global_batch = global_batch
         self.seed = seed
@@ -50,10 +59,11 @@ class SampleStream:
         self._order = torch.empty(0, dtype=torch.int64)
 
     def batch(self, step: int) -> Tensor:
-        """int64 indices (n,) of the whole global batch of `step`, counted from 0 over all epochs."""
+        """int64 indices (n,) of the global batch of `step`, counted from 0 over all epochs, ordered as ranks cut it."""
         epoch, position = divmod(step, self.steps_per_epoch)
         start = position * self.global_batch
-        return self._order_of(epoch)[start : start + self.global_batch]
+        indices = self._order_of(epoch)[start : start + self.global_batch]
+        return indices if self._labels is None else by_class(indices, self._labels)
 
     def digest(self) -> str:
         """12 hex digits that tell streams apart: of the first epoch's order, and how it is cut into batches."""
@@ -69,10 +79,28 @@ class SampleStream:
         return self._order
 
 
+def by_class(indices: Tensor, labels: Tensor) -> Tensor:
+    """`indices` (n,) in the order of the classes that `labels` (N,) gives them, and as they were within a class.
+
+    Ranks that cut this up get samples of few classes each: their statistics then say which classes those are.
+    """
+    return indices[labels[indices].argsort(stable=True)]
+
+
 def rank_share(indices: Tensor, rank: int, world_size: int) -> Tensor:
     """The consecutive part of `indices` (n,) that is `rank`'s; parts differ in size by at most one.
 
     A batch of fewer samples than ranks leaves some parts empty.
     """
     n = len(indices)
-    return indices[rank * n // world_size : (rank + 1) * n // world_size]
+    return indices[_start(n, rank, world_size) : _start(n, rank + 1, world_size)]
+
+
+def share_sizes(num_samples: int, world_size: int) -> list[int]:
+    """How many samples each rank gets from `rank_share` of a batch of `num_samples`."""
+    starts = [_start(num_samples, rank, world_size) for rank in range(world_size + 1)]
+    return [end - start for start, end in pairwise(starts)]
+
+
+def _start(num_samples: int, rank: int, world_size: int) -> int:
+    return rank * num_samples // world_size

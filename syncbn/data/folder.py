@@ -70,6 +70,11 @@ class FileSplit:
     def __len__(self) -> int:
         return len(self._samples.labels)
 
+    @property
+    def labels(self) -> Tensor:
+        """See `Split.labels`."""
+        return self._samples.labels
+
     def batches(
         self, plan: Iterable[Tensor], first_step: int = 0
     ) -> Iterator[tuple[Tensor, Tensor]]:

@@ -24,6 +24,11 @@ class Split(Protocol):
         """Number of samples."""
         ...
 
+    @property
+    def labels(self) -> Tensor:
+        """int64 (N,)."""
+        ...
+
     def batches(
         self, plan: Iterable[Tensor], first_step: int = 0
     ) -> Iterator[tuple[Tensor, Tensor]]:
@@ -99,10 +104,10 @@ class ReadySplit:
 
     def __init__(self, images: Tensor, labels: Tensor) -> None:
         self._images = images
-        self._labels = labels
+        self.labels = labels
 
     def __len__(self) -> int:
-        return len(self._labels)
+        return len(self.labels)
 
     def batches(
         self, plan: Iterable[Tensor], first_step: int = 0
@@ -111,7 +116,7 @@ class ReadySplit:
         del first_step
         for indices in plan:
             # index_select costs half of what images[indices] does at two samples.
-            yield self._images.index_select(0, indices), self._labels.index_select(0, indices)
+            yield self._images.index_select(0, indices), self.labels.index_select(0, indices)
 
 
 class RawSplit:
@@ -123,6 +128,11 @@ class RawSplit:
 
     def __len__(self) -> int:
         return len(self._samples.labels)
+
+    @property
+    def labels(self) -> Tensor:
+        """See `Split.labels`."""
+        return self._samples.labels
 
     def batches(
         self, plan: Iterable[Tensor], first_step: int = 0

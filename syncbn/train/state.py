@@ -95,7 +95,8 @@ def build(cfg: RunConfig, runtime: Runtime) -> State:
             f"{cfg.num_ranks} rank(s), but {runtime.world_size} were started"
         )
     sets = load_data(cfg.data, cfg.seed)
-    stream = SampleStream(len(sets.train), cfg.global_batch, cfg.seed, cfg.train.drop_last)
+    labels = sets.train.labels if cfg.train.shares == "by_class" else None
+    stream = SampleStream(len(sets.train), cfg.global_batch, cfg.seed, cfg.train.drop_last, labels)
     model = apply_arm(build_model(cfg.model, sets.shape, sets.num_classes, cfg.seed), cfg.norm)
     model.to(runtime.device, getattr(torch, cfg.train.dtype))
     torch.manual_seed(cfg.seed * 1_000_003 + runtime.rank)  # dropout: another stream a rank

@@ -41,6 +41,15 @@ def test_the_digits_are_those_of_scikit_learn():
     assert sorted((*x.tolist(), int(y)) for x, y in ours) == sorted((*x, y) for x, y in theirs)
 
 
+@pytest.mark.parametrize("options", [{}, {"augment": True}, {"limit": 50}], ids=str)
+def test_a_split_has_the_labels_of_its_batches_at_hand(tmp_path, options):
+    write_images(tmp_path, each=30)
+    for name in ("digits", "image_folder"):
+        sets = load_data(DataConfig(name=name, root=str(tmp_path), image_size=8, **options), seed=0)
+        for split in (sets.train, sets.test):
+            assert torch.equal(split.labels, everything(split)[1])
+
+
 def test_digits_without_scikit_learn_say_what_to_install(monkeypatch):
     monkeypatch.setattr(embedded, "find_spec", lambda name: None)
     with pytest.raises(DataError, match=r"install syncbn\[service\]"):

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from syncbn.errors import DataError
-from syncbn.sampling import SampleStream, rank_share
+from syncbn.sampling import SampleStream, by_class, rank_share, share_sizes
 
 seeds = st.integers(0, 2**32)
 
@@ -49,6 +49,7 @@ def test_ranks_share_a_batch_evenly_and_in_order(n, world_size):
     assert torch.equal(torch.cat(parts), indices)
     lengths = [len(part) for part in parts]
     assert max(lengths) - min(lengths) <= 1
+    assert share_sizes(n, world_size) == lengths
 
 
 @given(sizes(), seeds, st.integers(1, 9), st.integers(0, 100))
@@ -68,3 +69,40 @@ def test_a_set_smaller_than_one_global_batch_is_refused():
     with pytest.raises(DataError, match=r"has 63 samples, fewer than one global batch of 64"):
         SampleStream(63, 64, 0, drop_last=False)
     assert len(SampleStream(64, 64, 0).batch(0)) == 64
+
+
+# Dealt by class
+
+
+@given(sizes(), seeds, st.integers(1, 6), st.integers(0, 100), st.booleans())
+def test_dealt_by_class_a_batch_has_the_same_samples_sorted_by_class(
+    size, seed, num_classes, step, drop_last
+):
+    labels = torch.arange(size[0]) * 7 % num_classes
+    shuffled = SampleStream(*size, seed, drop_last).batch(step)
+    dealt = SampleStream(*size, seed, drop_last, labels=labels).batch(step)
+    assert sorted(dealt.tolist()) == sorted(shuffled.tolist())
+    assert dealt.tolist() == sorted(
+        shuffled.tolist(), key=lambda i: (labels[i], _place(i, shuffled))
+    )
+
+
+def _place(index: int, order: torch.Tensor) -> int:
+    return order.tolist().index(index)
+
+
+def test_dealt_by_class_a_rank_sees_few_classes():
+    labels = torch.arange(1000) % 10
+    dealt = SampleStream(1000, 100, seed=0, labels=labels).batch(0)
+    shuffled = SampleStream(1000, 100, seed=0).batch(0)
+
+    def classes(batch):
+        return [len(labels[rank_share(batch, rank, 10)].unique()) for rank in range(10)]
+
+    assert max(classes(dealt)) <= 3
+    assert min(classes(shuffled)) >= 5
+
+
+def test_by_class_keeps_the_order_within_a_class():
+    labels = torch.tensor([1, 0, 1, 0, 2])
+    assert by_class(torch.tensor([4, 2, 3, 0, 1]), labels).tolist() == [3, 1, 2, 0, 4]
