@@ -103,7 +103,7 @@ def test_samples_that_would_be_normalised_alone_are_refused(norm):
         ("compare", ("study=demo", "+study.arms.wide=['norm=sync','model.hidden=[7]']"), {},
          r"'none' and 'wide' differ in model.hidden \(\[100, 100\] against \[7\]\)"),
         ("compare", ("study=demo", "+study.arms.four=['norm=sync','launcher.num_workers=4']"), {},
-         "'four' has launcher.num_workers=4, the study 2"),
+         r"'none' and 'four' differ in launcher.num_workers \(2 against 4\)"),
         ("compare", ("study=demo", "study.claims=[{name:c,arm:sync,against:local,metric:top5}]"), {},
          "metric='top5' is not measured: one of train_loss"),
         ("compare", ("study=demo", "train.time_limit_s=9"), {}, "time_limit_s=9 is not allowed in"),
