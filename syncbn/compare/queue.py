@@ -12,6 +12,7 @@ from contextlib import suppress
 from syncbn.checkpoint import FolderInUse, RunLock
 from syncbn.compare.design import Trial
 from syncbn.config import RunConfig, config_hash
+from syncbn.data import kept_in_memory
 from syncbn.errors import NonFinite, Stopped
 from syncbn.runtime.base import Runtime
 from syncbn.train.agreement import agreed_signal
@@ -35,7 +36,7 @@ def run_trials(trials: Sequence[Trial], cfg: RunConfig, runtime: Runtime) -> Non
     together = [trial for trial in pending if trial.config.num_ranks == runtime.world_size]
     alone = [trial for trial in pending if trial.config.num_ranks != runtime.world_size]
     runtime.barrier()  # every rank has looked before any trial finishes
-    with stop_on_signals() as stop:
+    with stop_on_signals() as stop, kept_in_memory():
         for trial in together:
             _stop_if(agreed_signal(stop.signal_number, runtime))
             _run(trial, runtime)

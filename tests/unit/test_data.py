@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from sklearn.datasets import load_digits
 
 from syncbn.config import DataConfig
-from syncbn.data import embedded, hold_out, load_data, source
+from syncbn.data import embedded, hold_out, kept_in_memory, load_data, source
 from syncbn.data.augment import Augment
 from syncbn.data.embedded import stratified
 from syncbn.errors import DataError
@@ -288,3 +288,15 @@ def test_loader_processes_give_the_batches_that_the_rank_alone_gives(tmp_path):
     for (x, y), (other_x, other_y) in zip(alone, loaded, strict=True):
         assert torch.equal(x, other_x)
         assert torch.equal(y, other_y)
+
+
+def test_a_data_set_is_read_once_for_runs_that_follow_each_other_on_it():
+    first = load_data(DataConfig(limit=64), 0)
+    with kept_in_memory():
+        one = load_data(DataConfig(limit=64), 0)
+        assert load_data(DataConfig(limit=64), 1) is one
+        other = load_data(DataConfig(limit=32), 1)
+        assert len(other.train) == 32
+        drawn = [load_data(DataConfig(name="synthetic"), seed) for seed in (0, 1)]
+        assert drawn[0] is not drawn[1]  # its samples depend on the seed
+    assert load_data(DataConfig(limit=64), 0) is not first
