@@ -12,12 +12,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 STYLE: Any = {
     "font.family": "DejaVu Sans",
-    "font.size": 11,
-    "axes.labelsize": 11,
+    "font.size": 12,
+    "axes.labelsize": 12,
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.grid": True,
@@ -25,7 +26,7 @@ STYLE: Any = {
     "axes.edgecolor": "#666666",
     "grid.color": "#e3e3e3",
     "legend.frameon": False,
-    "legend.fontsize": 10.5,
+    "legend.fontsize": 11,
     "lines.linewidth": 2.0,
 }
 WIDTH, HEIGHT, DPI = 7.5, 4.4, 120
@@ -65,11 +66,26 @@ _LOOKS = {
 }
 
 
+_SPARE_MARKERS = (">", "p", "h", "8", "X", "d", "1", "3", "4")
+"""For a second round of looks, where a study has more arms than `_LOOKS`."""
+
+
+def _look(place: int) -> Look:
+    """The look in that place of an endless row: no two share colour, marker and line style."""
+    known = list(_LOOKS.values())
+    turn, i = divmod(place, len(known))
+    if not turn:
+        return known[i]
+    marker = _SPARE_MARKERS[i] if turn == 1 else known[i - turn].marker
+    return Look(known[i].colour, marker, known[(i + turn) % len(known)].line)
+
+
 def looks(arms: Sequence[str]) -> dict[str, Look]:
     """The look of each arm: its own where it is a known norm, else the first that no arm here has."""
-    free = [look for name, look in _LOOKS.items() if name not in arms] or list(_LOOKS.values())
     others = [arm for arm in arms if arm not in _LOOKS]
-    given = {arm: free[i % len(free)] for i, arm in enumerate(others)}
+    names = list(_LOOKS)
+    row = (i for i in range(len(names) + len(arms)) if i >= len(names) or names[i] not in arms)
+    given = {arm: _look(i) for arm, i in zip(others, row, strict=False)}
     return {arm: _LOOKS.get(arm) or given[arm] for arm in arms}
 
 
@@ -78,6 +94,56 @@ def new_figure(height: float = HEIGHT) -> "Figure":
     from matplotlib.figure import Figure
 
     return Figure(figsize=(WIDTH, height), dpi=DPI, layout="constrained")
+
+
+def panels(num: int, columns: int, height: float, extra: float = 0.0, **shared: Any) -> Any:
+    """A figure with `num` panels in rows of `columns`, each `height` inches, `extra` for legend or colour bar.
+
+    Returns:
+        The figure and its axes, row by row; places that no panel takes are left empty.
+    """
+    columns = min(columns, num)
+    rows = -(-num // columns)
+    figure = new_figure(1.15 + extra + rows * height)
+    axes = figure.subplots(rows, columns, squeeze=False, **shared).ravel()
+    for unused in axes[num:]:
+        unused.axis("off")
+    return figure, list(axes[:num])
+
+
+def columns_of(labels: Sequence[str]) -> int:
+    """How many columns of a legend fit the common width (4 of 13 letters, 1 of 40)."""
+    longest = max(map(len, labels), default=0)
+    return max(1, min(4, 78 // (longest + 6)))
+
+
+def legend_height(labels: Sequence[str]) -> float:
+    """Inches that a legend of these labels takes beyond its first two rows."""
+    return 0.24 * max(0, -(-len(labels) // columns_of(labels)) - 2)
+
+
+def legend_above(axes: "Axes") -> None:
+    """A legend over the axes, where it hides nothing."""
+    labels = axes.get_legend_handles_labels()[1]
+    axes.legend(
+        loc="lower left",
+        bbox_to_anchor=(-0.02, 1.0),
+        ncols=columns_of(labels),
+        handlelength=2.8,
+        columnspacing=1.4,
+    )
+
+
+def plain_log(axis: Any) -> None:
+    """Ticks of a logarithmic axis in plain numbers, at 1, 2 and 5, or at powers of ten where it spans many."""
+    from matplotlib.ticker import LogLocator, NullLocator
+
+    low, high = axis.get_view_interval()
+    wide = low <= 0 or high / low > 3000
+    axis.set_major_locator(LogLocator(numticks=9) if wide else LogLocator(subs=(1, 2, 5)))
+    if not wide:
+        axis.set_major_formatter("{x:g}")
+    axis.set_minor_locator(NullLocator())
 
 
 def styled() -> Any:
@@ -90,8 +156,8 @@ def styled() -> Any:
 def finish(figure: "Figure", name: str, title: str, caption: str) -> Picture:
     """Put title and caption on `figure` and turn it into a `Picture`."""
     left = {"x": 0.01, "horizontalalignment": "left"}
-    figure.suptitle(textwrap.fill(title, 72), **left, fontsize=12, fontweight="bold")
-    figure.supxlabel(textwrap.fill(caption, 120), **left, fontsize=8.5, color=SOFT)
+    figure.suptitle(textwrap.fill(title, 66), **left, fontsize=13, fontweight="bold")
+    figure.supxlabel(textwrap.fill(caption, 112), **left, fontsize=9.2, color=SOFT)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")
     return Picture(name, title, caption, buffer.getvalue())

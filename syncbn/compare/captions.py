@@ -1,0 +1,71 @@
+"""What a figure or a report says of the whole study: its setting, its contrasted pair, what was chosen for an arm.
+
+The decision that shaped the file: every figure's caption begins with the same `setting`, so none can be shown without
+saying on what it was measured, and whether its ranks were real.
+"""
+
+from syncbn.compare.measures import metric_words
+from syncbn.compare.reading import Summary, among, arms_with, contrast, median_of, shown_arms
+from syncbn.compare.wording import TIMES, arm_words, capital, labelled, value_words
+
+
+def setting(summary: Summary) -> str:
+    """Where the numbers come from: data, model, ranks and whether they were real, samples, steps, seeds."""
+    design = summary["design"]
+    count, seeds = design["world_size"], len(design["seeds"])
+    ranks = f"{count} {'virtual' if design.get('virtual') else 'real'} rank{'s' * (count != 1)}"
+    tier = " · fast tier" if design.get("tier") == "fast" else ""
+    return (
+        f"{design['data']}, {design['model']} · {ranks} {TIMES} {design['per_rank_batch']} samples"
+        f"{_exceptions(summary)} · {design['steps']} steps · {seeds} seed{'s' * (seeds != 1)}{tier}"
+    )
+
+
+def _exceptions(summary: Summary) -> str:
+    """Arms that ran on another number of ranks than the study names; virtual ranks are one process each time."""
+    design = summary["design"]
+    if design.get("virtual"):
+        return ""
+    others: dict[int, list[str]] = {}
+    for arm in shown_arms(summary):
+        for count in summary["arms"][arm].get("world_size", [])[:1]:
+            if count is not None and count != design["world_size"]:
+                others.setdefault(int(count), []).append(arm)
+    words = [f"{', '.join(arms)}: {n} rank{'s' * (n > 1)}" for n, arms in others.items()]
+    return f" ({'; '.join(words)})" if words else ""
+
+
+def contrast_title(summary: Summary, metric: str) -> str:
+    """The two contrasted arms and their medians: `Test error: local batch norm 40.0 %, synchronised 30.0 %`."""
+    pair = among(contrast(summary, metric), arms_with(summary, metric) or shown_arms(summary))
+    found = [
+        f"{arm_words(arm)} {value_words(metric, median_of(summary, arm, metric))}" for arm in pair
+    ]
+    samples = f" at {summary['design']['per_rank_batch']} samples a rank"
+    where = samples if summary["design"]["world_size"] > 1 else ""
+    return f"{capital(split_words(summary, metric))}{where}: {', '.join(found)}"
+
+
+def split_words(summary: Summary, metric: str) -> str:
+    """The metric in words, with the split it was measured on where that is not the test set."""
+    words = metric_words(metric)
+    validation = summary["design"]["split"] == "validation"
+    return words.replace("test error", "validation error") if validation else words
+
+
+def axis_label(summary: Summary, metric: str) -> str:
+    """The metric with its unit, and the split it was measured on where that is not the test set."""
+    validation = summary["design"]["split"] == "validation"
+    return (
+        labelled(metric).replace("Test error", "Validation error")
+        if validation
+        else labelled(metric)
+    )
+
+
+def tuned_words(summary: Summary, arm: str) -> str:
+    """What the search chose for `arm`: `optim.lr 0.1`."""
+    chosen = (summary["design"].get("tuned") or {}).get(arm) or {}
+    return ", ".join(
+        f"{key.rpartition('.')[2]} {value:g}" for key, value in chosen.items() if "." in key
+    )

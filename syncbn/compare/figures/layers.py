@@ -1,0 +1,246 @@
+"""The figures that look into a network, layer by layer: quantiles, saturation, gradients, shift.
+
+The decision that shaped the file: arms stand side by side in panels on one scale, so what differs between them is what
+the eye sees; layers are ordered, so they have a sequential scale from dark to light that also works in grey.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from syncbn.compare import statistics
+from syncbn.compare.canvas import (
+    Picture,
+    finish,
+    looks,
+    panels,
+)
+from syncbn.compare.captions import setting
+from syncbn.compare.figures.series import (
+    Trials,
+    by_arm,
+    geometric_mean,
+    layered,
+    setting_of,
+    shared_points,
+)
+from syncbn.compare.reading import Summary, among, arms_with, contrast, median_of
+from syncbn.compare.statistics import Floats
+from syncbn.compare.wording import arm_words, number, percent
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+_QUANTILES = ("quantile/15", "quantile/50", "quantile/85")
+_MAP = "viridis"
+MOST_LINES = 5
+"""Layers that are drawn as lines; more become a map."""
+
+
+def has_quantiles(summary: Summary, trials: Trials) -> bool:
+    """Whether arms recorded quantiles."""
+    return bool(by_arm(summary, trials, "quantile"))
+
+
+def quantiles(summary: Summary, trials: Trials) -> Picture:
+    """The 15, 50 and 85 % quantiles of one unit's input over the steps, a panel an arm."""
+    arms = by_arm(summary, trials, "quantile")
+    figure, axes = panels(len(arms), 2, 2.1, sharey=True)
+    for panel, (arm, look) in zip(axes, looks(list(arms)).items(), strict=True):
+        first = arms[arm][0]
+        steps, low, middle, high = _quantiles_of(first)
+        panel.fill_between(steps, low, high, color=look.colour, alpha=0.15, linewidth=0)
+        panel.plot(steps, np.array([low, high]).T, color=look.colour, linewidth=1.1)
+        panel.plot(steps, middle, color=look.colour, linewidth=2.2)
+        panel.set_title(arm, loc="left", fontsize=12)
+        _few_steps(panel)
+    figure.supylabel("Input of the activation", fontsize=12)
+    seed = next(iter(arms.values()))[0].seed
+    caption = (
+        f"{setting(summary)}. Unit 0 of the last hidden layer under seed {seed}, the first: median and the 15 and 85 % "
+        f"quantiles over the probe images. The title speaks of all units and seeds: range over training, in units of "
+        "the distance between the outer quantiles."
+    )
+    return finish(figure, "quantiles", _quantile_title(summary, trials), caption)
+
+
+def _quantiles_of(trial: Any) -> tuple[Floats, Floats, Floats, Floats]:
+    found = [shared_points([trial], metric) for metric in _QUANTILES]
+    low, middle, high = (values[0] for _, values in found)
+    return found[0][0], low, middle, high
+
+
+def _few_steps(axes: "Axes") -> None:
+    """Few ticks, as panels are narrow."""
+    axes.locator_params(axis="x", nbins=4)
+    axes.set_xlabel("Optimiser step")
+
+
+def _quantile_title(summary: Summary, trials: Trials) -> str:
+    """How far the quantiles moved, in their own spread, by the finals where they are there."""
+    arms = arms_with(summary, "quantile_range")
+    if arms:
+        found = {arm: median_of(summary, arm, "quantile_range") for arm in arms}
+    else:
+        own = by_arm(summary, trials, "quantile")
+        found = {arm: float(np.median([_moved(t) for t in each])) for arm, each in own.items()}
+    pair = among(contrast(summary, "quantile_range"), list(found))
+    words = [f"{number(found[arm], 2)} spreads with {arm_words(arm)}" for arm in pair]
+    return f"Over training the quantiles move by {', by '.join(words)}"
+
+
+def _moved(trial: Any) -> float:
+    """Mean range of the three quantiles of unit 0 over the mean distance of the outer two."""
+    _, low, middle, high = _quantiles_of(trial)
+    return float(np.mean([np.ptp(each) for each in (low, middle, high)]) / np.mean(high - low))
+
+
+def has_saturation(summary: Summary, trials: Trials) -> bool:
+    """Whether arms recorded saturation."""
+    return bool(by_arm(summary, trials, "saturation"))
+
+
+def saturation(summary: Summary, trials: Trials) -> Picture:
+    """Share of saturated outputs of each layer over the steps, a panel an arm; a map where there are many layers."""
+    arms = by_arm(summary, trials, "saturation")
+    found = {arm: layered(own, "saturation") for arm, own in arms.items()}
+    figure, axes = panels(len(arms), 2, 2.1, 0.35, sharex=True)
+    mesh = None
+    for panel, (arm, (layers, steps, values)) in zip(axes, found.items(), strict=True):
+        middle = 100 * np.median(values, axis=0)
+        if len(layers) > MOST_LINES:
+            mesh = _map(panel, steps, layers, middle, vmin=0, vmax=100)
+        else:
+            _layer_lines(panel, steps, layers, middle)
+            panel.set_ylim(-3, 103)
+            panel.set_ylabel(f"{_noun(trials)} (%)")
+        panel.set_title(arm, loc="left", fontsize=12)
+        _few_steps(panel)
+    if mesh is not None:
+        figure.colorbar(mesh, ax=axes, label=f"{_noun(trials)} (%)", shrink=0.8)
+    most = max(found.values(), key=lambda each: len(each[0]) if len(each[0]) <= MOST_LINES else 0)
+    _layer_legend(figure, most[0])
+    caption = f"{setting(summary)}. Median over seeds. {_rule(trials)}"
+    return finish(figure, "saturation", _saturation_title(summary, trials), caption)
+
+
+def _layer_legend(figure: Any, layers: list[int]) -> None:
+    from matplotlib.lines import Line2D
+
+    if len(layers) > MOST_LINES:
+        return
+    handles = [Line2D([], [], label=f"layer {n}", **_layer_style(n, layers)) for n in layers]
+    figure.legend(handles=handles, loc="outside upper left", ncols=len(layers), fontsize=11)
+
+
+def _layer_style(layer: int, layers: list[int]) -> dict[str, Any]:
+    import matplotlib
+
+    place = layers.index(layer)
+    colour = matplotlib.colormaps[_MAP](0.9 * place / max(1, len(layers) - 1))
+    return {
+        "color": colour,
+        "linestyle": ("-", (0, (5, 2)), (0, (1, 1)), "-.")[place % 4],
+        "marker": "os^Dv"[place],
+    }
+
+
+def _layer_lines(axes: "Axes", steps: Floats, layers: list[int], values: Floats) -> None:
+    for layer, row in zip(layers, values, strict=True):
+        axes.plot(
+            steps,
+            row,
+            markevery=max(1, len(steps) // 5),
+            markersize=5,
+            **_layer_style(layer, layers),
+        )
+
+
+def _map(axes: "Axes", steps: Floats, layers: list[int], values: Floats, **scale: Any) -> Any:
+    """Layers upwards, steps to the right, the value as a colour."""
+    axes.grid(visible=False)
+    mesh = axes.pcolormesh(
+        _edges(steps), _edges(np.array(layers, float)), values, cmap=_MAP, **scale
+    )
+    axes.set_yticks(layers if len(layers) < 7 else layers[:: -(-len(layers) // 5)])
+    axes.set_ylabel("Layer")
+    return mesh
+
+
+def _edges(centres: Floats) -> Floats:
+    """Borders of cells around `centres`, half way between neighbours."""
+    if len(centres) == 1:
+        return np.array([centres[0] - 0.5, centres[0] + 0.5])
+    middles = (centres[1:] + centres[:-1]) / 2
+    return np.concatenate([[2 * centres[0] - middles[0]], middles, [2 * centres[-1] - middles[-1]]])
+
+
+def _activation(trials: Trials) -> str:
+    return str(setting_of(trials[0], "model.activation"))
+
+
+def _noun(trials: Trials) -> str:
+    return "Units that are off" if _activation(trials) == "relu" else "Saturated outputs"
+
+
+def _rule(trials: Trials) -> str:
+    return {
+        "relu": "A unit is off where it is 0 on every probe image.",
+        "tanh": "Saturated: beyond 0.9 in size.",
+    }.get(_activation(trials), "Saturated: outside 0.05 to 0.95.")
+
+
+def _saturation_title(summary: Summary, trials: Trials) -> str:
+    """Each contrasted arm's most saturated layer, at the step where it is worst."""
+    arms = by_arm(summary, trials, "saturation")
+    words = []
+    for arm in among(contrast(summary, "saturation"), list(arms)):
+        layers, steps, values = layered(arms[arm], "saturation")
+        middle = np.median(values, axis=0)
+        layer, look = np.unravel_index(int(np.nanargmax(middle)), middle.shape)
+        where = f"(layer {layers[layer]}, step {steps[look]:.0f})"
+        words.append(f"{percent(middle[layer, look])} % {where} with {arm_words(arm)}")
+    return f"{_noun(trials)}, at worst: {', '.join(words)}"
+
+
+def has_gradients(summary: Summary, trials: Trials) -> bool:
+    """Whether arms recorded gradient norms."""
+    return bool(by_arm(summary, trials, "grad_norm"))
+
+
+def gradient_norms(summary: Summary, trials: Trials) -> Picture:
+    """Gradient norms, layers by steps, a map an arm on one logarithmic scale of colours."""
+    from matplotlib.colors import LogNorm
+
+    arms = by_arm(summary, trials, "grad_norm")
+    found = {arm: layered(own, "grad_norm") for arm, own in arms.items()}
+    middles = {arm: geometric_mean(values, axis=0) for arm, (_, _, values) in found.items()}
+    known = np.concatenate([each[np.isfinite(each)] for each in middles.values()])
+    scale = LogNorm(max(known.min(), known.max() * 1e-8), known.max()) if len(known) else None
+    figure, axes = panels(len(arms), 2, 1.9, sharex=True)
+    mesh = None
+    for panel, (arm, (layers, steps, _)) in zip(axes, found.items(), strict=True):
+        mesh = _map(panel, steps, layers, middles[arm], norm=scale)
+        panel.set_title(arm, loc="left", fontsize=12)
+        _few_steps(panel)
+    figure.colorbar(mesh, ax=axes, label="Gradient norm (log scale)", shrink=0.9)
+    caption = (
+        f"{setting(summary)}. Norm of the loss's gradient by a layer's weights; the highest layer is the output's. "
+        "Geometric mean over seeds; white: exactly 0, or not finite."
+    )
+    return finish(figure, "gradient_norms", _gradient_title(summary, trials), caption)
+
+
+def _gradient_title(summary: Summary, trials: Trials) -> str:
+    """How much larger the first layer's gradient is in one arm than in the other, over training."""
+    arms = by_arm(summary, trials, "grad_norm")
+    pair = among(contrast(summary, "grad_norm"), list(arms))
+    means = [geometric_mean(shared_points(arms[arm], "grad_norm/1")[1]) for arm in pair]
+    if len(pair) < 2 or len(means[0]) != len(means[1]):
+        return f"Layer 1's gradient norm with {arm_words(pair[0])}: {number(float(np.median(means[0])))}"
+    ratio = statistics.effect(statistics.paired_log_ratios(means[1].tolist(), means[0].tolist()))
+    times = number(float(np.exp(ratio.median)))
+    against, arm = map(arm_words, pair)
+    return (
+        f"Over training, layer 1's gradient is {times} times as large with {arm} as with {against}"
+    )

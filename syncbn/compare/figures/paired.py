@@ -1,0 +1,137 @@
+"""The claims of a study as their numbers, seed by seed, beside what each claim demands.
+
+The decision that shaped the file: claims differ in metric, unit and form, so each has a row and an axis of its own; a
+claim that has no number for some seed is named in the caption, because a row without it would hide that.
+"""
+
+import math
+import textwrap
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from syncbn.compare.canvas import SOFT, Picture, finish, new_figure
+from syncbn.compare.captions import setting
+from syncbn.compare.claim_words import colour_of, comparison_words, tally, threshold_words
+from syncbn.compare.figures.series import Trials
+from syncbn.compare.reading import Summary
+from syncbn.compare.wording import Claim, effect_words, form, is_fraction, no_effect, unit_of
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+COMPACT_FROM = 5
+"""So many claims or more have low rows."""
+_ALLOWED = "#e3efc9"
+_MARKS = {"REPRODUCED": "D", "NOT REPRODUCED": "X", "INCONCLUSIVE": "o"}
+
+
+def judged(summary: Summary) -> list[Claim]:
+    """Claims with a number for every seed, which can be drawn: primary ones first."""
+    drawn = [claim for claim in summary["claims"] if claim["pairs"] and None not in claim["pairs"]]
+    return sorted(drawn, key=lambda claim: not claim["primary"])
+
+
+def has_claims(summary: Summary, trials: Trials) -> bool:
+    """Whether some claim can be drawn."""
+    del trials
+    return bool(judged(summary))
+
+
+def paired_differences(summary: Summary, trials: Trials) -> Picture:
+    """A row a claim: a dot a seed, the effect, its interval, and what the claim demands."""
+    del trials
+    claims = judged(summary)
+    compact = len(claims) >= COMPACT_FROM
+    figure = new_figure(1.1 + (1.32 if compact else 1.85) * len(claims))
+    rows = figure.subplots(len(claims), 1, squeeze=False).ravel()
+    for axes, claim in zip(rows, claims, strict=True):
+        _claim_row(axes, claim)
+        axes.set_title(_heading(claim), loc="left", fontsize=11, color=colour_of(claim["verdict"]))
+        axes.set_xlabel(_label(claim), fontsize=10, labelpad=1)
+        axes.tick_params(axis="x", labelsize=10)
+    caption = (
+        f"{setting(summary)}. A dot a seed; large mark: median; line: 95 % interval; thick: 90 % interval of the "
+        f"equivalence test; green: what the claim demands.{_undrawn(summary, claims)}"
+    )
+    return finish(figure, "paired_differences", tally(summary["claims"]), caption)
+
+
+def _undrawn(summary: Summary, drawn: Sequence[Claim]) -> str:
+    names = [claim["name"] for claim in summary["claims"] if claim not in drawn]
+    return f" Not drawn, as some seeds have no number: {', '.join(names)}." if names else ""
+
+
+def _heading(claim: Claim) -> str:
+    """Verdict, name, what was found and what was claimed."""
+    secondary = "" if claim["primary"] else " (secondary)"
+    found = f"{effect_words(claim, claim['effect'])}, claimed {threshold_words(claim)}"
+    return f"{claim['verdict']}{secondary}: {claim['name']}\n{textwrap.shorten(found, 92)}"
+
+
+def _label(claim: Claim) -> str:
+    unit = {"ratio": "ratio", "trend": "Kendall's tau"}.get(form(claim), unit_of(claim).strip())
+    return textwrap.shorten(comparison_words(claim), 80) + (f" ({unit})" if unit else "")
+
+
+def _claim_row(axes: "Axes", claim: Claim) -> None:
+    scale = 100 if is_fraction(claim) else 1
+    colour = colour_of(claim["verdict"])
+    pairs = scale * np.array(claim["pairs"], dtype=float)
+    axes.plot(pairs, np.linspace(0.4, 0.8, len(pairs)), "o", color=SOFT, alpha=0.7, markersize=5)
+    _bar(axes, claim["ci"], scale, colour, 2)
+    _bar(axes, claim["ci90"], scale, colour, 6)
+    mark = _MARKS.get(claim["verdict"], "o")
+    axes.plot(scale * claim["effect"], 0, mark, color=colour, markersize=9, zorder=3)
+    axes.set(ylim=(-0.4, 1), yticks=[])
+    axes.spines["left"].set_visible(False)
+    _spread_out(axes, claim, pairs)
+    _demand(axes, claim, scale)
+
+
+def _bar(
+    axes: "Axes", ends: Sequence[float | None] | None, scale: int, colour: str, width: int
+) -> None:
+    if ends is not None and None not in ends:
+        axes.hlines(0, *(scale * np.array(ends, dtype=float)), color=colour, linewidth=width)
+
+
+def _spread_out(axes: "Axes", claim: Claim, pairs: np.ndarray) -> None:
+    """A logarithmic axis for what spans powers of ten or whose threshold lies powers of ten away."""
+    threshold = [claim["threshold"]] if claim["kind"] in ("less", "greater") else []
+    shown = np.array([*pairs, *threshold])
+    if form(claim) in ("ratio", "value") and shown.min() > 0 and shown.max() > 20 * shown.min():
+        axes.set_xscale("log")
+        axes.set_xlim(shown.min() / 3, shown.max() * 3)
+
+
+def demanded(claim: Claim) -> list[tuple[float, float]]:
+    """The stretches in which the claim wants the whole interval; infinite ends are the axes'."""
+    threshold, low = claim["threshold"], -math.inf
+    none = no_effect(claim) or 0.0
+    ratio = form(claim) == "ratio"
+    margin = (1 / threshold if ratio and threshold else -threshold, threshold)
+    return {
+        "less": [(low, threshold)],
+        "greater": [(threshold, math.inf)],
+        "equivalent": [margin],
+        "within": [tuple(claim["range"])],
+        "different": [(low, none), (none, math.inf)],
+        "increasing": [(threshold, math.inf)],
+        "decreasing": [(low, -threshold)],
+    }[claim["kind"]]
+
+
+def _demand(axes: "Axes", claim: Claim, scale: int) -> None:
+    """Shade what the claim demands, with a line at each of its edges, and show no effect for scale."""
+    none = no_effect(claim)
+    if none is not None and form(claim) != "share":
+        axes.axvline(scale * none, color=SOFT, linewidth=0.8)
+    stretches = [(scale * low, scale * high) for low, high in demanded(claim)]
+    for edge in {edge for stretch in stretches for edge in stretch if math.isfinite(edge)}:
+        axes.axvline(edge, color="black", linestyle="--", linewidth=1.2)
+    left, right = axes.get_xlim()
+    for low, high in stretches:
+        axes.axvspan(max(low, left), min(high, right), color=_ALLOWED, zorder=0)
+    axes.set_xlim(left, right)
