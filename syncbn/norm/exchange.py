@@ -12,10 +12,13 @@ Decisions:
 * **A rank that cannot take part says so in its frame**, so that the others raise instead of waiting; one that does
   not come is missed soon where it shares memory with the others (`patrol`), else at the group's time limit.
 * On CUDA the values alone are exchanged, at their exact size: comparing headers on the host would stall it.
+* **Whoever wants to know what it costs is told** (`observe`); while nobody does, it costs one test a layer.
 """
 
 import os
+import time
 import weakref
+from collections.abc import Callable
 from contextlib import suppress
 from typing import NotRequired, TypedDict, Unpack
 
@@ -39,7 +42,10 @@ from syncbn.norm.header import (
 from syncbn.norm.shared import SharedMemory
 from syncbn.norm.wire import Transport, Wire
 
-__all__ = ["BACKWARD", "FORWARD", "Exchange", "RankLost", "RanksDisagree", "exchange_of"]
+__all__ = ["BACKWARD", "FORWARD", "Exchange", "RankLost", "RanksDisagree", "exchange_of", "observe"]
+
+Observer = Callable[[str, int, int, float], None]
+"""Told of a layer's exchange: the layer, FORWARD or BACKWARD, the bytes of this rank's values, and the seconds."""
 
 _NOTHING = torch.empty(0, dtype=torch.uint8)
 
@@ -163,6 +169,28 @@ class Exchange:
             self.gather(_NOTHING, kind=kind, **place)
 
 
+class _Observed(Exchange):
+    """The very same exchange as another, whose layers' meetings `tell` is told of."""
+
+    def __init__(self, exchange: Exchange, tell: Observer) -> None:
+        self.__dict__ = exchange.__dict__
+        self._tell = tell
+
+    def moments(self, packed: Tensor, **place: Unpack[Place]) -> Tensor:
+        """As of `Exchange`, and timed."""
+        started = time.perf_counter()
+        everyones = super().moments(packed, **place)
+        self._tell(place["layer"], FORWARD, packed.nbytes, time.perf_counter() - started)
+        return everyones
+
+    def sums(self, values: Tensor, **place: Unpack[Place]) -> Tensor:
+        """As of `Exchange`, and timed."""
+        started = time.perf_counter()
+        total = super().sums(values, **place)
+        self._tell(place["layer"], BACKWARD, values.nbytes, time.perf_counter() - started)
+        return total
+
+
 def _transport(wire: Wire) -> Transport:
     """Shared memory where all ranks can map it, else the group itself; collective.
 
@@ -183,11 +211,22 @@ def _transport(wire: Wire) -> Transport:
 
 
 _exchanges: weakref.WeakKeyDictionary[ProcessGroup, Exchange] = weakref.WeakKeyDictionary()
+_observer: Observer | None = None
+
+
+def observe(tell: Observer | None) -> None:
+    """Have `tell` told of every exchange that a layer of this process begins from now on; None ends it.
+
+    A backward pass belongs to its forward pass: it is told of to whoever observed that. The seconds include the wait
+    for other ranks; on CUDA they are those of the host, which does not wait.
+    """
+    global _observer  # one test a layer is all that an exchange pays for it
+    _observer = tell
 
 
 def exchange_of(group: ProcessGroup) -> Exchange:
-    """The one `Exchange` of `group` in this process."""
+    """The one `Exchange` of `group` in this process, or another face of it that is observed."""
     exchange = _exchanges.get(group)
     if exchange is None:
         exchange = _exchanges[group] = Exchange(group)
-    return exchange
+    return exchange if _observer is None else _Observed(exchange, _observer)

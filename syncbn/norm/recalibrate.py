@@ -35,7 +35,8 @@ def recalibrate(model: nn.Module, loader: Iterable[Any], process_group: GroupSpe
     Args:
         model: called with each batch.
         loader: batches; of a tuple or list, the first element is the input.
-        process_group: whose data make the population, see `SyncBatchNorm`; it contains the layers' groups.
+        process_group: whose data make the population, see `SyncBatchNorm`; it contains the layers' groups. With 1 a
+            rank asks no other, and may call it alone.
 
     Raises:
         ValueError: no batch norm with running statistics in `model`, one that no data reached, or one whose group
@@ -49,7 +50,7 @@ def recalibrate(model: nn.Module, loader: Iterable[Any], process_group: GroupSpe
     }
     if not layers:
         raise ValueError("recalibrate: the model has no batch norm that tracks running statistics")
-    group = resolve(process_group)
+    group = None if process_group == 1 else resolve(process_group)
     inputs = (batch[0] if isinstance(batch, tuple | list) else batch for batch in loader)
     if _are_synchronised(model, group):
         inputs = in_lockstep(inputs, group)
@@ -65,12 +66,13 @@ def recalibrate(model: nn.Module, loader: Iterable[Any], process_group: GroupSpe
 def _are_synchronised(model: nn.Module, group: ProcessGroup | None) -> bool:
     """Whether layers wait for other ranks, all of which must then be in `group`."""
     widest = 1
+    own = _ranks(group)
     for name, layer in model.named_modules():
-        if group is not None and isinstance(layer, SyncBatchNorm):
-            ranks = _ranks(resolve(layer.process_group))
-            if not ranks <= _ranks(group):
+        if isinstance(layer, SyncBatchNorm):
+            ranks = _ranks(None if layer.process_group == 1 else resolve(layer.process_group))
+            if not ranks <= own:
                 raise ValueError(
-                    f"recalibrate: process_group has ranks {sorted(_ranks(group))}, "
+                    f"recalibrate: process_group has ranks {sorted(own)}, "
                     f"but layer {name!r} is synchronised over {sorted(ranks)}: give a group that contains them"
                 )
             widest = max(widest, len(ranks))
@@ -78,7 +80,10 @@ def _are_synchronised(model: nn.Module, group: ProcessGroup | None) -> bool:
 
 
 def _ranks(group: ProcessGroup | None) -> set[int]:
-    return set(dist.get_process_group_ranks(group))
+    """The ranks of `group`; of none, this rank alone."""
+    if group is not None:
+        return set(dist.get_process_group_ranks(group))
+    return {dist.get_rank() if dist.is_available() and dist.is_initialized() else 0}
 
 
 def _observed(

@@ -73,3 +73,18 @@ def test_nothing_to_recalibrate_is_said():
         syncbn.recalibrate(nn.Linear(2, 2), [])
     with pytest.raises(ValueError, match="no data reached layer '1'"):
         syncbn.recalibrate(_model(), [])
+
+
+@pytest.mark.world_size(2)
+def test_a_rank_may_take_its_own_data_alone_and_asks_nobody(world_size):
+    whole, model = torch.randn(8, 3, dtype=torch.float64), _model()
+    if dist.get_rank() == 0:
+        syncbn.recalibrate(model, [whole], process_group=1)
+        assert_close(model[1].running_mean, model[0](whole).mean(0), 1e-12)
+
+
+@pytest.mark.world_size(2)
+def test_a_rank_alone_is_refused_where_its_layers_wait_for_others(world_size):
+    model = syncbn.convert_sync_batchnorm(_model())
+    with pytest.raises(ValueError, match=r"process_group has ranks \[\d\], but layer '1' is sync"):
+        syncbn.recalibrate(model, [torch.randn(8, 3, dtype=torch.float64)], process_group=1)
