@@ -14,6 +14,7 @@ from syncbn.config import RunConfig, config_hash
 from syncbn.errors import Interrupted, NonFinite, OutOfTime, Stopped, UsageError
 from syncbn.norm import NonFiniteStatistics
 from syncbn.optim import learning_rate
+from syncbn.probes import Batch
 from syncbn.runtime.base import Runtime
 from syncbn.tracking import Tracker
 from syncbn.train.agreement import Agreement
@@ -40,7 +41,7 @@ def train(cfg: RunConfig, runtime: Runtime, tracker: Tracker) -> RunSummary:
     torch.set_num_threads(cfg.train.num_threads)
     state = build(cfg, runtime)
     resume(state, tracker)
-    with stop_on_signals() as stop, progress(cfg, runtime.is_main) as advance:
+    with stop_on_signals() as stop, progress(cfg, runtime.is_main) as advance, state.probes:
         return _Loop(state, tracker, stop).run(advance)
 
 
@@ -60,6 +61,7 @@ class _Loop:
             self._take_steps(advance)
             if state.standing.measured_at != state.step:
                 self._measure()
+            concluded = self._conclude() if state.probes else {}
         except Interrupted:
             self._save()
             raise
@@ -67,7 +69,7 @@ class _Loop:
             raise NonFinite(str(error), state.step) from error
         self._save()
         return RunSummary(
-            final={"train_loss": state.standing.train_loss} | state.standing.measured,
+            final={"train_loss": state.standing.train_loss} | state.standing.measured | concluded,
             steps=state.step,
             seconds=state.standing.seconds,
             world_size=state.runtime.world_size,
@@ -88,12 +90,27 @@ class _Loop:
         for group in state.optimizer.param_groups:
             group["lr"] = rate
         share = _backward(state, global_batch, x, y)
+        if state.probes:
+            self._probe(rate, Batch(x, y, global_batch, share))
         if cfg.optim.clip_norm is not None:
             nn.utils.clip_grad_norm_(state.model.parameters(), cfg.optim.clip_norm)
         state.optimizer.step()
         state.optimizer.zero_grad(set_to_none=state.runtime.world_size == 1)
         state.step += 1
         self.agreement.add(state.step, share)
+
+    def _probe(self, rate: float, batch: Batch) -> None:
+        """Let the probes see `batch` with its gradients in place, and record what they look at."""
+        points = self.state.probes.before_step(self.state.step, rate, batch)
+        if points:
+            self.tracker.metrics(self.state.step, points)
+
+    def _conclude(self) -> dict[str, float]:
+        """The probes' last look, recorded, and what they add to the final metrics."""
+        points, finals = self.state.probes.after_last(self.state.step)
+        if points:
+            self.tracker.metrics(self.state.step, points)
+        return finals
 
     def _enough(self) -> bool:
         """Do what is due after this step; whether to end before the budget does."""

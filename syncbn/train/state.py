@@ -8,6 +8,7 @@ import math
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +22,7 @@ from syncbn.data import DataSets, load_data
 from syncbn.errors import UsageError
 from syncbn.models import build_model
 from syncbn.optim import build_optimizer
+from syncbn.probes import Probes, View
 from syncbn.provenance import git_revision, versions
 from syncbn.runtime.base import Runtime
 from syncbn.sampling import SampleStream, rank_share
@@ -44,6 +46,8 @@ class Standing:
     evaluations_since_best: int = 0
     seconds: float = 0.0
     """Wall time of the loop and its evaluations, over all attempts."""
+    probes: dict[str, Any] = field(default_factory=dict)
+    """What the probes have summed up."""
 
 
 @dataclass
@@ -58,6 +62,7 @@ class State:
     """The network itself; `wrapped` is the same with gradients averaged over ranks."""
     wrapped: nn.Module
     optimizer: Optimizer
+    probes: Probes
     step: int = 0
     """Optimiser steps done."""
     standing: Standing = field(default_factory=Standing)
@@ -86,7 +91,7 @@ def build(cfg: RunConfig, runtime: Runtime) -> State:
     """A run at step 0.
 
     Raises:
-        UsageError: another number of ranks than the config asks for, or an unknown model.
+        UsageError: another number of ranks than the config asks for, an unknown model, or a probe that cannot look.
         DataError: see `load_data`, or fewer samples than one global batch.
     """
     if runtime.world_size != cfg.num_ranks:
@@ -102,7 +107,8 @@ def build(cfg: RunConfig, runtime: Runtime) -> State:
     torch.manual_seed(cfg.seed * 1_000_003 + runtime.rank)  # dropout: another stream a rank
     optimizer = build_optimizer(model, cfg.optim)
     steady = Lockstep(model, sets.num_classes) if cfg.norm.name == "sync_group" else model
-    return State(cfg, runtime, sets, stream, model, _wrapped(steady, runtime), optimizer)
+    probes = Probes(View(cfg, runtime, sets, stream, model))
+    return State(cfg, runtime, sets, stream, model, _wrapped(steady, runtime), optimizer, probes)
 
 
 def _wrapped(model: nn.Module, runtime: Runtime) -> nn.Module:
@@ -131,6 +137,7 @@ def resume(state: State, tracker: Tracker) -> None:
     notes += restore_model(state.model, checkpoint.model_state)
     state.optimizer.load_state_dict(checkpoint.optimizer_state)
     state.step, state.standing = meta.step, Standing(**checkpoint.extra)
+    state.probes.load_state_dict(state.standing.probes)
     if meta.world_size == runtime.world_size:
         rng.restore(rng.from_text(meta.rng[runtime.rank]), runtime.device)
     _begin(state, tracker)
@@ -160,6 +167,7 @@ def checkpoint(state: State, tracker: Tracker) -> None:
     settle_buffers(state.model, state.cfg.norm.name, runtime)
     states = _random_states(runtime)
     if runtime.is_main:
+        state.standing.probes = state.probes.state_dict()
         meta = Meta(
             step=state.step,
             position=state.step * state.cfg.global_batch,
