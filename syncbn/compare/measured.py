@@ -11,7 +11,7 @@ from typing import Any
 
 from syncbn.compare.design import Arm
 from syncbn.compare.records import TrialRecord
-from syncbn.config import RunConfig, StudyConfig, TargetConfig
+from syncbn.config import Config, RunConfig, StudyConfig, TargetConfig
 
 Table = dict[str, list[float | None]]
 """Metric -> one value a seed."""
@@ -30,7 +30,7 @@ def by_arm(trials: Sequence[TrialRecord]) -> dict[str, list[TrialRecord]]:
 def measure(
     study: StudyConfig,
     arms: Mapping[str, Sequence[TrialRecord]],
-    targets: Sequence[float] | None,
+    target: TargetConfig | None,
     tuned: Mapping[str, float],
 ) -> dict[str, Table]:
     """Every arm's table, those of grid cells and, with a grid, of the families they make up.
@@ -38,29 +38,23 @@ def measure(
     Args:
         study: what was declared.
         arms: the trials of each arm, one a seed.
-        targets: the target error of each seed, where there is one.
+        target: what steps are counted to, where there is something.
         tuned: arm to what the search chose for it.
     """
     metrics = dict.fromkeys(metric for own in arms.values() for t in own for metric in t.final)
     table = {arm: measurements(own, metrics) for arm, own in arms.items()}
+    targets = targets_of(target, arms, len(study.seeds))
     for arm, own in arms.items():
         table[arm] |= {metric: at_step(own, metric) for metric in stepwise(study)}
-        if targets is not None and not study.grid:
-            table[arm][STEPS_TO_TARGET] = _steps_to(study.target, own, targets)
+        if target is not None and targets is not None and not study.grid:
+            table[arm][STEPS_TO_TARGET] = [
+                steps_to_target(trial, error, target.tolerance)
+                for trial, error in zip(own, targets, strict=True)
+            ]
     for arm, value in tuned.items():
         assert study.tune is not None
         table[arm][f"tuned_{study.tune.key.rpartition('.')[2]}"] = [value] * len(study.seeds)
     return table
-
-
-def _steps_to(
-    target: TargetConfig | None, trials: Sequence[TrialRecord], targets: Sequence[float]
-) -> list[float | None]:
-    tolerance = target.tolerance if target is not None else 0.0
-    return [
-        steps_to_target(trial, error, tolerance)
-        for trial, error in zip(trials, targets, strict=True)
-    ]
 
 
 def measurements(trials: Sequence[TrialRecord], metrics: Iterable[str]) -> Table:
@@ -96,6 +90,14 @@ def steps_to_target(trial: TrialRecord, error: float, tolerance: float) -> float
         if found <= error and following <= error + tolerance:
             return step
     return math.inf
+
+
+def target_of(cfg: Config) -> TargetConfig | None:
+    """What the study in `cfg` counts steps to: its own target, else the error at which its trials stop."""
+    if cfg.study is not None and cfg.study.target is not None:
+        return cfg.study.target
+    error = cfg.train.target_error
+    return None if error is None else TargetConfig(error=error)
 
 
 def targets_of(

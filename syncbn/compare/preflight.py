@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 
 from syncbn.compare.design import arm_configs, arms_in
-from syncbn.compare.measured import BEST_ERROR, CELLS_TRAINED, STEPS_TO_TARGET
+from syncbn.compare.measured import BEST_ERROR, CELLS_TRAINED, STEPS_TO_TARGET, target_of
 from syncbn.compare.records import difference
 from syncbn.compare.tuning import followed
 from syncbn.config import ClaimConfig, Config, RunConfig, StudyConfig
@@ -72,7 +72,7 @@ def measured(cfg: Config) -> tuple[str, ...]:
     """The metrics that claims of the study in `cfg` may speak of."""
     study = cfg.study
     names = [*MEASURED, *(name for probe in cfg.probe.names for name in OF_PROBE.get(probe, ()))]
-    if study is not None and study.target is not None:
+    if study is not None and target_of(cfg) is not None:
         names += [CELLS_TRAINED if study.grid else STEPS_TO_TARGET]
     if study is not None and study.tune is not None:
         names += [f"tuned_{study.tune.key.rpartition('.')[2]}"]

@@ -70,8 +70,9 @@ def summarise(
         UsageError: a claim's metric is missing in some trial.
     """
     arms = measured.by_arm(trials)
-    targets = measured.targets_of(study.target, arms, len(study.seeds))
-    table = measured.measure(study, arms, targets, values_of(choices or {}) or {})
+    target = measured.target_of(cfg)
+    targets = measured.targets_of(target, arms, len(study.seeds))
+    table = measured.measure(study, arms, target, values_of(choices or {}) or {})
     if study.grid and targets:
         table |= measured.families(arms_of(study), table, targets[0])
     curves = {arm: _curves(own, study) for arm, own in arms.items()}

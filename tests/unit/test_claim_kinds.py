@@ -76,7 +76,13 @@ def test_an_interaction_is_a_difference_of_differences_within_each_seed():
         "none_drop": list(base + 0.05),
     }
     claim = ClaimConfig(
-        "c", "bn_drop", "bn", beyond=["none_drop", "none"], metric="m", kind="greater", threshold=0.03
+        "c",
+        "bn_drop",
+        "bn",
+        beyond=["none_drop", "none"],
+        metric="m",
+        kind="greater",
+        threshold=0.03,
     )
     v = one(claim, arms)
     assert v.verdict == REPRODUCED

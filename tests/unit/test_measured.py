@@ -56,7 +56,7 @@ def test_an_arms_table_has_its_targets_its_points_and_what_was_tuned():
         tune=TuneConfig(key="optim.lr"),
     )
     own = [trial({10: 0.5, 20: 0.2}), trial({10: 0.9, 20: 0.8}, seed=1)]
-    table = measured.measure(study, {"a": own}, [0.3, 0.3], {"a": 0.1})["a"]
+    table = measured.measure(study, {"a": own}, study.target, {"a": 0.1})["a"]
     assert table["steps_to_target"] == [20, math.inf]
     assert table["test_error@20"] == [0.2, 0.8]
     assert table["tuned_lr"] == [0.1, 0.1]
@@ -85,7 +85,14 @@ def test_families_count_the_cells_that_trained_in_each_seed():
 
 @pytest.mark.parametrize(
     ("norm", "together"),
-    [("local", 2), ("sync", 16), ("big_batch", 16), ("sync_group", 8), ("ghost", 2), ("none", None)],
+    [
+        ("local", 2),
+        ("sync", 16),
+        ("big_batch", 16),
+        ("sync_group", 8),
+        ("ghost", 2),
+        ("none", None),
+    ],
 )
 def test_how_many_samples_share_their_statistics(norm, together):
     run = RunConfig(

@@ -138,6 +138,7 @@ def test_a_declared_factor_may_differ_by_group_or_by_key(tmp_path):
         cfg.optim = type(shared)(lr=0.7)
         rewrite(cfg, "sync", seed, lambda trial: None)
     cfg.optim = shared
+    cfg.study.arms["sync"] += ["optim.lr=0.7"]
     for factor in ("optim", "optim.lr"):
         cfg.study.factor = ["norm", factor]
         assert write_results(cfg)["study"] == "demo"
