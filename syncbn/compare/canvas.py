@@ -96,19 +96,46 @@ def new_figure(height: float = HEIGHT) -> "Figure":
     return Figure(figsize=(WIDTH, height), dpi=DPI, layout="constrained")
 
 
-def panels(num: int, columns: int, height: float, extra: float = 0.0, **shared: Any) -> Any:
-    """A figure with `num` panels in rows of `columns`, each `height` inches, `extra` for legend or colour bar.
+def panels(
+    num: int, columns: int, height: float, *, legend: float = 0.0, shared: str = ""
+) -> tuple["Figure", list["Axes"], "Axes"]:
+    """A figure with `num` panels in rows of `columns`, each `height` inches, under a strip for a legend.
+
+    Args:
+        num: how many panels.
+        columns: the most in a row.
+        height: of a panel, in inches.
+        legend: height of the strip, in inches.
+        shared: axes that all panels have in common: `x`, `y`, both or none. Only outer panels have their labels.
 
     Returns:
-        The figure and its axes, row by row; places that no panel takes are left empty.
+        The figure, its panels row by row, and the strip.
     """
     columns = min(columns, num)
     rows = -(-num // columns)
-    figure = new_figure(1.15 + extra + rows * height)
-    axes = figure.subplots(rows, columns, squeeze=False, **shared).ravel()
-    for unused in axes[num:]:
-        unused.axis("off")
-    return figure, list(axes[:num])
+    figure = new_figure(1.15 + legend + rows * height)
+    grid = figure.add_gridspec(rows + 1, columns, height_ratios=[legend + 0.01, *[height] * rows])
+    found: list[Axes] = []
+    for place in range(num):
+        one = found[0] if found else None
+        ties = {f"share{axis}": one for axis in shared}
+        found.append(figure.add_subplot(grid[1 + place // columns, place % columns], **ties))
+    for place, axes in enumerate(found):
+        axes.tick_params(labelbottom="x" not in shared or place + columns >= num)
+        axes.tick_params(labelleft="y" not in shared or place % columns == 0)
+    strip = figure.add_subplot(grid[0, :])
+    strip.axis("off")
+    return figure, found, strip
+
+
+def legend_strip(strip: "Axes", handles: Sequence[Any], labels: Sequence[str]) -> None:
+    """One legend for all panels, in the strip over them."""
+    strip.legend(handles, labels, loc="center left", ncols=columns_of(labels), borderaxespad=0)
+
+
+def strip_height(labels: Sequence[str]) -> float:
+    """Inches that `legend_strip` needs."""
+    return 0.12 + 0.26 * -(-len(labels) // columns_of(labels))
 
 
 def columns_of(labels: Sequence[str]) -> int:

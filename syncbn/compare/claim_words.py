@@ -32,7 +32,7 @@ def threshold_words(claim: Claim) -> str:
 
 
 def _side(word: str, claim: Claim) -> str:
-    return f"{word} {effect_words(claim, claim['threshold'])}"
+    return f"{word} {effect_words(claim, claim['threshold']) if claim['threshold'] else '0'}"
 
 
 def _equivalent(claim: Claim) -> str:

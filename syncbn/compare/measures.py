@@ -16,7 +16,7 @@ class Measure:
 
     words: str
     unit: str = ""
-    """`%` (of a fraction), `points`, `s`, `ms`, `bytes`, `steps`, or none."""
+    """`%` (of a fraction), `points`, `s`, `ms`, `bytes`, `steps`, `cells`, or none."""
 
 
 _MEASURES = {
@@ -32,15 +32,15 @@ _MEASURES = {
     "running_mean_gap": Measure("gap of the running mean"),
     "running_var_gap": Measure("gap of the running variance"),
     "batch_dependence": Measure("dependence of an output on its batch"),
-    "steps_to_target": Measure("steps to the target", "steps"),
+    "steps_to_target": Measure("number of steps to the target", "steps"),
     "steps": Measure("steps", "steps"),
-    "cells_trained": Measure("cells that trained"),
-    "cells": Measure("cells"),
+    "cells_trained": Measure("number of cells that trained", "cells"),
+    "cells": Measure("number of cells", "cells"),
     "quantile_range": Measure("movement of the quantiles"),
     "quantile_range_unit0": Measure("movement of unit 0's quantiles"),
     "shift_slope": Measure("slope of log shift against depth"),
     "shift": Measure("shift of the inputs"),
-    "saturation": Measure("saturated outputs", PERCENT),
+    "saturation": Measure("share of saturated outputs", PERCENT),
     "grad_norm": Measure("gradient norm"),
     "loss_range": Measure("range of the loss along the gradient"),
     "gradient_predictiveness": Measure("change of the gradient along itself"),
@@ -51,10 +51,10 @@ _MEASURES = {
     "oracle_gap_weights": Measure("relative gap of the weights to one process"),
     "train_loss": Measure("training loss"),
     "lr": Measure("learning rate"),
-    "seconds": Measure("seconds", "s"),
+    "seconds": Measure("wall time", "s"),
     "step_ms": Measure("time of a step", "ms"),
     "exchange_ms": Measure("time in exchanges a step", "ms"),
-    "exchange_bytes": Measure("bytes sent a step", "bytes"),
+    "exchange_bytes": Measure("number of bytes sent a step", "bytes"),
     "exchange_share": Measure("share of a step in exchanges", PERCENT),
 }
 

@@ -38,7 +38,7 @@ h1 { font-size: 1.5rem; line-height: 1.25; margin: .3rem 0 1rem; }
 h2 { font-size: 1.2rem; margin: 2.2rem 0 .6rem; } h3 { font-size: 1rem; margin: 1.4rem 0 .3rem; }
 p { margin: .5rem 0; } .soft { color: #555; font-size: .9rem; }
 .lead { border-left: .4rem solid; padding: .2rem 0 .2rem .9rem; }
-.lead p { color: #1a1a1a; font-size: 1.15rem; } .lead .pill { font-size: 1rem; }
+.lead p { font-size: 1.15rem; } .lead p + p { color: #1a1a1a; } .lead .pill { font-size: 1rem; }
 .pill { display: inline-block; background: currentColor; border-radius: .3rem; padding: .1rem .6rem;
   font-size: .85rem; font-weight: 700; letter-spacing: .02em; }
 .pill span { color: #fff; }
@@ -88,7 +88,7 @@ def _pill(verdict: str) -> str:
 
 
 def _lead(page: Page) -> Iterator[str]:
-    """The question, the finding with its verdict, and where the numbers come from."""
+    """The question, the finding with its verdict, where the numbers come from, and the figure to look at."""
     summary = page.summary
     verdict = verdict_of(summary)
     yield f'<p class="soft">{escape(summary["study"])}</p><h1>{escape(page.question)}</h1>'
@@ -99,6 +99,7 @@ def _lead(page: Page) -> Iterator[str]:
     if summary["design"].get("statement"):
         statement = escape(summary["design"]["statement"])
         yield f"<p><strong>The text says:</strong> {statement}</p>"
+    yield from map(_picture, page.pictures[:1])
 
 
 def _evidence(page: Page) -> Iterator[str]:
@@ -109,8 +110,9 @@ def _evidence(page: Page) -> Iterator[str]:
     yield "<h2>Arms</h2>"
     yield _grid(arm_header(summary), arm_rows(summary))
     yield from map(_table, cell_tables(summary))
-    yield "<h2>Figures</h2>"
-    yield from map(_picture, page.pictures)
+    if page.pictures[1:]:
+        yield "<h2>More figures</h2>"
+    yield from map(_picture, page.pictures[1:])
 
 
 def _card(claim: Claim) -> str:
@@ -127,7 +129,7 @@ def _card(claim: Claim) -> str:
     rows = "".join(f"<dt>{escape(k)}</dt><dd>{escape(v)}</dd>" for k, v in facts.items())
     return (
         f'<article class="card {claim["verdict"]}">{_pill(claim["verdict"])}'
-        f"<h3>{escape(claim['name'])}{secondary}</h3>{_paragraph(claim['statement'])}"
+        f"<h3>{escape(claim['name']).replace('_', '_<wbr>')}{secondary}</h3>{_paragraph(claim['statement'])}"
         f'<p class="effect">{escape(effect_words(claim, claim["effect"]))}</p>'
         f"<dl>{rows}</dl>{_paragraph(conclusion(claim), 'soft')}</article>"
     )

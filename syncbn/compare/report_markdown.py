@@ -6,6 +6,7 @@ The decision that shaped the file: it has the sections of the HTML page in the s
 import json
 from collections.abc import Iterator
 
+from syncbn.compare.canvas import Picture
 from syncbn.compare.captions import setting
 from syncbn.compare.claim_words import tally, verdict_sentence
 from syncbn.compare.page import FAST, NO_COMMAND, Page, headline, is_fast, verdict_of
@@ -29,7 +30,7 @@ def markdown(page: Page) -> str:
 
 
 def _lead(page: Page) -> Iterator[str]:
-    """The question, the finding with its verdict, and where the numbers come from."""
+    """The question, the finding with its verdict, where the numbers come from, and the figure to look at."""
     summary = page.summary
     yield f"# {escaped(summary['study'])}: {escaped(page.question)}"
     yield f"**{verdict_of(summary)}.** {escaped(headline(summary))}"
@@ -38,6 +39,7 @@ def _lead(page: Page) -> Iterator[str]:
         yield FAST
     if summary["design"].get("statement"):
         yield f"The text says: {escaped(summary['design']['statement'])}"
+    yield from map(_picture, page.pictures[:1])
 
 
 def _evidence(page: Page) -> Iterator[str]:
@@ -54,9 +56,13 @@ def _evidence(page: Page) -> Iterator[str]:
     yield markdown_table(arm_header(summary), arm_rows(summary))
     for table in cell_tables(summary):
         yield _table(table)
-    yield "## Figures"
-    for picture in page.pictures:
-        yield f"![{escaped(picture.title)}](figures/{picture.name}.png)"
+    if page.pictures[1:]:
+        yield "## More figures"
+    yield from map(_picture, page.pictures[1:])
+
+
+def _picture(picture: Picture) -> str:
+    return f"![{escaped(picture.title)}](figures/{picture.name}.png)"
 
 
 def _table(table: Table) -> str:

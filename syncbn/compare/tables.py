@@ -149,10 +149,10 @@ def _grid_columns(summary: Summary) -> list[Column]:
         return [("cells", lambda arm: str(len(cells_of(summary, arm))))]
     return [
         (
-            "cells that train, median",
+            "cells that train (median)",
             lambda arm: _of_all(summary, arm, median_of(summary, arm, "cells_trained")),
         ),
-        ("over seeds", lambda arm: _counts(values_of(summary, arm, "cells_trained"))),
+        ("range over seeds", lambda arm: _counts(values_of(summary, arm, "cells_trained"))),
         ("in every seed", lambda arm: _of_all(summary, arm, _in_every_seed(summary, arm))),
     ]
 
@@ -163,7 +163,9 @@ def _of_all(summary: Summary, arm: str, count: float | None) -> str:
 
 def _counts(counts: Sequence[float | None]) -> str:
     known = [count for count in counts if count is not None]
-    return f"{min(known):g} to {max(known):g}" if known else NOTHING
+    if not known:
+        return NOTHING
+    return f"{min(known):g}" + (f" to {max(known):g}" if max(known) > min(known) else "")
 
 
 def _in_every_seed(summary: Summary, family: str) -> float:

@@ -31,6 +31,11 @@ def arm_words(arm: str) -> str:
     return ARM_WORDS.get(arm, arm)
 
 
+def arm_first(arm: str) -> str:
+    """The arm in words as a sentence begins; a name of a study's own stays as it is."""
+    return capital(arm_words(arm)) if arm in ARM_WORDS else arm
+
+
 def capital(text: str) -> str:
     """`text` as a sentence begins."""
     return text[:1].upper() + text[1:]
@@ -48,7 +53,11 @@ def number(value: float | None, digits: int = 3) -> str:
     if value is None:
         return NOTHING
     text = f"{value:#.{digits}g}".rstrip(".")
-    text = f"{value:.0f}" if "e+" in text and abs(value) < 1e6 else text
+    if 0 < abs(value) < 1e-3:
+        mantissa, _, power = f"{value:.{digits - 1}e}".partition("e")
+        text = f"{mantissa.rstrip('0').rstrip('.')}e{int(power)}"
+    elif "e+" in text and abs(value) < 1e6:
+        text = f"{value:.0f}"
     return text.replace("-", MINUS)
 
 
@@ -66,8 +75,8 @@ def value_words(metric: str, value: float | None) -> str:
         return f"{percent(value)} {unit}"
     if unit == "bytes":
         return byte_words(value)
-    if unit == "steps":
-        return f"{value:.0f} steps"
+    if unit in ("steps", "cells"):
+        return f"{value:g} {unit}"
     return f"{number(value)} {unit}".rstrip()
 
 
@@ -96,8 +105,8 @@ def range_words(metric: str, low: float | None, high: float | None) -> str:
 def labelled(metric: str) -> str:
     """The metric with its unit, as an axis or a column is headed: `Test error (%)`."""
     unit = measure(metric).unit
-    words = "Wall time" if metric == "seconds" else capital(metric_words(metric))
-    return f"{words} ({unit})" if unit else words
+    words = capital(metric_words(metric))
+    return f"{words} ({unit})" if unit not in ("", "steps", "cells") else words
 
 
 def form(claim: Claim) -> str:

@@ -178,8 +178,7 @@ def _published(axes: "Axes | None", summary: Summary, main: Curve) -> bool:
         axes.plot(sizes, errors, marker=look.marker, color=look.colour, ls=look.line, label=label)
     axes.set_xscale("log", base=2)
     ticks = sorted({size for _, sizes, _ in curves for size in sizes})
-    ticks = ticks if len(ticks) < 8 else [tick for tick in ticks if np.log2(tick) % 2 == 1]
-    axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+    axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks], fontsize=10)
     axes.minorticks_off()
     axes.set(xlabel="Samples that share them (log)", ylabel="Error (%)")
     axes.set_title("Published, on ImageNet: not this study", loc="left", fontsize=12)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from syncbn.compare import statistics
-from syncbn.compare.canvas import Picture, columns_of, finish, looks, new_figure
+from syncbn.compare.canvas import Picture, finish, looks, new_figure
 from syncbn.compare.captions import setting
 from syncbn.compare.figures.dots import at_the_right, spread
 from syncbn.compare.figures.series import Trials
@@ -68,7 +68,7 @@ def _steps(axes: "Axes", summary: Summary, arms: list[str]) -> None:
 def _step_words(summary: Summary, arm: str) -> str:
     words = value_words("step_ms", median_of(summary, arm, "step_ms"))
     sent = median_of(summary, arm, "exchange_bytes")
-    return f"{words}\n{byte_words(sent)}" if sent else words
+    return f"{words}\n{byte_words(sent)} sent" if sent else words
 
 
 def layer_costs(summary: Summary) -> dict[str, dict[str, float]]:
@@ -105,8 +105,10 @@ def _by_layer(axes: "Axes", summary: Summary, layers: dict[str, dict[str, float]
     axes.invert_yaxis()
     axes.set_xlim(left=0)
     axes.grid(visible=False, axis="y")
-    axes.set_xlabel("Time in exchanges a step, by layer (ms)")
-    axes.legend(loc="lower right", ncols=min(2, columns_of(list(layers))))
+    only = f" with {next(iter(layers))}" if len(layers) == 1 else ""
+    axes.set_xlabel(f"Time in exchanges a step{only}, by layer (ms)")
+    if not only:
+        axes.legend(loc="lower right")
 
 
 def _title(summary: Summary, arms: list[str]) -> str:

@@ -24,7 +24,7 @@ from syncbn.compare.captions import axis_label, contrast_title, setting
 from syncbn.compare.figures.series import Trials, by_arm, shared_points, smooth
 from syncbn.compare.reading import Summary, among, contrast, median_of
 from syncbn.compare.statistics import Floats
-from syncbn.compare.wording import arm_words, capital, number, value_words
+from syncbn.compare.wording import arm_first, arm_words, number, value_words
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -89,7 +89,7 @@ def _scale_of_errors(axes: "Axes") -> None:
     """A logarithmic axis where the smallest error would vanish beside the largest."""
     drawn = np.concatenate([np.asarray(line.get_ydata(), float) for line in axes.lines])
     drawn = drawn[np.isfinite(drawn) & (drawn > 0)]
-    if len(drawn) and drawn.max() > 8 * drawn.min():
+    if len(drawn) and drawn.max() > 5 * drawn.min():
         axes.set_yscale("log")
         axes.set_ylim(drawn.min() / 1.15, drawn.max() * 1.15)
         plain_log(axes.yaxis)
@@ -111,9 +111,9 @@ def _convergence_title(summary: Summary, trials: Trials) -> str:
     of = f"final {reached} error"
     if not len(there):
         words = f"does not get to {arm_words(against)}'s {of} in {last} steps"
-        return f"{capital(arm_words(arm))} {words}"
+        return f"{arm_first(arm)} {words}"
     words = f"is at {arm_words(against)}'s {of} by step {there[0]:.0f} of {last}"
-    return f"{capital(arm_words(arm))} {words}"
+    return f"{arm_first(arm)} {words}"
 
 
 def has_losses(summary: Summary, trials: Trials) -> bool:

@@ -27,8 +27,8 @@ from syncbn.compare.statistics import Floats
 from syncbn.compare.wording import (
     NOTHING,
     TIMES,
+    arm_first,
     arm_words,
-    capital,
     listed,
     number,
     value_words,
@@ -106,7 +106,7 @@ def _seconds_title(summary: Summary) -> str:
         *(array_of(summary, name, "seconds").tolist() for name in (arm, against))
     )
     ratio = statistics.effect(logs)
-    one, other = capital(arm_words(arm)), arm_words(against)
+    one, other = arm_first(arm), arm_words(against)
     if np.isnan(ratio.median):
         return f"{one} or {other} has trials that diverged before they could be timed"
     low, middle, high = np.exp([ratio.interval.low, ratio.median, ratio.interval.high])
@@ -174,7 +174,7 @@ def fit(axes: "Axes") -> None:
     if not len(drawn):
         return
     low, high = drawn.min(), drawn.max()
-    if low > 0 and high > 30 * low:
+    if low > 0 and high > 10 * low:
         axes.set_xscale("log")
         axes.set_xlim(low / 1.3, high * 1.3)
         plain_log(axes.xaxis)

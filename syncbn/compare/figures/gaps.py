@@ -9,7 +9,16 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from syncbn.compare import statistics
-from syncbn.compare.canvas import Look, Picture, columns_of, finish, looks, panels, plain_log
+from syncbn.compare.canvas import (
+    Look,
+    Picture,
+    finish,
+    legend_strip,
+    looks,
+    panels,
+    plain_log,
+    strip_height,
+)
 from syncbn.compare.captions import setting
 from syncbn.compare.figures.curves import MOST_WITH_SEEDS
 from syncbn.compare.figures.series import Trials, by_arm, geometric_mean, shared_points
@@ -20,7 +29,6 @@ from syncbn.compare.wording import arm_words, number
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
 _GAPS = ("oracle_gap_loss", "oracle_gap_gradient", "oracle_gap_buffers", "oracle_gap_weights")
 _SMOOTHNESS = ("loss_range", "gradient_predictiveness", "effective_beta")
@@ -49,11 +57,12 @@ def has_gaps(summary: Summary, trials: Trials) -> bool:
 def equivalence(summary: Summary, trials: Trials) -> Picture:
     """Relative gap to one process over the steps, a panel a quantity."""
     metrics = _known(summary, trials, _GAPS)
-    figure, axes = panels(len(metrics), 2, 2.1, 0.6, sharex=True)
+    arms = list(by_arm(summary, trials, metrics[0]))
+    figure, axes, strip = panels(len(metrics), 2, 2.1, legend=strip_height(arms), shared="xy")
     for panel, metric in zip(axes, metrics, strict=True):
         _panel(panel, summary, trials, metric, floor=_NOTHING_BELOW)
-        panel.set_ylabel("Relative gap (log)")
-    _legend(figure, axes[0])
+        _outer(panel, "Relative gap (log)")
+    legend_strip(strip, *axes[0].get_legend_handles_labels())
     caption = (
         f"{setting(summary)}. Difference between the ranks and one process that takes the whole batch by the "
         "textbook's formula, relative to its size. Median over seeds; what is exactly 0, or below "
@@ -89,12 +98,12 @@ def has_smoothness(summary: Summary, trials: Trials) -> bool:
 def smoothness(summary: Summary, trials: Trials) -> Picture:
     """Loss range, change of the gradient and effective beta over the steps."""
     metrics = _known(summary, trials, _SMOOTHNESS)
-    figure, axes = panels(len(metrics), 1, 1.75, 0.5, sharex=True)
+    arms = list(by_arm(summary, trials, metrics[0]))
+    figure, axes, strip = panels(len(metrics), 1, 1.75, legend=strip_height(arms), shared="x")
     for panel, metric in zip(axes, metrics, strict=True):
         _panel(panel, summary, trials, metric, floor=0.0)
-        panel.set_ylabel("log scale")
-        panel.set_xlabel("Optimiser step" if metric == metrics[-1] else "")
-    _legend(figure, axes[0])
+        _outer(panel, "log scale")
+    legend_strip(strip, *axes[0].get_legend_handles_labels())
     caption = (
         f"{setting(summary)}. Along the gradient, over steps of 0.5 to 4 learning rates (Santurkar et al. 2018). "
         "Thick: median over seeds; thin: a seed. The title compares geometric means over the looks."
@@ -111,7 +120,6 @@ def _panel(axes: "Axes", summary: Summary, trials: Trials, metric: str, floor: f
     axes.set_yscale("log")
     plain_log(axes.yaxis)
     axes.set_title(_LABELS[metric], loc="left", fontsize=12)
-    axes.set_xlabel("Optimiser step")
 
 
 def _curve(axes: "Axes", steps: Floats, values: Floats, look: Look, label: str, few: bool) -> None:
@@ -122,9 +130,12 @@ def _curve(axes: "Axes", steps: Floats, values: Floats, look: Look, label: str, 
     axes.plot(steps, middle, label=label, markevery=every, markersize=5, linewidth=1.6, **style)
 
 
-def _legend(figure: "Figure", axes: "Axes") -> None:
-    handles, labels = axes.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper left", ncols=columns_of(labels), fontsize=11)
+def _outer(axes: "Axes", label: str) -> None:
+    """Labels of the axes where their ticks have some."""
+    if axes.xaxis.get_tick_params()["labelbottom"]:
+        axes.set_xlabel("Optimiser step")
+    if axes.yaxis.get_tick_params()["labelleft"]:
+        axes.set_ylabel(label)
 
 
 def _smoothness_title(summary: Summary, trials: Trials, metrics: list[str]) -> str:
@@ -140,4 +151,5 @@ def _smoothness_title(summary: Summary, trials: Trials, metrics: list[str]) -> s
     found = statistics.effect(statistics.paired_log_ratios(means[1].tolist(), means[0].tolist()))
     low, middle, high = np.exp([found.interval.low, found.median, found.interval.high])
     bounds = f" (95 % interval {number(low)} to {number(high)})" if np.isfinite(high) else ""
-    return f"The {words} is {number(middle)} times that of {arm_words(pair[0])} with {arm_words(pair[1])}{bounds}"
+    against, arm = map(arm_words, pair)
+    return f"With {arm} the {words} is {number(middle)} times that with {against}{bounds}"

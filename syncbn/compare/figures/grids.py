@@ -60,8 +60,8 @@ def cell_map(summary: Summary, trials: Trials) -> Picture:
     families = shown_arms(summary)
     rows, columns = rows_and_columns(summary)
     side_by_side = len(columns) < 6 and len(families) > 1
-    figure, axes = panels(len(families), 2 if side_by_side else 1, 0.9 + 0.5 * len(rows))
-    mesh = None
+    figure, axes, _ = panels(len(families), 2 if side_by_side else 1, 0.9 + 0.5 * len(rows))
+    mesh: Any = None
     for panel, family in zip(axes, families, strict=True):
         mesh = _panel(panel, summary, family)
         panel.set_title(_panel_title(summary, family), loc="left", fontsize=12)

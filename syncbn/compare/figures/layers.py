@@ -12,6 +12,7 @@ from syncbn.compare import statistics
 from syncbn.compare.canvas import (
     Picture,
     finish,
+    legend_strip,
     looks,
     panels,
 )
@@ -45,7 +46,7 @@ def has_quantiles(summary: Summary, trials: Trials) -> bool:
 def quantiles(summary: Summary, trials: Trials) -> Picture:
     """The 15, 50 and 85 % quantiles of one unit's input over the steps, a panel an arm."""
     arms = by_arm(summary, trials, "quantile")
-    figure, axes = panels(len(arms), 2, 2.1, sharey=True)
+    figure, axes, _ = panels(len(arms), 2, 2.1, shared="xy")
     for panel, (arm, look) in zip(axes, looks(list(arms)).items(), strict=True):
         first = arms[arm][0]
         steps, low, middle, high = _quantiles_of(first)
@@ -71,9 +72,10 @@ def _quantiles_of(trial: Any) -> tuple[Floats, Floats, Floats, Floats]:
 
 
 def _few_steps(axes: "Axes") -> None:
-    """Few ticks, as panels are narrow."""
+    """Few ticks, as panels are narrow; no label where the ticks have none."""
     axes.locator_params(axis="x", nbins=4)
-    axes.set_xlabel("Optimiser step")
+    if axes.xaxis.get_tick_params()["labelbottom"]:
+        axes.set_xlabel("Optimiser step")
 
 
 def _quantile_title(summary: Summary, trials: Trials) -> str:
@@ -101,58 +103,47 @@ def has_saturation(summary: Summary, trials: Trials) -> bool:
 
 
 def saturation(summary: Summary, trials: Trials) -> Picture:
-    """Share of saturated outputs of each layer over the steps, a panel an arm; a map where there are many layers."""
+    """Share of saturated outputs of each layer over the steps, a panel an arm; maps where there are many layers."""
     arms = by_arm(summary, trials, "saturation")
     found = {arm: layered(own, "saturation") for arm, own in arms.items()}
-    figure, axes = panels(len(arms), 2, 2.1, 0.35, sharex=True)
-    mesh = None
+    most = max((layers for layers, _, _ in found.values()), key=len)
+    as_map = len(most) > MOST_LINES
+    figure, axes, strip = panels(len(arms), 2, 1.9, legend=0 if as_map else 0.4, shared="x")
+    label, mesh = f"{_noun(trials)} (%)", None
     for panel, (arm, (layers, steps, values)) in zip(axes, found.items(), strict=True):
         middle = 100 * np.median(values, axis=0)
-        if len(layers) > MOST_LINES:
+        if as_map:
             mesh = _map(panel, steps, layers, middle, vmin=0, vmax=100)
         else:
-            _layer_lines(panel, steps, layers, middle)
-            panel.set_ylim(-3, 103)
-            panel.set_ylabel(f"{_noun(trials)} (%)")
+            _layer_lines(panel, steps, layers, middle, most)
+            panel.set(ylim=(-3, 103), ylabel=label)
         panel.set_title(arm, loc="left", fontsize=12)
         _few_steps(panel)
     if mesh is not None:
-        figure.colorbar(mesh, ax=axes, label=f"{_noun(trials)} (%)", shrink=0.8)
-    most = max(found.values(), key=lambda each: len(each[0]) if len(each[0]) <= MOST_LINES else 0)
-    _layer_legend(figure, most[0])
+        figure.colorbar(mesh, ax=axes, label=label, shrink=0.8)
+    else:
+        legend_strip(strip, *axes[0].get_legend_handles_labels())
     caption = f"{setting(summary)}. Median over seeds. {_rule(trials)}"
     return finish(figure, "saturation", _saturation_title(summary, trials), caption)
 
 
-def _layer_legend(figure: Any, layers: list[int]) -> None:
-    from matplotlib.lines import Line2D
-
-    if len(layers) > MOST_LINES:
-        return
-    handles = [Line2D([], [], label=f"layer {n}", **_layer_style(n, layers)) for n in layers]
-    figure.legend(handles=handles, loc="outside upper left", ncols=len(layers), fontsize=11)
-
-
-def _layer_style(layer: int, layers: list[int]) -> dict[str, Any]:
+def _layer_lines(
+    axes: "Axes", steps: Floats, layers: list[int], values: Floats, most: list[int]
+) -> None:
+    """A line a layer, from dark to light; the same layer looks the same in every panel."""
     import matplotlib
 
-    place = layers.index(layer)
-    colour = matplotlib.colormaps[_MAP](0.9 * place / max(1, len(layers) - 1))
-    return {
-        "color": colour,
-        "linestyle": ("-", (0, (5, 2)), (0, (1, 1)), "-.")[place % 4],
-        "marker": "os^Dv"[place],
-    }
-
-
-def _layer_lines(axes: "Axes", steps: Floats, layers: list[int], values: Floats) -> None:
     for layer, row in zip(layers, values, strict=True):
+        place = most.index(layer)
         axes.plot(
             steps,
             row,
-            markevery=max(1, len(steps) // 5),
+            marker="os^Dv"[place],
             markersize=5,
-            **_layer_style(layer, layers),
+            markevery=max(1, len(steps) // 5),
+            linestyle=("-", (0, (5, 2)), (0, (1, 1)), "-.", (0, (3, 1, 1, 1, 1, 1)))[place],
+            color=matplotlib.colormaps[_MAP](0.9 * place / max(1, len(most) - 1)),
+            label=f"layer {layer}",
         )
 
 
@@ -191,16 +182,22 @@ def _rule(trials: Trials) -> str:
 
 
 def _saturation_title(summary: Summary, trials: Trials) -> str:
-    """Each contrasted arm's most saturated layer, at the step where it is worst."""
-    arms = by_arm(summary, trials, "saturation")
-    words = []
-    for arm in among(contrast(summary, "saturation"), list(arms)):
-        layers, steps, values = layered(arms[arm], "saturation")
+    """The arm, layer and step with the largest share, and the most that any other arm has."""
+    worst: dict[str, tuple[float, str]] = {}
+    for arm, own in by_arm(summary, trials, "saturation").items():
+        layers, steps, values = layered(own, "saturation")
         middle = np.median(values, axis=0)
         layer, look = np.unravel_index(int(np.nanargmax(middle)), middle.shape)
-        where = f"(layer {layers[layer]}, step {steps[look]:.0f})"
-        words.append(f"{percent(middle[layer, look])} % {where} with {arm_words(arm)}")
-    return f"{_noun(trials)}, at worst: {', '.join(words)}"
+        worst[arm] = (float(middle[layer, look]), f"layer {layers[layer]}, step {steps[look]:.0f}")
+    most, *others = sorted(worst, key=lambda arm: -worst[arm][0])
+    share, where = worst[most]
+    title = f"{_noun(trials)}, at most: {percent(share)} % with {arm_words(most)} ({where})"
+    if not others:
+        return title
+    rest = f"{percent(worst[others[0]][0])} %"
+    if len(others) == 1:
+        return f"{title}, {rest} with {arm_words(others[0])}"
+    return f"{title}, {rest} or less in the other {len(others)} arms"
 
 
 def has_gradients(summary: Summary, trials: Trials) -> bool:
@@ -217,8 +214,8 @@ def gradient_norms(summary: Summary, trials: Trials) -> Picture:
     middles = {arm: geometric_mean(values, axis=0) for arm, (_, _, values) in found.items()}
     known = np.concatenate([each[np.isfinite(each)] for each in middles.values()])
     scale = LogNorm(max(known.min(), known.max() * 1e-8), known.max()) if len(known) else None
-    figure, axes = panels(len(arms), 2, 1.9, sharex=True)
-    mesh = None
+    figure, axes, _ = panels(len(arms), 2, 1.9, shared="x")
+    mesh: Any = None
     for panel, (arm, (layers, steps, _)) in zip(axes, found.items(), strict=True):
         mesh = _map(panel, steps, layers, middles[arm], norm=scale)
         panel.set_title(arm, loc="left", fontsize=12)

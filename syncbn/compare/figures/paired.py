@@ -16,6 +16,7 @@ from syncbn.compare.captions import setting
 from syncbn.compare.claim_words import colour_of, comparison_words, tally, threshold_words
 from syncbn.compare.figures.series import Trials
 from syncbn.compare.reading import Summary
+from syncbn.compare.statistics import Floats
 from syncbn.compare.wording import Claim, effect_words, form, is_fraction, no_effect, unit_of
 
 if TYPE_CHECKING:
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 
 COMPACT_FROM = 5
 """So many claims or more have low rows."""
-_ALLOWED = "#e3efc9"
+_ALLOWED, _WITHIN_MARGIN = "#e3efc9", "#f3f7ea"
 _MARKS = {"REPRODUCED": "D", "NOT REPRODUCED": "X", "INCONCLUSIVE": "o"}
 
 
@@ -86,7 +87,7 @@ def _claim_row(axes: "Axes", claim: Claim) -> None:
     axes.plot(scale * claim["effect"], 0, mark, color=colour, markersize=9, zorder=3)
     axes.set(ylim=(-0.4, 1), yticks=[])
     axes.spines["left"].set_visible(False)
-    _spread_out(axes, claim, pairs)
+    _spread_out(axes, claim, pairs, scale)
     _demand(axes, claim, scale)
 
 
@@ -97,13 +98,13 @@ def _bar(
         axes.hlines(0, *(scale * np.array(ends, dtype=float)), color=colour, linewidth=width)
 
 
-def _spread_out(axes: "Axes", claim: Claim, pairs: np.ndarray) -> None:
+def _spread_out(axes: "Axes", claim: Claim, pairs: Floats, scale: int) -> None:
     """A logarithmic axis for what spans powers of ten or whose threshold lies powers of ten away."""
-    threshold = [claim["threshold"]] if claim["kind"] in ("less", "greater") else []
+    threshold = [scale * claim["threshold"]] if claim["kind"] in ("less", "greater") else []
     shown = np.array([*pairs, *threshold])
     if form(claim) in ("ratio", "value") and shown.min() > 0 and shown.max() > 20 * shown.min():
-        axes.set_xscale("log")
         axes.set_xlim(shown.min() / 3, shown.max() * 3)
+        axes.set_xscale("log")
 
 
 def demanded(claim: Claim) -> list[tuple[float, float]]:
@@ -132,6 +133,17 @@ def _demand(axes: "Axes", claim: Claim, scale: int) -> None:
     for edge in {edge for stretch in stretches for edge in stretch if math.isfinite(edge)}:
         axes.axvline(edge, color="black", linestyle="--", linewidth=1.2)
     left, right = axes.get_xlim()
+    if claim["kind"] == "different" and claim["threshold"]:
+        _margin(axes, claim, scale)
     for low, high in stretches:
         axes.axvspan(max(low, left), min(high, right), color=_ALLOWED, zorder=0)
     axes.set_xlim(left, right)
+
+
+def _margin(axes: "Axes", claim: Claim, scale: int) -> None:
+    """Paler where an effect counts as none once both one-sided tests put it there."""
+    threshold = claim["threshold"]
+    low, high = (1 / threshold if form(claim) == "ratio" else -threshold), threshold
+    axes.axvspan(scale * low, scale * high, color=_WITHIN_MARGIN, zorder=0.5)
+    for edge in (low, high):
+        axes.axvline(scale * edge, color=SOFT, linestyle=":", linewidth=1.2)
