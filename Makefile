@@ -6,11 +6,11 @@ PORT ?= 5000
 BIN = .venv/bin
 STAMP = .venv/.installed
 
-.PHONY: help setup demo ui test test-all coverage bench lint lock
+.PHONY: help setup demo studies studies-fast ui test test-all coverage bench lint lock
 .DEFAULT_GOAL := help
 
 help: ## List these targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
 
 setup: $(STAMP) ## Make .venv with everything in it (other targets do this where needed)
 
@@ -28,6 +28,12 @@ demo: $(STAMP) ## Run the study `demo` on two ranks of this machine and print it
 	@start=$$(date +%s) && \
 	  $(BIN)/python jobs/compare.py study=demo launcher.num_workers=2 && \
 	  echo "study took $$(($$(date +%s) - start)) s; see it with: make ui, or open runs/demo/report.html"
+
+studies: $(STAMP) ## Run all studies, hours on 2 cores; goes on where it stopped (SYNCBN_DATA_ROOT=data)
+	@$(BIN)/syncbn studies --tier full data.root="$${SYNCBN_DATA_ROOT:-data}"
+
+studies-fast: $(STAMP) ## Run the fast form of the studies that have one, some minutes (SYNCBN_DATA_ROOT=data)
+	@$(BIN)/syncbn studies --tier fast data.root="$${SYNCBN_DATA_ROOT:-data}"
 
 ui: $(STAMP) ## Show runs, figures and reports in MLflow on 127.0.0.1 (PORT=5000)
 	@$(BIN)/syncbn ui --port $(PORT)

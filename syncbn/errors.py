@@ -66,6 +66,19 @@ class GotWorse(SyncbnError):
     exit_code = 9
 
 
+class StudyFailed(SyncbnError):
+    """Studies that ran one after another, some of which failed.
+
+    Args:
+        message: which, and how.
+        exit_code: that of the worst failure.
+    """
+
+    def __init__(self, message: str, exit_code: int) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
 class InfrastructureError(SyncbnError):
     """A worker, node or service that died under a run: the same command may succeed when tried again."""
 

@@ -12,6 +12,7 @@ VERBS = (
     "train",
     "compare",
     "compare-to",
+    "studies",
     "submit",
     "jobs",
     "status",

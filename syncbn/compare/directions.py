@@ -6,7 +6,7 @@ everything else, because a gate that guesses it wrong is green when something br
 
 from dataclasses import dataclass
 
-from syncbn.compare.summaries import Summary
+from syncbn.compare.reading import Summary
 from syncbn.errors import UsageError
 
 _LOWER_IS_BETTER = ("error", "loss", "seconds", "_ms", "_bytes", "diverged", "steps_to_target")

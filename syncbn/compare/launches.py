@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from syncbn.compare.claims import INCONCLUSIVE, REPRODUCED
-from syncbn.compare.summaries import Summary
+from syncbn.compare.reading import Summary
 from syncbn.errors import UsageError
 
 LEAST_SEEDS = 2
@@ -69,8 +69,18 @@ def differences(base: Summary, new: Summary) -> list[str]:
     pairs = [("revision", base.get("git"), new.get("git"))]
     old, late = base.get("versions", {}), new.get("versions", {})
     pairs += [(name, old.get(name), late.get(name)) for name in dict.fromkeys([*old, *late])]
-    pairs += [(key, base["design"].get(key), new["design"].get(key)) for key in ("tuned", "target")]
+    pairs += [("tuned", _tuned(base), _tuned(new))]
+    pairs += [("target", base["design"].get("target"), new["design"].get("target"))]
     return [f"{name}: {was} -> {now}" for name, was, now in pairs if was != now]
+
+
+def _tuned(summary: Summary) -> dict[str, Any]:
+    """Arm to what the search chose for it."""
+    searched = summary["design"].get("tuned") or {}
+    return {
+        arm: {key: value for key, value in chosen.items() if key not in ("errors", "at_an_end")}
+        for arm, chosen in searched.items()
+    }
 
 
 def shared_seeds(base: Summary, new: Summary) -> list[int]:

@@ -44,3 +44,8 @@ def p_cell(p: float | None) -> str:
     if p is None:
         return "\N{EN DASH}"
     return "< 0.001" if p < 0.001 else f"{p:.3f}"
+
+
+def counted(number: int, one: str, several: str) -> str:
+    """`1 study`, `2 studies`."""
+    return f"{number} {one if number == 1 else several}"

@@ -14,8 +14,9 @@ from syncbn.compare import statistics
 from syncbn.compare.claims import LEVEL, REPRODUCED
 from syncbn.compare.directions import Metric, default_metric
 from syncbn.compare.launches import ClaimChange, lost_claims, refuse_unlike, shared_seeds
+from syncbn.compare.reading import Summary
 from syncbn.compare.statistics import Floats, Interval
-from syncbn.compare.summaries import Summary, by_seed
+from syncbn.compare.summaries import by_seed
 from syncbn.errors import UsageError
 
 WORSE, BETTER, SAME, CANNOT_TELL = "WORSE", "BETTER", "SAME", "CANNOT TELL"

@@ -5,13 +5,12 @@ works on a summary that was kept from a machine that is gone. A file that is not
 """
 
 import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from syncbn.compare.reading import Summary
 from syncbn.errors import UsageError
 
-Summary = Mapping[str, Any]
 _DUE: dict[str, type] = {"study": str, "design": dict, "arms": dict, "claims": list}
 
 
