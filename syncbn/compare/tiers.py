@@ -92,12 +92,15 @@ def studies_of(
 
 def _launch(tier: str, file: str, study: Declared) -> Launch:
     fast = tier == FAST
-    name = f"{file}-fast" if fast else study.name
+    shortened = (f"name={file}-fast", f"study.tier={FAST}", *study.fast)
     return Launch(
         study=file,
-        name=name,
+        name=f"{file}-fast" if fast else study.name,
         question=study.question,
-        overrides=(f"study={file}", *((f"name={name}", *study.fast) if fast else ())),
+        overrides=(
+            f"study={file}",
+            *((f"name={name}", "study.tier=fast", *study.fast) if fast else ()),
+        ),
         order=study.order,
         budget_s=0.0 if fast else study.budget_s,
     )
