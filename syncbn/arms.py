@@ -8,19 +8,24 @@ and statistics keep their names in the state dict wherever the arm has them.
 from collections.abc import Callable
 
 import torch
-from torch import Tensor, nn
-from torch.nn.functional import batch_norm
+from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from syncbn.config import NormConfig
 from syncbn.errors import UsageError
 from syncbn.norm import convert_sync_batchnorm
+from syncbn.virtual import Ranks, VirtualBatchNorm, virtual_ranks
 
 
-def apply_arm(model: nn.Module, cfg: NormConfig) -> nn.Module:
+def apply_arm(model: nn.Module, cfg: NormConfig, num_virtual: int | None = None) -> nn.Module:
     """`model` with every BatchNorm1d/2d/3d replaced by the arm `cfg`, with its eps and momentum.
 
     Weights, biases, statistics, modes and sharing of the replaced layers are kept; `model` is changed in place.
+
+    Args:
+        model: a network with torch's batch norm.
+        cfg: the arm.
+        num_virtual: ranks that this process stands for (`syncbn.virtual`); None where it is one rank itself.
 
     Returns:
         `model`, or what replaced it where it is a BatchNorm itself.
@@ -37,6 +42,8 @@ def apply_arm(model: nn.Module, cfg: NormConfig) -> nn.Module:
         )
     for layer in layers:
         layer.eps, layer.momentum = cfg.eps, cfg.momentum
+    if num_virtual is not None:
+        return _virtual(model, cfg, num_virtual)
     return ARM_MAKERS[cfg.name](model, cfg)
 
 
@@ -61,7 +68,7 @@ def num_channel_groups(num_features: int, at_most: int) -> int:
     return max(n for n in range(1, at_most + 1) if num_features % n == 0)
 
 
-class GhostBatchNorm(_BatchNorm):
+class GhostBatchNorm(VirtualBatchNorm):
     """Batch norm over small parts ("ghosts") of a batch, on one rank (Hoffer, Hubara & Soudry 2017).
 
     They found that large batches generalise as well as small ones when the statistics still come from few
@@ -83,46 +90,12 @@ class GhostBatchNorm(_BatchNorm):
         ValueError: `ghost_size` below 2.
     """
 
-    momentum: float
-
     def __init__(
         self, num_features: int, ghost_size: int, eps: float = 1e-5, momentum: float = 0.1
     ) -> None:
-        super().__init__(num_features, eps, momentum)
         if ghost_size < 2:
             raise ValueError(f"ghost_size={ghost_size} is not allowed: a whole number >= 2")
-        self.ghost_size = ghost_size
-
-    def extra_repr(self) -> str:
-        """As for batch norm, with the ghost size."""
-        return f"{super().extra_repr()}, ghost_size={self.ghost_size}"
-
-    def forward(self, x: Tensor) -> Tensor:
-        """`x` (N, C, *), normalised."""
-        assert self.running_mean is not None
-        assert self.running_var is not None
-        assert self.num_batches_tracked is not None
-        if not self.training:
-            return batch_norm(
-                x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps
-            )
-        parts = x.tensor_split(self._cuts(len(x)))
-        mean = self.running_mean.repeat(len(parts), 1)
-        var = self.running_var.repeat(len(parts), 1)
-        y = [self._normalised(*part) for part in zip(parts, mean, var, strict=True)]
-        # (1 - momentum) running + momentum mean_k(part k), because each row moved from the same start.
-        self.running_mean.copy_(mean.mean(0))
-        self.running_var.copy_(var.mean(0))
-        self.num_batches_tracked.add_(1)
-        return torch.cat(y)
-
-    def _cuts(self, num_samples: int) -> list[int]:
-        """Where parts end, but for the last, which also takes the remainder."""
-        num_parts = max(num_samples // self.ghost_size, 1)
-        return [self.ghost_size * part for part in range(1, num_parts)]
-
-    def _normalised(self, part: Tensor, mean: Tensor, var: Tensor) -> Tensor:
-        return batch_norm(part, mean, var, self.weight, self.bias, True, self.momentum, self.eps)
+        super().__init__(num_features, Ranks(1, ghost_size=ghost_size), eps, momentum)
 
 
 def _none(model: nn.Module, cfg: NormConfig) -> nn.Module:
@@ -170,12 +143,31 @@ def _group_norm(model: nn.Module, cfg: NormConfig) -> nn.Module:
 
 def _ghost(model: nn.Module, cfg: NormConfig) -> nn.Module:
     def make(layer: _BatchNorm) -> nn.Module:
-        ghost = GhostBatchNorm(layer.num_features, cfg.ghost_size, cfg.eps, cfg.momentum)
-        ghost.running_mean, ghost.running_var = layer.running_mean, layer.running_var
-        ghost.num_batches_tracked = layer.num_batches_tracked
-        return _with_affine_of(layer, ghost)
+        return _with_state_of(
+            layer, GhostBatchNorm(layer.num_features, cfg.ghost_size, cfg.eps, cfg.momentum)
+        )
 
     return replace_batch_norm(model, make)
+
+
+def _virtual(model: nn.Module, cfg: NormConfig, num_ranks: int) -> nn.Module:
+    """What `num_ranks` ranks do together in one process; torch's own layer where that is what it does."""
+    ranks = virtual_ranks(cfg, num_ranks)
+    if ranks is None:
+        return model if cfg.name == "sync" else ARM_MAKERS[cfg.name](model, cfg)
+
+    def make(layer: _BatchNorm) -> nn.Module:
+        virtual = VirtualBatchNorm(layer.num_features, ranks, cfg.eps, cfg.momentum)
+        return _with_state_of(layer, virtual)
+
+    return replace_batch_norm(model, make)
+
+
+def _with_state_of(layer: _BatchNorm, norm: _BatchNorm) -> nn.Module:
+    """`norm` with the running statistics, weight and bias of `layer`, the very same tensors."""
+    norm.running_mean, norm.running_var = layer.running_mean, layer.running_var
+    norm.num_batches_tracked = layer.num_batches_tracked
+    return _with_affine_of(layer, norm)
 
 
 def _with_affine_of(layer: _BatchNorm, norm: nn.Module) -> nn.Module:

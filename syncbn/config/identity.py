@@ -45,9 +45,13 @@ def config_hash(cfg: RunConfig) -> str:
 
 
 def resume_hash(cfg: RunConfig) -> str:
-    """`config_hash` without the world size and the batch a rank, which may change where their product does not."""
+    """`config_hash` without the world size and the batch a rank, which may change where their product does not.
+
+    Virtual ranks are not processes but part of the arithmetic: their number may not change.
+    """
     tree = identity(cfg)
-    del tree["launcher"]["num_workers"], tree["train"]["per_rank_batch"]
+    if not cfg.train.virtual:
+        del tree["launcher"]["num_workers"], tree["train"]["per_rank_batch"]
     return _digest(tree)
 
 

@@ -102,7 +102,8 @@ def build(cfg: RunConfig, runtime: Runtime) -> State:
     sets = load_data(cfg.data, cfg.seed)
     labels = sets.train.labels if cfg.train.shares == "by_class" else None
     stream = SampleStream(len(sets.train), cfg.global_batch, cfg.seed, cfg.train.drop_last, labels)
-    model = apply_arm(build_model(cfg.model, sets.shape, sets.num_classes, cfg.seed), cfg.norm)
+    model = build_model(cfg.model, sets.shape, sets.num_classes, cfg.seed)
+    model = apply_arm(model, cfg.norm, cfg.launcher.num_workers if cfg.train.virtual else None)
     model.to(runtime.device, getattr(torch, cfg.train.dtype))
     torch.manual_seed(cfg.seed * 1_000_003 + runtime.rank)  # dropout: another stream a rank
     optimizer = build_optimizer(model, cfg.optim)
