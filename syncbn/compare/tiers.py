@@ -97,10 +97,7 @@ def _launch(tier: str, file: str, study: Declared) -> Launch:
         study=file,
         name=f"{file}-fast" if fast else study.name,
         question=study.question,
-        overrides=(
-            f"study={file}",
-            *((f"name={name}", "study.tier=fast", *study.fast) if fast else ()),
-        ),
+        overrides=(f"study={file}", *(shortened if fast else ())),
         order=study.order,
         budget_s=0.0 if fast else study.budget_s,
     )

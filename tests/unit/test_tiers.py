@@ -42,7 +42,7 @@ def test_the_fast_tier_runs_its_overrides_in_a_folder_of_its_own(known):
     fast = studies_of("fast", known)[0]
     assert fast.name == "early-fast"
     assert fast.overrides == (
-        "study=early", "name=early-fast", "study.tier=fast", "study.tier=fast", "train.steps=5", "study.seeds=[0,1]"
+        "study=early", "name=early-fast", "study.tier=fast", "train.steps=5", "study.seeds=[0,1]"
     )  # fmt: skip
 
 
