@@ -6,6 +6,7 @@ claims is wider than a phone; every other table scrolls inside its own box. Ligh
 
 import base64
 import json
+import re
 from collections.abc import Iterator, Sequence
 from html import escape
 
@@ -79,8 +80,17 @@ def html(page: Page) -> str:
 """
 
 
+_UNIT = re.compile(r"(?<=\d) (?=(?:%|points|ms|kB|steps)(?!\w))")
+
+
+def _text(text: str) -> str:
+    """`text` made plain, with no line break between a number and its unit."""
+    return _UNIT.sub("&nbsp;", escape(text))
+
+
 def _paragraph(text: str, kind: str = "") -> str:
-    return f"<p{f' class={kind!r}' if kind else ''}>{escape(text)}</p>"
+    named = f' class="{kind}"' if kind else ""
+    return f"<p{named}>{_text(text)}</p>"
 
 
 def _pill(verdict: str) -> str:
@@ -126,11 +136,11 @@ def _card(claim: Claim) -> str:
         "Seeds": str(claim["n"]),
         corrected: p_words(claim["p_holm"]).removeprefix("= "),
     }
-    rows = "".join(f"<dt>{escape(k)}</dt><dd>{escape(v)}</dd>" for k, v in facts.items())
+    rows = "".join(f"<dt>{escape(k)}</dt><dd>{_text(v)}</dd>" for k, v in facts.items())
     return (
         f'<article class="card {claim["verdict"]}">{_pill(claim["verdict"])}'
         f"<h3>{escape(claim['name']).replace('_', '_<wbr>')}{secondary}</h3>{_paragraph(claim['statement'])}"
-        f'<p class="effect">{escape(effect_words(claim, claim["effect"]))}</p>'
+        f'<p class="effect">{_text(effect_words(claim, claim["effect"]))}</p>'
         f"<dl>{rows}</dl>{_paragraph(conclusion(claim), 'soft')}</article>"
     )
 

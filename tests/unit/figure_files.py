@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from syncbn.compare.design import Trial, arm_configs, study_of
+from syncbn.compare.design import Trial, study_of
 from syncbn.compare.design import trials as declared_trials
 from syncbn.compare.measured import normalisation_batch
 from syncbn.compare.records import TrialRecord
@@ -42,7 +42,6 @@ def fabricate(
     cfg = compose([f"study={study}", *overrides]) if isinstance(study, str) else study
     choices = _choices(cfg)
     values = {arm: choice.value for arm, choice in choices.items()} or None
-    arm_configs(cfg, values)
     records = [_record(trial, errors) for trial in declared_trials(cfg, values)]
     for record in records:
         if edit is not None:

@@ -12,9 +12,9 @@ from matplotlib.colors import to_rgb
 from matplotlib.image import imread
 from trial_files import DEMO_CLAIMS, demo_error, make_study, study_config
 
-from syncbn.compare.canvas import Picture, looks
-from syncbn.compare.curves import columns_of, shared_points, smooth
+from syncbn.compare.canvas import Picture, columns_of, looks
 from syncbn.compare.figures import draw
+from syncbn.compare.figures.series import geometric_mean, shared_points, smooth
 from syncbn.compare.records import read_trials
 from syncbn.compare.results import summarise
 from syncbn.config import ARMS, ClaimConfig
@@ -45,18 +45,22 @@ def pictures(tmp_path_factory):
 def test_titles_state_what_the_numbers_show(pictures):
     titles = {name: picture.title for name, picture in pictures.items()}
     assert titles == {
-        "error_by_arm": "Local batch norm at 2 samples a rank: 40.0 % error; synchronised: 30.0 %",
+        "error_by_arm": "Test error at 2 samples a rank: local batch norm 40.0 %, "
+        "synchronised batch norm 30.0 %",
         "paired_differences": "1 of 1 claim reproduced",
-        "convergence": "sync is at local's final 40.0 % error by step 200 of 300",
-        "training_loss": "Training loss ends at 1.2 for local, 0.93 for sync",
-        "seconds": "sync takes 1.29 times as long as local (95 % interval 1.25 to 1.32)",
+        "convergence": "Synchronised batch norm is at local batch norm's final 40.0 % error "
+        "by step 200 of 300",
+        "training_loss": "Training loss ends at 1.2 with local batch norm, "
+        "at 0.93 with synchronised batch norm",
+        "seconds": "Synchronised batch norm takes 1.29 times as long as local batch norm "
+        "(95 % interval 1.25 to 1.32)",
     }
 
 
 def test_a_title_admits_when_the_other_arm_is_never_reached(tmp_path):
     worse = drawn(tmp_path, lambda arm, seed, step: 0.1 if arm == "local" else 0.5, claims=CLAIM)
     assert worse["convergence"].title == (
-        "sync does not get to local's final 10.0 % error in 300 steps"
+        "Synchronised batch norm does not get to local batch norm's final 10.0 % error in 300 steps"
     )
     assert worse["paired_differences"].title == "0 of 1 claim reproduced, 1 not reproduced"
 
@@ -68,7 +72,7 @@ def test_no_ratio_of_times_is_told_where_a_trial_diverged(tmp_path):
     trials[0].final["diverged"] = 1.0
     pictures = {p.name: p for p in draw(summarise(cfg, cfg.study, trials), trials)}
     assert pictures["seconds"].title == (
-        "sync or local has trials that diverged before they could be timed"
+        "Synchronised batch norm or local batch norm has trials that diverged before they could be timed"
     )
 
 
@@ -92,9 +96,9 @@ def test_a_study_without_claims_has_no_figure_of_them(tmp_path):
     assert "paired_differences" not in drawn(tmp_path)
 
 
-def test_single_evaluations_and_single_seeds_can_be_drawn(tmp_path):
+def test_a_single_evaluation_is_no_curve_and_a_single_seed_can_be_drawn(tmp_path):
     pictures = drawn(tmp_path, steps=50, seeds=(0,), claims=DEMO_CLAIMS[:1])
-    assert len(pictures) == 5
+    assert list(pictures) == ["error_by_arm", "paired_differences", "training_loss", "seconds"]
     assert pictures["paired_differences"].title == "0 of 1 claim reproduced, 1 inconclusive"
 
 
@@ -124,6 +128,14 @@ def test_arms_of_a_studys_own_get_looks_that_nobody_has():
     assert len({look.marker for look in looks(names).values()}) == len(names)
 
 
+def test_no_two_of_twenty_five_arms_look_alike():
+    names = ["sync", *(f"arm_{i}" for i in range(24))]
+    assert len(set(looks(names).values())) == len(names)
+    eighteen = looks(names[:18]).values()
+    assert len({(look.colour, look.line) for look in eighteen}) == 18
+    assert len({look.marker for look in eighteen}) == 18
+
+
 @given(st.lists(st.floats(-1e3, 1e3), min_size=1, max_size=30), st.integers(1, 9))
 def test_smoothing_keeps_length_and_stays_within_the_values(values, window):
     window = min(window, len(values))
@@ -141,6 +153,12 @@ def test_no_values_stay_none():
     assert smooth(np.empty((3, 0)), 2).shape == (3, 0)
 
 
+def test_a_geometric_mean_leaves_out_what_has_no_logarithm():
+    found = geometric_mean(np.array([[1.0, 100.0, 0.0, np.nan], [0.0, 0.0, -1.0, np.nan]]))
+    assert found[0] == pytest.approx(10.0)
+    assert np.isnan(found[1])
+
+
 def test_curves_end_where_the_first_seed_stopped(tmp_path):
     cfg = study_config(tmp_path, ("sync",), (0, 1), steps=300)
     make_study(cfg, falling)
@@ -150,6 +168,6 @@ def test_curves_end_where_the_first_seed_stopped(tmp_path):
     assert (steps.tolist(), values.shape) == ([100.0, 200.0], (2, 2))
 
 
-@pytest.mark.parametrize(("longest", "columns"), [(15, 4), (20, 3), (40, 1), (200, 1)])
+@pytest.mark.parametrize(("longest", "columns"), [(13, 4), (20, 3), (40, 1), (200, 1)])
 def test_a_legend_has_the_columns_that_fit(longest, columns):
     assert columns_of(["x" * longest, "x"]) == columns

@@ -47,14 +47,18 @@ BUILDERS = (
 """In the order of a report, once those about the study's primary metric stand first."""
 
 
+def chosen(summary: Summary, trials: Trials) -> list[Builder]:
+    """The builders whose numbers are there, in the order in which a report shows their figures."""
+    metric = base_of(summary["design"].get("primary_metric") or "test_error")
+    grid = is_grid(summary)
+    return [
+        builder
+        for builder in sorted(BUILDERS, key=lambda builder: metric not in builder.about)
+        if (builder.in_grids or not grid) and builder.applies(summary, trials)
+    ]
+
+
 def draw(summary: Summary, trials: Trials) -> list[Picture]:
     """All figures of a study that its numbers allow, in the order in which a report shows them."""
-    metric = base_of(summary["design"].get("primary_metric") or "test_error")
-    ordered = sorted(BUILDERS, key=lambda builder: metric not in builder.about)
-    grid = is_grid(summary)
     with styled():
-        return [
-            builder.draw(summary, trials)
-            for builder in ordered
-            if (builder.in_grids or not grid) and builder.applies(summary, trials)
-        ]
+        return [builder.draw(summary, trials) for builder in chosen(summary, trials)]
