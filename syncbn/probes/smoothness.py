@@ -93,9 +93,8 @@ def loss_and_gradient(model: nn.Module, weights: Weights, batch: Batch) -> tuple
     """The mean loss of `batch` in training mode at `weights`, and its gradient; `model` and its buffers stay."""
     weights = {name: p.clone().requires_grad_() for name, p in weights.items()}
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
-    torch.manual_seed(
-        0
-    )  # the same dropout mask each time; the probe's caller restores the random state
+    # The same dropout mask each time; whoever lets probes look restores the random state.
+    torch.manual_seed(0)
     logits = functional_call(model, {**weights, **buffers}, (batch.images,))
     loss = nn.functional.cross_entropy(logits, batch.labels)
     gradients = torch.autograd.grad(
