@@ -5,7 +5,15 @@ saying on what it was measured, and whether its ranks were real.
 """
 
 from syncbn.compare.measures import metric_words
-from syncbn.compare.reading import Summary, among, arms_with, contrast, median_of, shown_arms
+from syncbn.compare.reading import (
+    Summary,
+    among,
+    arms_with,
+    contrast,
+    median_of,
+    shown_arms,
+    values_of,
+)
 from syncbn.compare.wording import TIMES, arm_words, capital, labelled, value_words
 
 
@@ -28,11 +36,15 @@ def _exceptions(summary: Summary) -> str:
         return ""
     others: dict[int, list[str]] = {}
     for arm in shown_arms(summary):
-        for count in summary["arms"][arm].get("world_size", [])[:1]:
-            if count is not None and count != design["world_size"]:
+        for count in _world_sizes(summary, arm)[:1]:
+            if count != design["world_size"]:
                 others.setdefault(int(count), []).append(arm)
     words = [f"{', '.join(arms)}: {n} rank{'s' * (n > 1)}" for n, arms in others.items()]
     return f" ({'; '.join(words)})" if words else ""
+
+
+def _world_sizes(summary: Summary, arm: str) -> list[float]:
+    return [count for count in values_of(summary, arm, "world_size") if count is not None]
 
 
 def contrast_title(summary: Summary, metric: str) -> str:
@@ -42,8 +54,14 @@ def contrast_title(summary: Summary, metric: str) -> str:
         f"{arm_words(arm)} {value_words(metric, median_of(summary, arm, metric))}" for arm in pair
     ]
     samples = f" at {summary['design']['per_rank_batch']} samples a rank"
-    where = samples if summary["design"]["world_size"] > 1 else ""
+    where = samples if summary["design"]["world_size"] > 1 and _alike(summary) else ""
     return f"{capital(split_words(summary, metric))}{where}: {', '.join(found)}"
+
+
+def _alike(summary: Summary) -> bool:
+    """Whether all arms on several ranks have as many."""
+    counts = {values[0] for arm in shown_arms(summary) if (values := _world_sizes(summary, arm))}
+    return len(counts - {1}) < 2
 
 
 def split_words(summary: Summary, metric: str) -> str:

@@ -6,12 +6,14 @@ numbers, with the verdict beside it, whichever way it came out.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from textwrap import shorten
 from typing import Any
 
 from syncbn.compare.canvas import Picture
 from syncbn.compare.captions import contrast_title
 from syncbn.compare.claim_words import finding, overall
 from syncbn.compare.reading import Summary, median_of
+from syncbn.compare.tables import arm_header, arm_rows
 
 NO_COMMAND = "No file in conf/study/ asks this question; the config below is the whole study."
 FAST = (
@@ -42,6 +44,16 @@ def headline(summary: Summary) -> str:
     metric = claims[0]["metric"]
     medians = {arm: median_of(summary, arm, metric) for arm in summary["arms"]}
     return finding(claims[0], medians)
+
+
+def arm_table(page: Page) -> tuple[list[str], list[list[str]]]:
+    """Head and rows of the arms, each with the settings that make it, as its study declares them."""
+    declared: Mapping[str, Sequence[str]] = (page.config.get("study") or {}).get("arms") or {}
+    header, rows = list(arm_header(page.summary)), [list(row) for row in arm_rows(page.summary)]
+    if not declared:
+        return header, rows
+    settings = [shorten(" ".join(declared.get(row[0], ())), 70) for row in rows]
+    return [*header, "settings"], [[*row, own] for row, own in zip(rows, settings, strict=True)]
 
 
 def verdict_of(summary: Summary) -> str:

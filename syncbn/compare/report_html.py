@@ -18,11 +18,9 @@ from syncbn.compare.claim_words import (
     tally,
     threshold_words,
 )
-from syncbn.compare.page import FAST, NO_COMMAND, Page, headline, is_fast, verdict_of
+from syncbn.compare.page import FAST, NO_COMMAND, Page, arm_table, headline, is_fast, verdict_of
 from syncbn.compare.tables import (
     Table,
-    arm_header,
-    arm_rows,
     cell_tables,
     published_tables,
     tuned_table,
@@ -118,7 +116,7 @@ def _evidence(page: Page) -> Iterator[str]:
         yield "<h2>Verdicts</h2>"
         yield f'<div class="cards">{"".join(map(_card, summary["claims"]))}</div>'
     yield "<h2>Arms</h2>"
-    yield _grid(arm_header(summary), arm_rows(summary))
+    yield _grid(*arm_table(page))
     yield from map(_table, cell_tables(summary))
     if page.pictures[1:]:
         yield "<h2>More figures</h2>"

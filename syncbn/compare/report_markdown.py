@@ -9,13 +9,11 @@ from collections.abc import Iterator
 from syncbn.compare.canvas import Picture
 from syncbn.compare.captions import setting
 from syncbn.compare.claim_words import tally, verdict_sentence
-from syncbn.compare.page import FAST, NO_COMMAND, Page, headline, is_fast, verdict_of
+from syncbn.compare.page import FAST, NO_COMMAND, Page, arm_table, headline, is_fast, verdict_of
 from syncbn.compare.plain import escaped, markdown_table
 from syncbn.compare.tables import (
     CLAIM_HEADER,
     Table,
-    arm_header,
-    arm_rows,
     cell_tables,
     claim_rows,
     published_tables,
@@ -53,7 +51,7 @@ def _evidence(page: Page) -> Iterator[str]:
             for claim in summary["claims"]
         )
     yield "## Arms"
-    yield markdown_table(arm_header(summary), arm_rows(summary))
+    yield markdown_table(*arm_table(page))
     for table in cell_tables(summary):
         yield _table(table)
     if page.pictures[1:]:

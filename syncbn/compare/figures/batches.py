@@ -166,9 +166,8 @@ def _small(axes: "Axes", summary: Summary, main: Curve, title: str, label: str) 
     axes.set_title(title, loc="left", fontsize=12)
 
 
-def _published(axes: "Axes | None", summary: Summary, main: Curve) -> bool:
+def _published(axes: "Axes | None", summary: Summary, _: Curve) -> bool:
     """Curves of the literature against the same kind of number, on other data and networks."""
-    del main
     curves = list(published_curves(summary))
     if axes is None or not curves:
         return bool(curves)

@@ -23,15 +23,13 @@ MOST_LAYERS = 20
 """Layers with a row of their own; the cheaper ones share the last row."""
 
 
-def has_costs(summary: Summary, trials: Trials) -> bool:
+def has_costs(summary: Summary, _: Trials) -> bool:
     """Whether steps were timed."""
-    del trials
     return not is_grid(summary) and bool(arms_with(summary, "step_ms"))
 
 
-def cost(summary: Summary, trials: Trials) -> Picture:
+def cost(summary: Summary, _: Trials) -> Picture:
     """Time of a step by arm with its part in exchanges, and below that part by layer."""
-    del trials
     arms = arms_with(summary, "step_ms")
     layers = layer_costs(summary)
     rows = len(next(iter(layers.values()))) if layers else 0

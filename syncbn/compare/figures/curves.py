@@ -116,9 +116,8 @@ def _convergence_title(summary: Summary, trials: Trials) -> str:
     return f"{arm_first(arm)} {words}"
 
 
-def has_losses(summary: Summary, trials: Trials) -> bool:
+def has_losses(_: Summary, trials: Trials) -> bool:
     """Whether some trial recorded training losses that a log scale can show."""
-    del summary
     losses = (trial.points.get("train_loss", {}).values() for trial in trials)
     return any(sum(0 < loss < np.inf for loss in own) > 1 for own in losses)
 

@@ -41,15 +41,13 @@ if TYPE_CHECKING:
 _MARKS = "A mark a seed, a bar at the median."
 
 
-def has_errors(summary: Summary, trials: Trials) -> bool:
+def has_errors(summary: Summary, _: Trials) -> bool:
     """Whether arms have test errors."""
-    del trials
     return bool(arms_with(summary, "test_error"))
 
 
-def error_by_arm(summary: Summary, trials: Trials) -> Picture:
+def error_by_arm(summary: Summary, _: Trials) -> Picture:
     """Each arm's test errors at the end."""
-    del trials
     caption = f"{setting(summary)}. {_MARKS}"
     title = contrast_title(summary, "test_error")
     return _dots_by_arm(summary, "test_error", "error_by_arm", title, caption)
@@ -67,35 +65,34 @@ _DRAWN_OTHERWISE = (
     "loss_range",
     "gradient_predictiveness",
     "effective_beta",
+    "saturation",
+    "grad_norm",
+    "shift",
 )
 """Metrics that have a figure of their own."""
 
 
-def has_primary(summary: Summary, trials: Trials) -> bool:
+def has_primary(summary: Summary, _: Trials) -> bool:
     """Whether the study is about a metric that no other figure shows."""
-    del trials
     metric = summary["design"].get("primary_metric") or "test_error"
     own = base_of(metric) in _DRAWN_OTHERWISE or metric.startswith("oracle_gap")
     return not own and bool(arms_with(summary, metric))
 
 
-def primary_by_arm(summary: Summary, trials: Trials) -> Picture:
+def primary_by_arm(summary: Summary, _: Trials) -> Picture:
     """Each arm's values of what the study is about."""
-    del trials
     metric = summary["design"]["primary_metric"]
     caption = f"{setting(summary)}. {_MARKS}"
     return _dots_by_arm(summary, metric, "primary_by_arm", contrast_title(summary, metric), caption)
 
 
-def has_seconds(summary: Summary, trials: Trials) -> bool:
+def has_seconds(summary: Summary, _: Trials) -> bool:
     """Whether trials were timed."""
-    del trials
     return not is_grid(summary) and bool(arms_with(summary, "seconds"))
 
 
-def seconds(summary: Summary, trials: Trials) -> Picture:
+def seconds(summary: Summary, _: Trials) -> Picture:
     """Each arm's wall times."""
-    del trials
     caption = f"{setting(summary)}. Wall time of training a trial. {_MARKS}"
     return _dots_by_arm(summary, "seconds", "seconds", _seconds_title(summary), caption)
 
@@ -247,15 +244,13 @@ def _steps_title(summary: Summary, arms: list[str]) -> str:
 _MODES = ("train_mode_error", "eval_mode_error")
 
 
-def has_modes(summary: Summary, trials: Trials) -> bool:
+def has_modes(summary: Summary, _: Trials) -> bool:
     """Whether errors in training and evaluation mode were measured."""
-    del trials
     return bool(arms_with(summary, *_MODES))
 
 
-def leak(summary: Summary, trials: Trials) -> Picture:
+def leak(summary: Summary, _: Trials) -> Picture:
     """Error in training mode (hollow) and in evaluation mode (filled), a line a seed between them."""
-    del trials
     arms = arms_with(summary, *_MODES)
     figure, axes = rows_of(arms)
     for row, (arm, look) in enumerate(looks(arms).items()):

@@ -31,9 +31,8 @@ if TYPE_CHECKING:
 _WORDS = {"optim.lr": "Learning rate", "model.init_std": "Standard deviation of initial weights"}
 
 
-def has_grid(summary: Summary, trials: Trials) -> bool:
+def has_grid(summary: Summary, _: Trials) -> bool:
     """Whether the study has a grid."""
-    del trials
     return is_grid(summary)
 
 
@@ -54,13 +53,12 @@ def rows_and_columns(summary: Summary) -> tuple[list[Cell], list[float]]:
     return list(dict.fromkeys(c[:-1] for c in cells)), list(dict.fromkeys(c[-1] for c in cells))
 
 
-def cell_map(summary: Summary, trials: Trials) -> Picture:
+def cell_map(summary: Summary, _: Trials) -> Picture:
     """The median test error of every cell, a panel an arm."""
-    del trials
     families = shown_arms(summary)
     rows, columns = rows_and_columns(summary)
     side_by_side = len(columns) < 6 and len(families) > 1
-    figure, axes, _ = panels(len(families), 2 if side_by_side else 1, 0.9 + 0.5 * len(rows))
+    figure, axes, _strip = panels(len(families), 2 if side_by_side else 1, 0.9 + 0.5 * len(rows))
     mesh: Any = None
     for panel, family in zip(axes, families, strict=True):
         mesh = _panel(panel, summary, family)

@@ -34,15 +34,13 @@ def judged(summary: Summary) -> list[Claim]:
     return sorted(drawn, key=lambda claim: not claim["primary"])
 
 
-def has_claims(summary: Summary, trials: Trials) -> bool:
+def has_claims(summary: Summary, _: Trials) -> bool:
     """Whether some claim can be drawn."""
-    del trials
     return bool(judged(summary))
 
 
-def paired_differences(summary: Summary, trials: Trials) -> Picture:
+def paired_differences(summary: Summary, _: Trials) -> Picture:
     """A row a claim: a dot a seed, the effect, its interval, and what the claim demands."""
-    del trials
     claims = judged(summary)
     compact = len(claims) >= COMPACT_FROM
     figure = new_figure(1.1 + (1.32 if compact else 1.85) * len(claims))
