@@ -60,24 +60,28 @@ def main_curve(summary: Summary, trials: Trials) -> Curve:
 def normalisation_batch(summary: Summary, trials: Trials) -> Picture:
     """Test error against the samples that share statistics; below, other statistics, training loss, the literature."""
     curves, main = curves_of(summary, trials), main_curve(summary, trials)
-    below = [draw for draw in (_statistics, _losses, _published) if draw(None, summary, main)]
-    figure, top, places = _layout(len(below))
+    small = [draw for draw in (_statistics, _losses) if draw(None, summary, main)]
+    figure, top, below, last = _layout(len(small), bool(published_curves(summary)))
     _errors(top, summary, curves)
-    for place, draw in zip(places, below, strict=True):
+    for place, draw in zip(below, small, strict=True):
         draw(place, summary, main)
+    if last is not None:
+        _published(last, summary)
     reading = "Large marks: median over seeds; small: a seed; level lines: arms that share nothing"
     caption = f"{setting(summary)}. {reading}."
     return finish(figure, "normalisation_batch", _title(summary, main), caption)
 
 
-def _layout(num_below: int) -> tuple["Figure", "Axes", list["Axes"]]:
-    """A wide panel over rows of two."""
-    rows = -(-num_below // 2)
-    figure = new_figure(4.6 + 2.9 * rows)
-    grid = figure.add_gridspec(1 + rows, 2, height_ratios=[1.25, *[1.0] * rows])
-    spans = [slice(None) if i == num_below - 1 and not i % 2 else i % 2 for i in range(num_below)]
-    below = [figure.add_subplot(grid[1 + i // 2, span]) for i, span in enumerate(spans)]
-    return figure, figure.add_subplot(grid[0, :]), below
+def _layout(
+    num_small: int, published: bool
+) -> tuple["Figure", "Axes", list["Axes"], "Axes | None"]:
+    """A wide panel, under it small ones side by side, and under those a wide one for the literature."""
+    rows = [1.25, *([1.0] if num_small else []), *([0.9] if published else [])]
+    figure = new_figure(1.0 + 2.85 * sum(rows))
+    grid = figure.add_gridspec(len(rows), max(1, num_small), height_ratios=rows)
+    small = [figure.add_subplot(grid[1, place]) for place in range(num_small)]
+    last = figure.add_subplot(grid[-1, :]) if published else None
+    return figure, figure.add_subplot(grid[0, :]), small, last
 
 
 def _errors(axes: "Axes", summary: Summary, curves: Mapping[str, Curve]) -> None:
@@ -166,11 +170,9 @@ def _small(axes: "Axes", summary: Summary, main: Curve, title: str, label: str) 
     axes.set_title(title, loc="left", fontsize=12)
 
 
-def _published(axes: "Axes | None", summary: Summary, _: Curve) -> bool:
+def _published(axes: "Axes", summary: Summary) -> None:
     """Curves of the literature against the same kind of number, on other data and networks."""
-    curves = list(published_curves(summary))
-    if axes is None or not curves:
-        return bool(curves)
+    curves = published_curves(summary)
     for (label, sizes, errors), look in zip(
         curves, looks([*map(str, curves)]).values(), strict=True
     ):
@@ -180,9 +182,8 @@ def _published(axes: "Axes | None", summary: Summary, _: Curve) -> bool:
     axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks], fontsize=10)
     axes.minorticks_off()
     axes.set(xlabel="Samples that share them (log)", ylabel="Error (%)")
-    axes.set_title("Published, on ImageNet: not this study", loc="left", fontsize=12)
-    axes.legend(fontsize=9)
-    return True
+    axes.set_title("Published: other data and networks, not this study", loc="left", fontsize=12)
+    axes.legend(fontsize=10)
 
 
 def published_curves(summary: Summary) -> list[tuple[str, list[float], list[float]]]:

@@ -135,7 +135,7 @@ def training_loss(summary: Summary, trials: Trials) -> Picture:
         ends[arm] = float(np.median(smoothed[:, -1])) if len(steps) else np.nan
         label = f"{arm} {number(ends[arm], 2)}"
         draw_lines(axes, steps, smoothed, look, label, few=few, marked=False)
-    _over_steps(axes, "Training loss (cross-entropy), log scale")
+    _over_steps(axes, "Training loss (log scale)")
     axes.set_yscale("log")
     plain_log(axes.yaxis)
     pair = among(contrast(summary), list(ends))

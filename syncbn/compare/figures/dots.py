@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-_MARKS = "A mark a seed, a bar at the median."
+_MARKS = "A mark a seed; the bar, and the number at the right: the median."
 
 
 def has_errors(summary: Summary, _: Trials) -> bool:
@@ -93,7 +93,7 @@ def has_seconds(summary: Summary, _: Trials) -> bool:
 
 def seconds(summary: Summary, _: Trials) -> Picture:
     """Each arm's wall times."""
-    caption = f"{setting(summary)}. Wall time of training a trial. {_MARKS}"
+    caption = f"{setting(summary)}. Training a trial. {_MARKS}"
     return _dots_by_arm(summary, "seconds", "seconds", _seconds_title(summary), caption)
 
 
@@ -119,7 +119,7 @@ def _dots_by_arm(summary: Summary, metric: str, name: str, title: str, caption: 
         values = array_of(summary, arm, metric)
         _row_of_dots(axes, row, factor_of(metric) * values, look)
         at_the_right(axes, row, _words_of(summary, arm, metric))
-    axes.set_xlabel(f"{axis_label(summary, metric)}, medians at the right")
+    axes.set_xlabel(axis_label(summary, metric))
     fit(axes)
     return finish(figure, name, title, caption)
 
@@ -260,7 +260,7 @@ def leak(summary: Summary, _: Trials) -> Picture:
         axes.plot(training, heights, look.marker, color=look.colour, markerfacecolor="white", ms=7)
         axes.plot(evaluation, heights, look.marker, color=look.colour, ms=7)
         at_the_right(axes, row, _mode_words(summary, arm))
-    axes.set_xlabel("Error on training samples (%), medians at the right")
+    axes.set_xlabel("Error on training samples (%)")
     fit(axes)
     pair = among(contrast(summary, "leak_gap"), arms)
     words = [f"{arm_words(arm)} {_mode_words(summary, arm)}" for arm in pair]
