@@ -12,6 +12,7 @@ VERBS = (
     "train",
     "compare",
     "compare-to",
+    "advise",
     "studies",
     "submit",
     "jobs",

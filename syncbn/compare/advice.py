@@ -1,0 +1,234 @@
+"""Whether to synchronise, over which ranks, at what cost: a pure function of what a study measured.
+
+The decision that shaped the file: two numbers are declared before anything is looked at - the smallest difference in
+error that matters (`margin`), and how much longer a step may take for each point of error saved (`point_worth`) - and
+everything is judged by whole 95 % intervals against them. Where those lie across, the advice is that these seeds cannot
+tell.
+"""
+
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from syncbn.compare import statistics
+from syncbn.compare.reading import Summary, values_of
+from syncbn.compare.statistics import Floats, Interval
+from syncbn.errors import UsageError
+
+SYNCHRONISE, DO_NOT, CANNOT_TELL = "SYNCHRONISE", "DO NOT SYNCHRONISE", "CANNOT TELL"
+
+AS_GOOD, WORSE, UNDECIDED = "as good as the best", "worse than the best", "cannot tell"
+
+_COSTS = ("step_ms", "seconds")
+"""What a step's time is read from, the first that both arms have."""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A paired effect over seeds: median, 95 % interval, number of seeds."""
+
+    median: float
+    interval: Interval
+    n: int
+
+
+@dataclass(frozen=True)
+class Group:
+    """Synchronising over so many ranks; 1 is local, the world size is everybody."""
+
+    arm: str
+    size: int
+    error: float
+    """Median over seeds."""
+    excess: Measured
+    """Error above that of the group with the smallest median."""
+    standing: str
+    """`AS_GOOD`: less than the margin above every other. `WORSE`: more than the margin above another."""
+
+
+@dataclass(frozen=True)
+class Cost:
+    """How many times as long a step takes as a local one."""
+
+    ratio: Measured
+    metric: str
+    worth: float
+    """As long as it may take, by the error that it saves."""
+    too_much: bool
+    """Whether the measured ratio, its median, is above that."""
+    sure: bool
+    """Whether its whole interval lies on one side of what the whole interval of the gain is worth."""
+
+
+@dataclass(frozen=True)
+class Advice:
+    """What to do, and what it rests on."""
+
+    verdict: str
+    group: Group
+    """The one that is recommended: local, or `synchronised`; also where the seeds cannot tell."""
+    group_is_sure: bool
+    """Whether it is shown to be as good as every other."""
+    groups: list[Group]
+    """All, by size."""
+    synchronised: Group
+    """The best way to synchronise: the smallest group as good as every other, else the one with the smallest median."""
+    gain: Measured
+    """Error that this saves: local - synchronised."""
+    cost: Cost | None
+    """None where it was not measured."""
+    margin: float
+    point_worth: float
+
+
+def advice(
+    summary: Summary,
+    margin: float = 0.01,
+    point_worth: float = 0.10,
+    cost: Summary | None = None,
+) -> Advice:
+    """What `summary` says of synchronising.
+
+    Args:
+        summary: of a study with the arm `local` and at least one that synchronises.
+        margin: the smallest difference in test error that matters, a fraction.
+        point_worth: how much longer a step may take for each point of error saved: 0.1 is a tenth.
+        cost: of a study on real ranks with the same arms; None where the cost is not known.
+
+    Raises:
+        UsageError: arms are missing, or fewer than two seeds have a number in all of them.
+    """
+    groups = _groups(summary, margin)
+    local, others = groups[0], groups[1:]
+    good = [group for group in groups if group.standing == AS_GOOD]
+    best = min(others, key=lambda group: group.error)
+    chosen = next((group for group in good if group.size > 1), best)
+    gain = _paired(summary, local.arm, chosen.arm)
+    bill = None if cost is None else _cost(cost, chosen.arm, gain, point_worth)
+    verdict = _verdict(local, gain, bill, margin)
+    recommended = local if verdict == DO_NOT else chosen
+    return Advice(
+        verdict=verdict,
+        group=recommended,
+        group_is_sure=recommended in good,
+        groups=groups,
+        synchronised=chosen,
+        gain=gain,
+        cost=bill,
+        margin=margin,
+        point_worth=point_worth,
+    )
+
+
+def _verdict(local: Group, gain: Measured, bill: Cost | None, margin: float) -> str:
+    if local.standing == AS_GOOD:
+        return DO_NOT
+    if gain.interval.low <= margin:
+        return CANNOT_TELL
+    return DO_NOT if bill is not None and bill.too_much else SYNCHRONISE
+
+
+def _groups(summary: Summary, margin: float) -> list[Group]:
+    """All groups by size, each held against every other."""
+    sizes = arms_by_size(summary)
+    errors = {arm: _errors(summary, arm) for arm in sizes}
+    medians = {arm: float(np.median(values)) for arm, values in errors.items()}
+    best = min(medians, key=medians.__getitem__)
+    return [
+        Group(
+            arm=arm,
+            size=size,
+            error=medians[arm],
+            excess=_effect(errors[arm] - errors[best]),
+            standing=_standing([errors[arm] - errors[o] for o in sizes if o != arm], margin),
+        )
+        for arm, size in sizes.items()
+    ]
+
+
+def _standing(excesses: Sequence[Floats], margin: float) -> str:
+    """Where an arm stands by its excesses over each of the others, one a seed."""
+    intervals = [_effect(excess).interval for excess in excesses]
+    if all(interval.high < margin for interval in intervals):
+        return AS_GOOD
+    return WORSE if any(interval.low > margin for interval in intervals) else UNDECIDED
+
+
+def arms_by_size(summary: Summary) -> dict[str, int]:
+    """The arms that differ in nothing but how many ranks share statistics, with that number, smallest first.
+
+    Raises:
+        UsageError: `local` is not among them, or nothing that synchronises.
+    """
+    sizes = {arm: _size(summary, arm) for arm in summary["arms"]}
+    known = {arm: size for arm, size in sizes.items() if size is not None}
+    ordered = dict(sorted(known.items(), key=lambda item: item[1]))
+    if list(ordered.values())[:1] != [1] or len(ordered) < 2:
+        raise UsageError(
+            f"study {summary['study']} has the arms {', '.join(summary['arms'])}: advice needs local, and one of sync "
+            "and group_K, which synchronises over groups of K ranks"
+        )
+    return ordered
+
+
+def _size(summary: Summary, arm: str) -> int | None:
+    """How many ranks share statistics in `arm`, by its name; None where that is not what it differs in."""
+    design = summary["design"]
+    if arm == "sync_group":
+        together = (design.get("normalisation_batch") or {}).get(arm)
+        return None if together is None else together // design["per_rank_batch"]
+    group = re.fullmatch(r"(?:sync_)?group_(\d+)", arm)
+    return int(group[1]) if group else {"local": 1, "sync": design["world_size"]}.get(arm)
+
+
+def _errors(summary: Summary, arm: str) -> Floats:
+    """The arm's test errors over the seeds.
+
+    Raises:
+        UsageError: one of them is missing, or there are fewer than two.
+    """
+    values = values_of(summary, arm, "test_error")
+    if len(values) < 2 or None in values:
+        raise UsageError(
+            f"study {summary['study']}: test_error of arm {arm!r} is {values}: advice needs a number for each of at "
+            "least two seeds, better eight"
+        )
+    return np.array(values, dtype=np.float64)
+
+
+def _paired(summary: Summary, arm: str, against: str) -> Measured:
+    return _effect(_errors(summary, arm) - _errors(summary, against))
+
+
+def _effect(values: Floats) -> Measured:
+    found = statistics.effect(values)
+    return Measured(found.median, found.interval, found.n)
+
+
+def _cost(summary: Summary, arm: str, gain: Measured, point_worth: float) -> Cost | None:
+    """The time of a step in `arm` over that of a local one; None where `summary` has no number for it."""
+    for metric in _COSTS:
+        times = [values_of(summary, name, metric) for name in (arm, "local")]
+        if all(values and None not in values for values in times):
+            logs = statistics.effect(statistics.paired_log_ratios(*times))  # pyright: ignore
+            return _bill(metric, logs, gain, point_worth)
+    return None
+
+
+def _bill(metric: str, logs: statistics.Effect, gain: Measured, point_worth: float) -> Cost | None:
+    if not math.isfinite(logs.median):
+        return None
+    with np.errstate(over="ignore"):
+        low, middle, high = np.exp([logs.interval.low, logs.median, logs.interval.high])
+    ends = (gain.interval.low, gain.median, gain.interval.high)
+    least, worth, most = (1 + point_worth * 100 * max(end, 0.0) for end in ends)
+    return Cost(
+        ratio=Measured(float(middle), Interval(float(low), float(high)), logs.n),
+        metric=metric,
+        worth=worth,
+        too_much=bool(middle > worth),
+        sure=bool(low > most or high <= least),
+    )
