@@ -21,6 +21,9 @@ class Leak(Probe):
     Finals: `train_mode_error`, with the batch statistics that the arm trains with (dropout is off);
     `eval_mode_error`, with running statistics; `leak_gap`, evaluation - training mode.
 
+    A gap alone does not prove a leak: with `norm=local` rank 0's running statistics stand for all, and dealt by class
+    they are those of few classes. `norm=local_avg`, which averages them over ranks, takes that part out of the gap.
+
     Raises:
         UsageError: several real ranks.
     """

@@ -197,7 +197,7 @@ def test_probes_that_run_the_network_aside_refuse_several_real_ranks(name):
         PROBES[name](replace(view, runtime=ThreeRanks(torch.device("cpu"))))
 
 
-def test_a_network_that_reads_the_class_from_its_batch_is_caught_and_synchronising_cures_it(
+def test_ranks_of_about_one_class_do_worse_out_of_training_mode_and_synchronising_cures_it(
     tmp_path,
 ):
     gaps = {}
