@@ -51,7 +51,7 @@ def test_seeds_whose_folders_were_swapped_are_refused(tmp_path):
     cfg = small(tmp_path)
     folder = cfg.folder / "trials"
     swap(folder / "sync-0", folder / "sync-1")
-    with pytest.raises(UsageError, match="saw other samples|seed"):
+    with pytest.raises(UsageError, match=r"saw other samples|seed"):
         write_results(cfg)
 
 
@@ -99,7 +99,7 @@ def test_a_search_for_one_arm_only_is_refused(tmp_path):
     cfg = study_config(tmp_path, arms=("local", "sync"))
     cfg.study.tune = TuneConfig(values=[0.01, 0.1])
     cfg.study.arms["local"] = ["norm=local", "optim.lr=0.05"]
-    with pytest.raises(UsageError, match="'local' sets optim.lr, which study.tune searches for"):
+    with pytest.raises(UsageError, match=r"'local' sets optim\.lr, which study.tune searches for"):
         refuse_unfit(cfg, cfg.study)
 
 
