@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
+_UNBROKEN = "\N{NO-BREAK SPACE}"
 COLOURS = {"REPRODUCED": "green", "NOT REPRODUCED": "red", "INCONCLUSIVE": "yellow"}
 
 
@@ -26,13 +27,14 @@ def print_table(summary: Summary, console: "Console", folder: Path | None = None
 
     arms = _rich_table(f"{summary['study']}: {setting(summary)}", arm_header(summary))
     for row in arm_rows(summary):
-        arms.add_row(*map(plain, row))
+        arms.add_row(*(plain(cell).replace(" ", _UNBROKEN) for cell in row))
     claims = _rich_table(tally(summary["claims"]), CLAIM_HEADER[:-1])
     for name, verdict, *cells, _ in claim_rows(summary):
         colour = COLOURS[verdict]
         claims.add_row(plain(name), f"[bold {colour}]{verdict}[/]", *map(plain, cells))
     console.print(arms)
-    console.print(claims)
+    if summary["claims"]:
+        console.print(claims)
     for claim in summary["claims"]:
         console.print(
             f"  {claim['name']}: {verdict_sentence(claim)}", markup=False, highlight=False

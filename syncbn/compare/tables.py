@@ -12,6 +12,7 @@ from syncbn.compare import statistics
 from syncbn.compare.captions import split_words
 from syncbn.compare.claim_words import threshold_words
 from syncbn.compare.figures.grids import axis_words, rows_and_columns, trained
+from syncbn.compare.measures import is_share
 from syncbn.compare.reading import (
     Summary,
     arms_with,
@@ -108,7 +109,11 @@ def _lost(summary: Summary, arm: str) -> str:
 def _interval(summary: Summary, arm: str, metric: str) -> tuple[float | None, float | None]:
     """95 % interval of the median over seeds, without ends where there are too few."""
     interval = statistics.effect(array_of(summary, arm, metric)).interval
-    return (None, None) if interval == statistics.NO_BOUNDS else (interval.low, interval.high)
+    if interval == statistics.NO_BOUNDS:
+        return None, None
+    if not is_share(metric):
+        return interval.low, interval.high
+    return max(0.0, interval.low), min(1.0, interval.high)  # a t interval knows no such bounds
 
 
 def _range(metric: str, values: Sequence[float | None]) -> str:

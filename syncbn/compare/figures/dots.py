@@ -9,7 +9,16 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from syncbn.compare import statistics
-from syncbn.compare.canvas import Look, Picture, finish, looks, new_figure, plain_log
+from syncbn.compare.canvas import (
+    SOFT,
+    Look,
+    Picture,
+    finish,
+    legend_above,
+    looks,
+    new_figure,
+    plain_log,
+)
 from syncbn.compare.captions import axis_label, contrast_title, setting
 from syncbn.compare.figures.series import Trials, budget_of
 from syncbn.compare.measures import base_of, factor_of
@@ -257,9 +266,12 @@ def leak(summary: Summary, _: Trials) -> Picture:
         training, evaluation = (100 * array_of(summary, arm, mode) for mode in _MODES)
         heights = spread(row, len(training))
         axes.hlines(heights, training, evaluation, color=look.colour, alpha=0.5, linewidth=1.2)
-        axes.plot(training, heights, look.marker, color=look.colour, markerfacecolor="white", ms=7)
-        axes.plot(evaluation, heights, look.marker, color=look.colour, ms=7)
+        axes.plot(training, heights, "o", color=look.colour, markerfacecolor="white", ms=7)
+        axes.plot(evaluation, heights, "o", color=look.colour, ms=7)
         at_the_right(axes, row, _mode_words(summary, arm))
+    for face, mode in (("white", "training mode"), (SOFT, "evaluation mode")):
+        axes.plot([], [], "o", color=SOFT, markerfacecolor=face, label=mode)
+    legend_above(axes)
     axes.set_xlabel("Error on training samples (%)")
     fit(axes)
     pair = among(contrast(summary, "leak_gap"), arms)
