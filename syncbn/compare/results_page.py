@@ -5,7 +5,7 @@ so the page looks a second time, corrected over the primary claims of all studie
 would change; it changes none itself, because what a claim pays for was declared before it ran.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -85,14 +85,19 @@ def generated(studies: Sequence[Shown], missing: Sequence[str] = ()) -> str:
 
 def _origin(studies: Sequence[Shown], missing: Sequence[str]) -> str:
     """Where the numbers come from, and what is not among them."""
-    revisions = sorted({study.summary["git"] for study in studies})
-    torch = sorted({study.summary["versions"].get("torch", "?") for study in studies})
+    revisions = _each(study.summary["git"] for study in studies)
+    torch = _each(study.summary["versions"].get("torch", "?") for study in studies)
     took = time_words(sum(study.seconds for study in studies))
     absent = f" Not finished: {', '.join(missing)}." if missing else ""
     return (
         f"{counted(len(studies), 'study', 'studies')}, revision {', '.join(f'`{r}`' for r in revisions)}, "
         f"torch {', '.join(torch)}; {took} in all.{absent}"
     )
+
+
+def _each(listed: Iterable[str]) -> list[str]:
+    """Every name once, of texts that may list several: a study's trials need not share a revision."""
+    return sorted({name for text in listed for name in text.split(", ")})
 
 
 def _overview(study: Shown) -> tuple[str, ...]:

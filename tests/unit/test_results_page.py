@@ -56,6 +56,12 @@ def test_every_claim_stands_there_with_all_that_its_verdict_rests_on():
     assert "Not finished: late." in page
 
 
+def test_every_revision_is_named_once_also_where_trials_of_a_study_had_several():
+    mixed, later = summary("one"), summary("two")
+    mixed["git"], later["git"] = "aaa, bbb", "bbb"
+    assert "revision `aaa`, `bbb`, torch" in generated(shown(mixed, later))
+
+
 def test_a_second_look_corrects_over_the_primary_claims_of_all_studies():
     first = summary("one", claim("strong", 0.0001), claim("weak", 0.04))
     second = summary("two", claim("other", 0.02), claim("aside", 0.9, primary=False))
