@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from kernel_suite import Case
 
 from syncbn.norm import whole
-from syncbn.norm.kernels import EagerKernels, Fused, Kernels
+from syncbn.norm.kernels import EagerKernels, Fused, Kernels, Running
 from syncbn.norm.kernels.cpu import CpuKernels
 from syncbn.norm.native import library
 from syncbn.norm.steps import Call
@@ -92,6 +92,23 @@ def test_a_pass_in_several_windows_gives_the_bits_of_one(shape: tuple[int, ...],
         check_at_once(
             Case(shape, channels_last=channels_last, act=act, residual=act is not None), 1
         )
+
+
+@compiled
+def test_running_statistics_of_half_precision_move_with_a_whole_pass():
+    x = torch.randn(4, 3, 20)
+    mean, var = torch.zeros(3, dtype=torch.bfloat16), torch.ones(3, dtype=torch.bfloat16)
+    call = Call(eps=1e-5, running=Running(mean, var, None, 1.0))
+    assert whole.forward(x, None, None, None, call, False) is not None
+    expected = x.transpose(0, 1).flatten(1)
+    assert torch.equal(mean, expected.mean(1).to(torch.bfloat16))
+    assert torch.equal(var, expected.var(1).to(torch.bfloat16))
+
+
+@compiled
+def test_a_whole_pass_refuses_one_value_per_channel():
+    with pytest.raises(ValueError, match="more than 1 value per channel"):
+        whole.forward(torch.randn(1, 3), None, None, None, Call(eps=1e-5), False)
 
 
 def check_at_once(case: Case, threads: int) -> None:
