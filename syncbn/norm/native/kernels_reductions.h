@@ -104,8 +104,12 @@ template <class Op> INLINE void add_block(const Op& op, const Part& part, const 
       add_row(op, k, first_of(row, c), length, length < size ? length : size * op.job.channels, sums[c]);
     }
   const double values = double(block.row_end - block.row_begin) * double(length);
-  for (int64_t c = 0; c < tile; ++c)
-    running.add<moments>(c, total(sums[c].first), total(sums[c].second), shift[c], values);
+  double first[MAX_TILE], second[MAX_TILE];  // so that the divisions below are done several at once
+  for (int64_t c = 0; c < tile; ++c) {
+    first[c] = total(sums[c].first);
+    second[c] = total(sums[c].second);
+  }
+  for (int64_t c = 0; c < tile; ++c) running.add<moments>(c, first[c], second[c], shift[c], values);
 }
 
 template <class Op> void reduce_planes(const Job& job, const Part& part, double* first, double* second) {
