@@ -48,7 +48,7 @@ template <class Op> void map_planes(const Job& job, const Part& part, double*, d
 // ROWS rows at once, so that the coefficients of a column are loaded once for all of them.
 template <int ROWS, class Op> INLINE void map_rows(const Op& op, const Source<typename Op::A>& source, int64_t row, const Part& part) {
   constexpr int64_t lanes = Pack<typename Op::A>::lanes;
-  const int64_t size = op.job.size;
+  const int64_t size = op.job.size, ahead = values_ahead(op, 1023);
   auto* out = (typename Op::Element*)op.job.out;
   int64_t j = part.column_begin;
   if (sizeof(typename Op::Element) == 2)
@@ -57,6 +57,7 @@ template <int ROWS, class Op> INLINE void map_rows(const Op& op, const Source<ty
 #pragma GCC unroll 4
       for (int r = 0; r < ROWS; ++r) {
         const int64_t i = (row + r) * size + j;
+        if (ahead) op.prefetch(i + ahead);
         store_ahead(out + i, op(k, i), op(next, i + lanes));
       }
     }
@@ -66,6 +67,7 @@ template <int ROWS, class Op> INLINE void map_rows(const Op& op, const Source<ty
 #pragma GCC unroll 4
     for (int r = 0; r < ROWS; ++r) {
       const int64_t i = (row + r) * size + column;
+      if (ahead) op.prefetch(i + ahead);
       store_ahead(out + i, op(k, i));
     }
   }
