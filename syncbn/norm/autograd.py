@@ -15,9 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from syncbn.norm import kernels
+from syncbn.norm import kernels, whole
 from syncbn.norm.kernels import ACTIVATIONS, Affine, Fused
-from syncbn.norm.steps import Call, forward_alone, forward_statistics, sums_over_ranks
+from syncbn.norm.replay import Found, Remembered
+from syncbn.norm.steps import Call, forward_statistics, sums_over_ranks
 
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, None]
 Needs = tuple[bool, ...]
@@ -37,16 +38,9 @@ class SyncBatchNormFunction(torch.autograd.Function):
         call: Call,
     ) -> Tensor:
         """Normalise; keep what backward needs and no more."""
-        ctx.call = call
-        whole = forward_alone(x, weight, bias, residual, call)
-        if whole is None:
-            kernel = kernels.pick(x)
-            needs_grad = ctx.needs_input_grad[0]
-            ctx.statistics, ctx.remembered = forward_statistics(x, kernel, call, needs_grad)
-            affine = Affine(ctx.statistics.mean, ctx.statistics.invstd, weight, bias)
-            y = kernel.normalize(x, affine, Fused(call.act, residual, call.mask))
-        else:
-            y, ctx.statistics = whole
+        ctx.call, needs_grad = call, ctx.needs_input_grad[0]
+        done = whole.forward(x, weight, bias, residual, call, needs_grad)
+        y, ctx.found = done or step_by_step(x, weight, bias, residual, call, needs_grad)
         ctx.save_for_backward(x, weight, bias, *to_keep(call.act, residual, y))
         return y
 
@@ -55,12 +49,26 @@ class SyncBatchNormFunction(torch.autograd.Function):
         """The gradients of x, weight, bias and residual."""
         x, weight, bias, residual, output = ctx.saved_tensors
         fused = Fused(ctx.call.act, residual, ctx.call.mask, output)
-        needs = ctx.needs_input_grad[:4]
+        needs = ctx.needs_input_grad
         if torch.is_grad_enabled():
-            total = ctx.statistics.total
+            total = ctx.found.statistics.total
             return differentiable_gradients(dy, x, weight, bias, fused, total, ctx.call, needs)
-        affine = Affine(ctx.statistics.mean, ctx.statistics.invstd, weight, bias)
-        return gradients(dy, x, affine, fused, ctx.statistics.total, ctx.call, needs)
+        return gradients(dy, x, weight, bias, fused, ctx.found, ctx.call, needs)
+
+
+def step_by_step(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    call: Call,
+    needs_grad: bool,
+) -> tuple[Tensor, Remembered]:
+    """y, and what it was normalised with, by any kernels and any exchange."""
+    kernel = kernels.pick(x)
+    found = forward_statistics(x, kernel, call, needs_grad)
+    affine = Affine(found.statistics.mean, found.statistics.invstd, weight, bias)
+    return kernel.normalize(x, affine, Fused(call.act, residual, call.mask)), found
 
 
 def to_keep(
@@ -75,30 +83,44 @@ def to_keep(
 def gradients(
     dy: Tensor,
     x: Tensor,
-    affine: Affine,
+    weight: Tensor | None,
+    bias: Tensor | None,
     fused: Fused,
-    total: Tensor,
+    found: Found,
     call: Call,
     needs: Needs,
 ) -> Gradients:
     """dx, dweight, dbias and the residual's gradient, by the kernels."""
-    kernel = kernels.pick(x)
     dx = dweight = dbias = dresidual = None
     if any(needs[:3]):
-        alone = kernels.at_once(x) if needs[0] and call.exchange is None else None
-        whole = alone and alone.backward(dy, x, affine, fused, total)
-        if whole:
-            dx, sums = whole
-        else:
-            sums = kernel.backward_sums(dy, x, affine, fused)
-            if needs[0]:
-                everyones = sums_over_ranks(sums, x, call)
-                dx = kernel.backward_input(dy, x, affine, fused, everyones, total)
-        dweight, dbias = _parameters(sums[1], sums[0], affine.weight, affine.bias, needs)
+        done = whole.backward(dy, x, weight, bias, fused, found, call) if needs[0] else None
+        dx, sums = done or _summed(dy, x, weight, bias, fused, found, call, needs[0])
+        dweight, dbias = _parameters(sums[1], sums[0], weight, bias, needs)
     if needs[3]:
         plain = fused.act is None and fused.mask is None
-        dresidual = dy if plain else kernel.backward_residual(dy, x, affine, fused)
+        affine = Affine(found.statistics.mean, found.statistics.invstd, weight, bias)
+        dresidual = dy if plain else kernels.pick(x).backward_residual(dy, x, affine, fused)
     return dx, dweight, dbias, dresidual, None
+
+
+def _summed(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    fused: Fused,
+    found: Found,
+    call: Call,
+    needs_dx: bool,
+) -> tuple[Tensor | None, Tensor]:
+    """dx, where it is needed, and the sums of this rank, by any kernels and any exchange."""
+    kernel, (total, mean, _, invstd) = kernels.pick(x), found.statistics
+    affine = Affine(mean, invstd, weight, bias)
+    sums = kernel.backward_sums(dy, x, affine, fused)
+    if not needs_dx:
+        return None, sums
+    everyones = sums_over_ranks(sums, x, call)
+    return kernel.backward_input(dy, x, affine, fused, everyones, total), sums
 
 
 def _parameters(

@@ -15,14 +15,14 @@ from torch.distributed.distributed_c10d import (
     _resolve_process_group as resolve_process_group,  # pyright: ignore[reportPrivateImportUsage]
 )
 
-from syncbn.norm import kernels
-from syncbn.norm.autograd import gradients, to_keep
+from syncbn.norm.autograd import gradients, step_by_step, to_keep
 from syncbn.norm.exchange import exchange_of
 from syncbn.norm.groups import GroupSpec, resolve
-from syncbn.norm.kernels import Affine, EagerKernels, Fused, Running
+from syncbn.norm.kernels import EagerKernels, Fused, Running
 from syncbn.norm.kernels.eager import stats_dtype
 from syncbn.norm.moments import Statistics
-from syncbn.norm.steps import Call, forward_statistics
+from syncbn.norm.replay import Remembered
+from syncbn.norm.steps import Call
 
 
 def group_text(spec: GroupSpec) -> str:
@@ -55,11 +55,9 @@ def _forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """y, and the statistics it was normalised with."""
     call = _call(eps, act, mask, group, name)
-    kernel = kernels.pick(x)
-    statistics, _ = forward_statistics(x, kernel, call, needs_grad)
-    affine = Affine(statistics.mean, statistics.invstd, weight, bias)
-    y = kernel.normalize(x, affine, Fused(call.act, residual, mask))
-    return y, statistics.total, statistics.mean, statistics.var, statistics.invstd
+    y, found = step_by_step(x, weight, bias, residual, call, needs_grad)
+    total, mean, var, invstd = found.statistics
+    return y, total, mean, var, invstd
 
 
 @_forward.register_fake
@@ -86,6 +84,7 @@ def _backward(
     mask: Tensor | None,
     total: Tensor,
     mean: Tensor,
+    var: Tensor,
     invstd: Tensor,
     eps: float,
     act: str,
@@ -96,8 +95,10 @@ def _backward(
     """The gradients of x, weight, bias and residual; an empty tensor where none is needed."""
     call = _call(eps, act, mask, group, name)
     fused = Fused(call.act, residual, mask, output)
-    affine = Affine(mean, invstd, weight, bias)
-    dx, dweight, dbias, dresidual, _ = gradients(dy, x, affine, fused, total, call, tuple(needs))
+    found = Remembered(mean, Statistics(total, mean, var, invstd))  # nobody asks for its moments
+    dx, dweight, dbias, dresidual, _ = gradients(
+        dy, x, weight, bias, fused, found, call, tuple(needs)
+    )
 
     def own(gradient: Tensor | None) -> Tensor:
         """An operator's results share memory with nothing, each other included."""
@@ -121,12 +122,12 @@ def _backward_shapes(
 
 def _remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     x, weight, bias, residual, mask, eps, act, group, name, _ = inputs
-    y, total, mean, _, invstd = output
+    y, *statistics = output
     ctx.mark_non_differentiable(*output[1:])
     ctx.has_residual = residual is not None
     ctx.rest = (eps, act, group, name)
     kept = to_keep(act or None, residual, y)
-    ctx.save_for_backward(x, weight, bias, *kept, mask, total, mean, invstd)
+    ctx.save_for_backward(x, weight, bias, *kept, mask, *statistics)
 
 
 def _gradients(ctx: Any, dy: Tensor, *_unused: Tensor) -> tuple[Tensor | None, ...]:

@@ -72,10 +72,16 @@ class Place(TypedDict):
 class Exchange:
     """The exchanges of one process group, numbered in the order in which this rank enters them."""
 
+    in_one_call = True
+    """Whether a pass may do its exchange within a native call (`whole`)."""
+
     def __init__(self, group: ProcessGroup) -> None:
         self._wire = Wire(group)
         self._arrival = Arrival(self._wire)
         self._transport: Transport | None = None
+        self.world_size = self._wire.world_size
+        self.memory: SharedMemory | None = None
+        """What the ranks share, once they have met and found that they can."""
         self._serials = Serials()
         self._calls = 0
 
@@ -99,13 +105,36 @@ class Exchange:
         if values.is_cuda:
             return self._wire.all_gather(values)
         payload = values.contiguous()
-        code = self._serials.code(serial)
-        header = packed(kind, code, channels, dtype, needs_grad, payload.nbytes, layer)
-        self._calls += 1
+        place = Place(
+            layer=layer, channels=channels, dtype=dtype, needs_grad=needs_grad, serial=serial
+        )
+        header, number = self.announce(kind, payload.nbytes, **place)
         transport = self._transport or self._connect(header)
-        gathered = transport.gather(header, self._calls, payload)
-        self._serials.keep(serial)
+        gathered = transport.gather(header, number, payload)
+        self.met(serial)
         return gathered
+
+    def announce(
+        self,
+        kind: int,
+        size: int,
+        *,
+        layer: str,
+        channels: int,
+        dtype: torch.dtype,
+        needs_grad: bool,
+        serial: int = NAMED,
+    ) -> tuple[bytes, int]:
+        """The header of an exchange of `size` bytes that takes place next (CPU), and its number."""
+        code = self._serials.code(serial)
+        self._calls += 1
+        return packed(kind, code, channels, dtype, needs_grad, size, layer), self._calls
+
+    def met(self, serial: int) -> None:
+        """Note that the exchange announced last has taken place, with all ranks in one layer."""
+        self._serials.keep(serial)
+        if self.memory is not None:
+            self.memory.forget()
 
     def moments(self, packed: Tensor, **place: Unpack[Place]) -> Tensor:
         """Packed moments that merge into those of all ranks: theirs, `(W, 2 + 2C)`, or one for all, `(1, 2 + 2C)`.
@@ -123,7 +152,7 @@ class Exchange:
         """The sum of every rank's `values` `(2, C)`; the same bits on each. For `place` and errors see `gather`."""
         if not self._too_wide(values):
             gathered = self.gather(values.flatten(), kind=BACKWARD, **place)
-            return gathered.sum(0).view_as(values)
+            return sums.in_order(gathered).view_as(values)
         self._agree(values, BACKWARD, place)
         return self._wire.all_reduce(values.to(torch.float64)).to(values.dtype)
 
@@ -150,14 +179,15 @@ class Exchange:
     def _connect(self, header: bytes) -> Transport:
         """Choose the transport; collective at the first exchange."""
         self._arrival.wait(header, self._calls)
-        self._transport = _transport(self._wire)
+        self.memory = _memory(self._wire)
+        self._transport = self.memory or self._wire
         self._arrival.leave()
         return self._transport
 
     def _too_wide(self, values: Tensor) -> bool:
         """Whether a reduction moves less than a gather; the same on all ranks that are in the same place."""
         world_size = self._wire.world_size
-        if values.dtype == torch.float64 or isinstance(self._transport, SharedMemory):
+        if values.dtype == torch.float64 or self.memory is not None:
             return False
         if values.is_cuda:
             return world_size > wire.GATHER_RANKS
@@ -171,6 +201,8 @@ class Exchange:
 
 class _Observed(Exchange):
     """The very same exchange as another, whose layers' meetings `tell` is told of."""
+
+    in_one_call = False  # there it could not be told from the rest of the pass
 
     def __init__(self, exchange: Exchange, tell: Observer) -> None:
         self.__dict__ = exchange.__dict__
@@ -191,8 +223,8 @@ class _Observed(Exchange):
         return total
 
 
-def _transport(wire: Wire) -> Transport:
-    """Shared memory where all ranks can map it, else the group itself; collective.
+def _memory(wire: Wire) -> SharedMemory | None:
+    """Shared memory where all ranks can map it; collective.
 
     Raises:
         ValueError: `SYNCBN_EXCHANGE` is neither auto, gloo nor shared.
@@ -207,7 +239,7 @@ def _transport(wire: Wire) -> Transport:
         raise RuntimeError(
             "SYNCBN_EXCHANGE=shared, but the ranks of this group cannot share memory"
         )
-    return memory or wire
+    return memory
 
 
 _exchanges: weakref.WeakKeyDictionary[ProcessGroup, Exchange] = weakref.WeakKeyDictionary()

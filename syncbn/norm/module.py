@@ -143,10 +143,11 @@ class SyncBatchNorm(_BatchNorm):
         if torch.compiler.is_compiling():
             return self._train_compiled(input, mask, residual)
         group = resolve(self.process_group)
-        if group is not None and dist.get_world_size(group) == 1:
-            group = None
+        exchange = None if group is None else exchange_of(group)
+        if exchange is not None and exchange.world_size == 1:
+            group = exchange = None
         self._check_input(input, mask, residual, group)
-        if group is None and self._is_torchs(input, mask, residual):
+        if exchange is None and self._is_torchs(input, mask, residual):
             return self._replay_alone(input) if replaying() else super().forward(input)
         return SyncBatchNormFunction.apply(
             input,
@@ -158,7 +159,7 @@ class SyncBatchNorm(_BatchNorm):
                 act=self._activation(),
                 mask=None if mask is None else fitted(mask, input),
                 running=self._running(),
-                exchange=None if group is None else exchange_of(group),
+                exchange=exchange,
                 name=self._title(),
                 serial=NAMED if self.layer_name else self._serial,
                 replays=replays_of(self),
@@ -202,9 +203,12 @@ class SyncBatchNorm(_BatchNorm):
         return self.act
 
     def _running(self) -> Running | None:
-        if not self.track_running_stats or self.running_mean is None or self.running_var is None:
+        if not self.track_running_stats:
             return None
-        return Running(self.running_mean, self.running_var, self.num_batches_tracked, self.momentum)
+        mean, var = self.running_mean, self.running_var  # each is a look-up in `Module.__getattr__`
+        if mean is None or var is None:
+            return None
+        return Running(mean, var, self.num_batches_tracked, self.momentum)
 
     def _title(self) -> str:
         return self.layer_name or f"SyncBatchNorm({self.num_features})"

@@ -12,7 +12,7 @@ import weakref
 import torch
 from torch import Tensor, nn
 
-from syncbn.norm.moments import Statistics
+from syncbn.norm.moments import Block, Statistics
 
 
 class Remembered:
@@ -22,18 +22,26 @@ class Remembered:
         self.own = own
         self.statistics = statistics
 
+    @property
+    def addresses(self) -> tuple[int, int, int, int, int]:
+        """As in `Block`."""
+        total, mean, var, invstd = (values.data_ptr() for values in self.statistics)
+        return total, self.own.data_ptr(), mean, var, invstd
+
+
+Found = Remembered | Block
+"""What one forward pass found, in several tensors or in one."""
+
 
 class Replays:
     """The forward passes of one layer whose graphs are alive."""
 
     def __init__(self) -> None:
-        self._passes: weakref.WeakSet[Remembered] = weakref.WeakSet()
+        self._passes: weakref.WeakSet[Found] = weakref.WeakSet()
 
-    def remember(self, own: Tensor, statistics: Statistics) -> Remembered:
-        """Keep `statistics` for as long as the returned object lives."""
-        remembered = Remembered(own, statistics)
-        self._passes.add(remembered)
-        return remembered
+    def keep(self, found: Found) -> None:
+        """Find this pass for as long as `found` lives."""
+        self._passes.add(found)
 
     def recall(self, own: Tensor) -> Statistics | None:
         """The statistics of the pass whose moments were `own`; None where there was none.
@@ -63,7 +71,7 @@ def replays_of(layer: nn.Module) -> Replays:
 _replays: weakref.WeakKeyDictionary[nn.Module, Replays] = weakref.WeakKeyDictionary()
 
 
-def _chosen_on_device(own: Tensor, passes: list[Remembered]) -> Statistics:
+def _chosen_on_device(own: Tensor, passes: list[Found]) -> Statistics:
     same = torch.stack([(p.own == own).all() for p in passes])
     torch._assert_async(same.any())  # pyright: ignore[reportPrivateImportUsage]
     chosen = same.to(torch.int64).argmax().view(1)

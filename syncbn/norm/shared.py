@@ -41,7 +41,7 @@ SPIN_NS = 10_000
 """How long to spin where every rank has a core: two exchanges' worth (50 us cost 40 us more on busy cores)."""
 LOOK_NS = 50_000_000
 """Time between two looks after the others; also how late an interrupt may be noticed."""
-_DIFFER, _NOT_YET = 1, 2
+_DIFFER, _NOT_YET, _FAILED = 1, 2, 3
 _INT, _POINTER = ctypes.c_int64, ctypes.c_void_p
 
 
@@ -86,7 +86,8 @@ class SharedMemory:
         spin_ns = SPIN_NS if len(os.sched_getaffinity(0)) >= wire.world_size else 0
         places = (start, failure, start + self._slots_at)
         self._ring = Ring(wire.rank, wire.world_size, SLOT_BYTES, spin_ns, 0, *places)
-        self._at = ctypes.addressof(self._ring)
+        self.address = ctypes.addressof(self._ring)
+        """Where the library finds the ring."""
         native = _native()
         assert native is not None, "the handshake saw to it"
         self._native = native
@@ -110,11 +111,24 @@ class SharedMemory:
         source, out, total = payload.data_ptr(), gathered.data_ptr(), payload.nbytes
         for offset in range(0, max(total, 1), PAYLOAD_BYTES):
             to = _Destination(min(total - offset, PAYLOAD_BYTES), out + offset, total)
-            status = self._enter(self._at, call, header, source + offset, *to, LOOK_NS)
+            status = self._enter(self.address, call, header, source + offset, *to, LOOK_NS)
             if status:
                 self._settle(status, header, call, to)
-        self._board.forget()
         return gathered
+
+    def brought(self, status: int, header: bytes, call: int, own: Tensor) -> Tensor:
+        """Every rank's payload of a round that a whole pass entered with `own`, and left with a `status`."""
+        gathered = own.new_empty((self._world_size, own.numel()))
+        to = _Destination(own.nbytes, gathered.data_ptr(), own.nbytes)
+        if status != _FAILED:
+            status = self._native.syncbn_exchange_wait(self.address, *to, 0, 0)
+        if status:
+            self._settle(status, header, call, to)
+        return gathered
+
+    def forget(self) -> None:
+        """Take back what was noted of eval mode: an exchange has brought all ranks together again."""
+        self._board.forget()
 
     def _settle(self, status: int, header: bytes, call: int, to: _Destination) -> None:
         """Bring a round to its end that did not end at once."""
@@ -123,7 +137,7 @@ class SharedMemory:
             patrol, layer = Patrol(here, self._timeout_s), Header.unpack(header).layer
             while status == _NOT_YET:
                 patrol.look(self._absent(layer))
-                status = self._native.syncbn_exchange_wait(self._at, *to, LOOK_NS, LOOK_NS)
+                status = self._native.syncbn_exchange_wait(self.address, *to, LOOK_NS, LOOK_NS)
         except BaseException as error:
             self._fail(error, here)
             raise
@@ -154,7 +168,7 @@ class SharedMemory:
         message = str(error) if known else f"{here}, and was interrupted there: {error!r}"
         text = message.encode()[:MESSAGE_BYTES]
         lost = not isinstance(error, RanksDisagree)
-        self._native.syncbn_exchange_fail(self._at, lost, text, len(text))
+        self._native.syncbn_exchange_fail(self.address, lost, text, len(text))
 
     def pass_by(self, layer: str, backward: bool) -> None:
         """Note that this rank goes through `layer` in eval mode.

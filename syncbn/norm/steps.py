@@ -10,11 +10,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from syncbn.norm import kernels
 from syncbn.norm.exchange import Exchange, Place
 from syncbn.norm.header import NAMED
 from syncbn.norm.join import refuse_ddp_join
-from syncbn.norm.kernels import Fused, Kernels, Running
+from syncbn.norm.kernels import Kernels, Running
 from syncbn.norm.moments import Statistics
 from syncbn.norm.replay import Remembered, Replays, replaying
 
@@ -59,29 +58,8 @@ class Call(NamedTuple):
         )
 
 
-def forward_alone(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None, call: Call
-) -> tuple[Tensor, Statistics] | None:
-    """The whole forward pass of a group of one, where some kernel does it at once; updates running statistics.
-
-    Raises:
-        ValueError: one value per channel.
-    """
-    kernel = kernels.at_once(x)
-    if kernel is None or call.exchange is not None:
-        return None
-    whole = kernel.forward(x, weight, bias, call.eps, Fused(call.act, residual, call.mask))
-    if whole is not None:
-        _check_count(whole[1], call)
-        if call.running is not None and not replaying():
-            kernel.update(call.running, whole[1])
-    return whole
-
-
-def forward_statistics(
-    x: Tensor, kernel: Kernels, call: Call, needs_grad: bool
-) -> tuple[Statistics, Remembered | None]:
-    """The statistics over all ranks, and what keeps them for a replay; updates running statistics.
+def forward_statistics(x: Tensor, kernel: Kernels, call: Call, needs_grad: bool) -> Remembered:
+    """The statistics over all ranks, as a replay will find them; updates running statistics.
 
     Raises:
         NonFiniteStatistics: see there; in a group, on CPU.
@@ -92,16 +70,19 @@ def forward_statistics(
     if again and call.replays is not None:
         known = call.replays.recall(own)
         if known is not None:
-            return known, None
+            return Remembered(own, known)
     packed = own.unsqueeze(0)
     if call.exchange is not None:
         refuse_ddp_join(call.name)
         packed = call.exchange.moments(own, **call.place(x, needs_grad))
     statistics = kernel.merge(packed, call.eps)
-    _check(packed, statistics, call, x)
+    check(packed, statistics, call, x)
     if call.running is not None and not again:
         kernel.update(call.running, statistics)
-    return statistics, call.replays.remember(own, statistics) if call.replays else None
+    found = Remembered(own, statistics)
+    if call.replays is not None:
+        call.replays.keep(found)
+    return found
 
 
 def sums_over_ranks(sums: Tensor, x: Tensor, call: Call) -> Tensor:
@@ -111,8 +92,8 @@ def sums_over_ranks(sums: Tensor, x: Tensor, call: Call) -> Tensor:
     return call.exchange.sums(sums, **call.place(x, needs_grad=True))
 
 
-def _check(packed: Tensor, statistics: Statistics, call: Call, x: Tensor) -> None:
-    """Raise where there is nothing to normalise with.
+def check(packed: Tensor, statistics: Statistics, call: Call, x: Tensor) -> None:
+    """Raise where there is nothing to normalise with, of what all ranks sent and what it came down to.
 
     On CUDA looking would stall the host, so it looks only where the shape says that there may be too little.
     """
@@ -134,10 +115,6 @@ def _check(packed: Tensor, statistics: Statistics, call: Call, x: Tensor) -> Non
             f"SyncBatchNorm {call.name!r}: NaN, infinite or too large input {where}; "
             "running statistics are unchanged"
         )
-    _check_count(statistics, call)
-
-
-def _check_count(statistics: Statistics, call: Call) -> None:
     if float(statistics.total) == 1:
         raise ValueError(
             f"SyncBatchNorm {call.name!r}: expected more than 1 value per channel over all ranks when training"

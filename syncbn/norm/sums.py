@@ -23,3 +23,13 @@ def to_packed(sums: Tensor) -> Tensor:
     first, second = sums[1:].chunk(2)
     mean = first / count.clamp(min=1)
     return pack(Moments(count, mean, (second - first * mean).clamp(min=0))).unsqueeze(0)
+
+
+def in_order(rows: Tensor) -> Tensor:
+    """The sum of `rows` `(W, k)`; on a CPU one after another, to the bits of native/whole.cpp."""
+    if rows.is_cuda:
+        return rows.sum(0)
+    total = rows[0].clone()
+    for row in rows[1:]:
+        total += row
+    return total

@@ -41,16 +41,34 @@ def _gather(group, values):
 
 
 @pytest.mark.world_size(2, 3, 4)
-def test_memory_and_gloo_give_the_same_bits(world_size):
-    x = torch.randn(4, 6, 5, 5, generator=torch.Generator().manual_seed(dist.get_rank()))
+@pytest.mark.parametrize(
+    ("channels", "dtype"), [(6, torch.float32), (6, torch.float64), (2100, torch.bfloat16)]
+)
+def test_memory_and_gloo_give_the_same_bits(world_size, channels, dtype):
+    generator = torch.Generator().manual_seed(dist.get_rank())
+    batches = torch.randn(3, 4, channels, 3, 3, generator=generator).to(dtype)
     results = []
     for choice, kind in (("gloo", Wire), ("shared", SharedMemory)):
         with _exchanging_by(choice):
-            layer = syncbn.convert_sync_batchnorm(batch_norm(6), group := _group())
-            y, dx = forward_backward(layer, x, x.sin())
+            layer = syncbn.convert_sync_batchnorm(batch_norm(channels), group := _group())
+            # after the first exchange a pass in shared memory is one call, but for 2100 channels
+            passes = [forward_backward(layer, x, x.sin()) for x in batches]
         assert type(exchange_of(group)._transport) is kind
-        results.append((y, dx, layer.running_mean, layer.running_var))
+        gradients = [parameter.grad for parameter in layer.parameters()]
+        results.append([*sum(passes, ()), *gradients, *layer.buffers()])
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@pytest.mark.world_size(2, 4)
+def test_a_rank_without_a_batch_meets_those_that_pass_in_one_call(world_size):
+    layer = syncbn.SyncBatchNorm(3)
+    for step in range(3):
+        size = 0 if step and dist.get_rank() == world_size - 1 else 4
+        x = torch.randn(size, 3, 5, requires_grad=True)
+        layer(x).square().sum().backward()
+        everyones = [torch.empty_like(layer.running_var) for _ in range(world_size)]
+        dist.all_gather(everyones, layer.running_var)
+        assert all(torch.equal(var, everyones[0]) for var in everyones)
 
 
 @pytest.mark.world_size(2, 4)

@@ -31,13 +31,13 @@ def _model(norm=None):
 def _counting():
     """Count this rank's exchanges from here on."""
     exchange, counted = exchange_of(dist.group.WORLD), []
-    original = exchange.gather
+    original = exchange.announce
 
-    def gather(*arguments, **options):
-        counted.append(options["kind"])
-        return original(*arguments, **options)
+    def announce(kind, *arguments, **options):
+        counted.append(kind)
+        return original(kind, *arguments, **options)
 
-    exchange.gather = gather
+    exchange.announce = announce
     return counted
 
 

@@ -30,6 +30,14 @@ LAYER = [
         "return call.exchange.sums(sums, **call.place(x, needs_grad=True))",
         "return sums",
         ONE_BATCH,
+        "eager",
+    ),
+    Mutant(
+        "no reduction in backward, in one call",
+        f"{NORM}/native/whole.cpp",
+        "sums[i] += row[i];",
+        "sums[i] += 0 * row[i];",
+        ONE_BATCH,
     ),
     Mutant(
         "per-rank variances averaged",
@@ -95,8 +103,16 @@ LAYER = [
     Mutant(
         "weight and bias gradients reduced twice",
         f"{NORM}/autograd.py",
-        "_parameters(sums[1], sums[0], affine.weight, affine.bias, needs)",
-        "_parameters(everyones[1], everyones[0], affine.weight, affine.bias, needs)",
+        "everyones, total), sums",
+        "everyones, total), everyones",
+        ONE_BATCH,
+        "eager",
+    ),
+    Mutant(
+        "weight and bias gradients reduced twice, in one call",
+        f"{NORM}/native/whole.cpp",
+        "run<A>(whole.call, sums.data(), whole.call.result);",
+        "run<A>(whole.call, std::copy(sums.begin(), sums.end(), (A*)whole.own) - count, whole.call.result);",
         ONE_BATCH,
     ),
     Mutant(
@@ -179,7 +195,7 @@ EXCHANGE = [
         f"{NORM}/native/exchange.cpp",
         "((ring->round % 2) * ring->world_size + rank)",
         "(0 * ring->world_size + rank)",
-        f"{DIST}/test_shared_memory.py",
+        f"{DIST}/test_shared_memory.py::test_thousands_of_exchanges_bring_every_ranks_latest_values",
     ),
     Mutant(
         "the second frame forgotten",

@@ -6,9 +6,11 @@ import torch
 from hypothesis import given, settings
 from kernel_suite import Case
 
-from syncbn.norm.kernels import EagerKernels, Fused, Kernels
+from syncbn.norm import whole
+from syncbn.norm.kernels import EagerKernels, Fused, Kernels, Running
 from syncbn.norm.kernels.cpu import CpuKernels
 from syncbn.norm.native import library
+from syncbn.norm.steps import Call
 
 NATIVE = library() is not None
 compiled = pytest.mark.skipif(not NATIVE, reason="the native library was not built")
@@ -92,21 +94,42 @@ def test_a_pass_in_several_windows_gives_the_bits_of_one(shape: tuple[int, ...],
         )
 
 
+@compiled
+def test_running_statistics_of_half_precision_move_with_a_whole_pass():
+    x = torch.randn(4, 3, 20)
+    mean, var = torch.zeros(3, dtype=torch.bfloat16), torch.ones(3, dtype=torch.bfloat16)
+    call = Call(eps=1e-5, running=Running(mean, var, None, 1.0))
+    assert whole.forward(x, None, None, None, call, False) is not None
+    expected = x.transpose(0, 1).flatten(1)
+    assert torch.equal(mean, expected.mean(1).to(torch.bfloat16))
+    assert torch.equal(var, expected.var(1).to(torch.bfloat16))
+
+
+@compiled
+def test_a_whole_pass_refuses_one_value_per_channel():
+    with pytest.raises(ValueError, match="more than 1 value per channel"):
+        whole.forward(torch.randn(1, 3), None, None, None, Call(eps=1e-5), False)
+
+
 def check_at_once(case: Case, threads: int) -> None:
     kernels, before = CpuKernels(), torch.get_num_threads()
     given, fused = suite.backward_inputs(case)
+    if given.x.numel() <= given.x.shape[1]:  # too few to normalise with
+        return
     forward = Fused(case.act, given.residual, given.mask)
+    call = Call(eps=1e-5, act=case.act, mask=given.mask)
+    parameters = given.affine.weight, given.affine.bias
     torch.set_num_threads(threads)
     try:
-        whole = kernels.forward(given.x, given.affine.weight, given.affine.bias, 1e-5, forward)
-        if whole is None:  # left to ATen
+        done = whole.forward(given.x, *parameters, given.residual, call, True)
+        if done is None:  # left to ATen
             return
         expected = kernels.merge(kernels.moments(given.x).unsqueeze(0), 1e-5)
         affine = given.affine._replace(mean=expected.mean, invstd=expected.invstd)
         y = kernels.normalize(given.x, affine, forward)
-        assert all(torch.equal(a, b) for a, b in zip(whole[1], expected, strict=True))
-        assert torch.equal(whole[0].nan_to_num(), y.nan_to_num())
-        both = kernels.backward(given.dy, given.x, affine, fused, expected.total)
+        assert all(torch.equal(a, b) for a, b in zip(done[1].statistics, expected, strict=True))
+        assert torch.equal(done[0].nan_to_num(), y.nan_to_num())
+        both = whole.backward(given.dy, given.x, *parameters, fused, done[1], call)
         assert both is not None
         sums = kernels.backward_sums(given.dy, given.x, affine, fused)
         dx = kernels.backward_input(given.dy, given.x, affine, fused, sums, expected.total)

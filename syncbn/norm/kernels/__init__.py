@@ -13,7 +13,6 @@ from torch.jit._trace import is_tracing
 
 from syncbn.norm.kernels.activations import ACTIVATIONS, check_act
 from syncbn.norm.kernels.choice import chosen
-from syncbn.norm.kernels.cpu import CpuKernels
 from syncbn.norm.kernels.eager import EagerKernels
 from syncbn.norm.kernels.operands import Affine, Fused, Running
 from syncbn.norm.moments import Statistics
@@ -25,7 +24,6 @@ __all__ = [
     "Fused",
     "Kernels",
     "Running",
-    "at_once",
     "check_act",
     "faster_alone",
     "pick",
@@ -81,12 +79,6 @@ class Kernels(Protocol):
 def pick(x: Tensor) -> Kernels:
     """The kernels that serve `x`, by its device; see `choice`."""
     return chosen(x.device.type)
-
-
-def at_once(x: Tensor) -> CpuKernels | None:
-    """Kernels that do a whole pass of a group of one at once, where those that serve `x` can."""
-    kernel = pick(x)
-    return kernel if isinstance(kernel, CpuKernels) else None
 
 
 def faster_alone(x: Tensor) -> bool:

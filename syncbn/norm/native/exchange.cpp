@@ -8,13 +8,14 @@
 #include <ctime>
 #include <sched.h>
 
-#include "common.h"
+#include "exchange.h"
 
 namespace {
 
-constexpr int64_t kCallBytes = 8;
-constexpr int64_t kBodyBytes = 184;
-constexpr int64_t kHeaderBytes = kCallBytes + kBodyBytes;
+using syncbn::BODY_BYTES;
+using syncbn::CALL_BYTES;
+using syncbn::HEADER_BYTES;
+
 constexpr int64_t kControlBytes = 256;
 
 constexpr int64_t kYieldNs = 5'000'000;       // whoever is that late is not missed by a nap
@@ -39,18 +40,6 @@ void pause() {
 }
 
 }  // namespace
-
-// Mirrors `Ring` in syncbn/norm/shared.py.
-struct SyncbnRing {
-  int64_t rank;
-  int64_t world_size;
-  int64_t slot_bytes;
-  int64_t spin_ns;  // 0 where there are more ranks than cores
-  int64_t round;    // frames this rank has published
-  char* controls;
-  char* failure;
-  char* slots;
-};
 
 namespace {
 
@@ -100,13 +89,16 @@ class Patience {
   int64_t start_ns_ = 0;
 };
 
-Status collect(const SyncbnRing* ring, int64_t bytes, char* out, int64_t stride) {
+Status compare(const SyncbnRing* ring) {
   const char* own = slot(ring, ring->rank);
   for (int64_t rank = 0; rank < ring->world_size; ++rank)
-    if (std::memcmp(slot(ring, rank), own, kHeaderBytes) != 0) return kDiffer;
-  for (int64_t rank = 0; rank < ring->world_size; ++rank)
-    std::memcpy(out + rank * stride, slot(ring, rank) + kHeaderBytes, bytes);
+    if (std::memcmp(slot(ring, rank), own, HEADER_BYTES) != 0) return kDiffer;
   return kDone;
+}
+
+void collect(const SyncbnRing* ring, int64_t bytes, char* out, int64_t stride) {
+  for (int64_t rank = 0; rank < ring->world_size; ++rank)
+    std::memcpy(out + rank * stride, slot(ring, rank) + HEADER_BYTES, bytes);
 }
 
 Status await_all(const SyncbnRing* ring, int64_t limit_ns, int64_t waited_ns) {
@@ -116,29 +108,37 @@ Status await_all(const SyncbnRing* ring, int64_t limit_ns, int64_t waited_ns) {
       if (has_failed(ring)) return kFailed;
       if (!patience.wait()) return kNotYet;
     }
-  return kDone;
+  return compare(ring);
 }
 
 }  // namespace
 
-// Go on waiting in the round that syncbn_exchange_enter began. out: payload of rank r at r * stride bytes.
-SYNCBN_API int syncbn_exchange_wait(const SyncbnRing* ring, int64_t bytes, char* out, int64_t stride,
-                                    int64_t limit_ns, int64_t waited_ns) {
-  Status status = await_all(ring, limit_ns, waited_ns);
-  return status == kDone ? collect(ring, bytes, out, stride) : status;
-}
-
-// Publish this rank's frame and wait up to limit_ns for the others'.
-SYNCBN_API int syncbn_exchange_enter(SyncbnRing* ring, int64_t call, const char* body, const char* payload,
-                                     int64_t bytes, char* out, int64_t stride, int64_t limit_ns) {
-  if (has_failed(ring)) return kFailed;
+syncbn::Round syncbn::enter(SyncbnRing* ring, int64_t call, const char* body, const void* payload, int64_t bytes,
+                            int64_t limit_ns) {
+  if (has_failed(ring)) return {kFailed, nullptr};
   ring->round += 1;
   char* own = slot(ring, ring->rank);
-  std::memcpy(own, &call, kCallBytes);
-  std::memcpy(own + kCallBytes, body, kBodyBytes);
-  std::memcpy(own + kHeaderBytes, payload, bytes);
+  std::memcpy(own, &call, CALL_BYTES);
+  std::memcpy(own + CALL_BYTES, body, BODY_BYTES);
+  std::memcpy(own + HEADER_BYTES, payload, bytes);
   __atomic_store_n(published(ring, ring->rank), ring->round, __ATOMIC_RELEASE);
-  return syncbn_exchange_wait(ring, bytes, out, stride, limit_ns, 0);
+  return {await_all(ring, limit_ns, 0), slot(ring, 0) + HEADER_BYTES};
+}
+
+// Go on waiting in the round that this rank has entered. out: payload of rank r at r * stride bytes.
+SYNCBN_API int syncbn_exchange_wait(const SyncbnRing* ring, int64_t bytes, char* out, int64_t stride,
+                                    int64_t limit_ns, int64_t waited_ns) {
+  const Status status = await_all(ring, limit_ns, waited_ns);
+  if (status == kDone) collect(ring, bytes, out, stride);
+  return status;
+}
+
+// Publish this rank's frame and collect the others', as far as they come within limit_ns.
+SYNCBN_API int syncbn_exchange_enter(SyncbnRing* ring, int64_t call, const char* body, const char* payload,
+                                     int64_t bytes, char* out, int64_t stride, int64_t limit_ns) {
+  const syncbn::Round round = syncbn::enter(ring, call, body, payload, bytes, limit_ns);
+  if (round.status == kDone) collect(ring, bytes, out, stride);
+  return round.status;
 }
 
 // Mark the memory as failed; the first rank to do so has its message kept.

@@ -1,9 +1,9 @@
-// The kernels' C interface: shapes an input as planes or columns, prepares coefficients, shares the work among
-// threads, and merges what they reduced.
+// One pass, or both passes of a group of one: shapes an input as planes or columns, prepares coefficients, shares the
+// work among threads, and merges what they reduced.
 //
 // How the work is cut depends on the shape alone, never on the number of threads, and parts are merged in order:
 // results have the same bits with any number of threads.
-#include "kernels_plan.h"
+#include "kernels_call.h"
 
 namespace syncbn {
 namespace {
@@ -80,113 +80,95 @@ template <class A> void add_up(const Plan& plan, const Reduced& reduced, Window 
   for (int64_t c = 0; c < C; ++c) sums[plan.channels + begin + c] = A(second[c] * invstd[begin + c]);
 }
 
-template <class A> Affine<A> typed(const void* const affine[4]) {
-  return {(const A*)affine[0], (const A*)affine[1], (const A*)affine[2], (const A*)affine[3]};
+template <class A> Affine<A> typed(const Call& call) {
+  return {(const A*)call.mean, (const A*)call.invstd, (const A*)call.weight, (const A*)call.bias};
 }
 
-// The job with its coefficients, run over the whole input.
-template <class A> void run(Job job, const Shape& shape, const void* const affine[4], const void* sums, double total,
-                            void* result) {
+Job job_of(const Call& call) {
+  Job job = {};
+  job.kind = Kind(call.kind);
+  job.dtype = Dtype(call.dtype);
+  job.act = Act(call.act);
+  job.extra_is = Extra(call.extra_is);
+  job.x = call.x;
+  job.dy = call.dy;
+  job.extra = call.extra;
+  return job;
+}
+
+Shape shape_of(const Call& call) { return {call.samples, call.channels, call.size, int(call.threads)}; }
+
+double total_of(const Call& call) { return call.total ? *(const double*)call.total : 1; }
+
+}  // namespace
+
+template <class A> void run(const Call& call, const void* sums, void* result) {
+  Job job = job_of(call);
+  const Shape shape = shape_of(call);
   const Plan plan(job, shape);
   const Window all = {0, plan.width()};
   if (job.kind == MOMENTS) return pack(plan, reduce(job, plan, shape.threads, all), all, (A*)result);
-  Coefficients<A> coefficients(plan, typed<A>(affine), sums);
+  Coefficients<A> coefficients(plan, typed<A>(call), sums);
   coefficients.fill(all);
-  if (sums) coefficients.fill_backward(all, (const A*)sums, total);
+  if (sums) coefficients.fill_backward(all, (const A*)sums, total_of(call));
   coefficients.give_to(job);
   if (job.kind == BACKWARD_SUMS)
-    return add_up(plan, reduce(job, plan, shape.threads, all), all, (const A*)affine[1], (A*)result);
+    return add_up(plan, reduce(job, plan, shape.threads, all), all, (const A*)call.invstd, (A*)result);
   job.out = result;
   map(job, plan, shape.threads, all);
 }
 
-// Both passes of a group of one, window by window: what the first has read is still at hand for the second.
-template <class A> void forward(Job job, const Shape& shape, const void* const affine[4], double eps, const Merged& merged) {
+template <class A> void forward_alone(const Call& call, double eps, const Merged& merged) {
+  Job job = job_of(call);
+  const Shape shape = shape_of(call);
   const Plan plan(job, shape);
-  Coefficients<A> coefficients(plan, typed<A>(affine), false);
+  Coefficients<A> coefficients(plan, typed<A>(call), false);
   coefficients.give_to(job);
+  job.out = call.result;
   each_window(plan, job.extra ? 2 : 1, shape.threads, [&](Window window, int threads) {
     const int64_t begin = plan.channel(window.begin), C = plan.channel(window.end) - begin;
     const std::unique_ptr<A[]> packed(new A[2 + 2 * C]);
     Job moments = job;
     moments.kind = MOMENTS;
+    moments.out = nullptr;
     pack(plan, reduce(moments, plan, threads, window), window, packed.get());
     double total;  // the same in every window
     const Merged part = {&total, (A*)merged.mean + begin, (A*)merged.var + begin, (A*)merged.invstd + begin};
-    merge(packed.get(), 1, C, eps, part);
+    merge(packed.get(), 0, 1, C, eps, part);
     coefficients.fill(window);
     map(job, plan, threads, window);
   });
   *merged.total = double(plan.samples * plan.size);
 }
 
-template <class A> void backward(Job job, const Shape& shape, const void* const affine[4], double total, void* sums) {
+template <class A> void backward_alone(const Call& call, void* sums) {
+  Job job = job_of(call);
+  const Shape shape = shape_of(call);
   const Plan plan(job, shape);
-  Coefficients<A> coefficients(plan, typed<A>(affine), true);
+  Coefficients<A> coefficients(plan, typed<A>(call), true);
   coefficients.give_to(job);
+  job.out = call.result;
   each_window(plan, job.extra ? 3 : 2, shape.threads, [&](Window window, int threads) {
     coefficients.fill(window);
     Job reduction = job;
     reduction.kind = BACKWARD_SUMS;
-    add_up(plan, reduce(reduction, plan, threads, window), window, (const A*)affine[1], (A*)sums);
-    coefficients.fill_backward(window, (const A*)sums, total);
+    reduction.out = nullptr;
+    add_up(plan, reduce(reduction, plan, threads, window), window, (const A*)call.invstd, (A*)sums);
+    coefficients.fill_backward(window, (const A*)sums, total_of(call));
     map(job, plan, threads, window);
   });
 }
 
-}  // namespace
+template void run<float>(const Call&, const void*, void*);
+template void run<double>(const Call&, const void*, void*);
+template void forward_alone<float>(const Call&, double, const Merged&);
+template void forward_alone<double>(const Call&, double, const Merged&);
+template void backward_alone<float>(const Call&, void*);
+template void backward_alone<double>(const Call&, void*);
+
 }  // namespace syncbn
 
-using syncbn::Job;
-
-// What a pass is given; syncbn/norm/kernels/cpu.py declares the same. All tensors have the layout of x, and the
-// affine's are of the statistics' dtype.
-struct Call {
-  int64_t kind, dtype, samples, channels, size, threads, act, extra_is;
-  const void *x, *dy, *extra, *mean, *invstd, *weight, *bias, *sums, *total;
-  void* result;
-};
-
-namespace {
-
-Job job_of(const Call* call) {
-  Job job = {};
-  job.kind = syncbn::Kind(call->kind);
-  job.dtype = syncbn::Dtype(call->dtype);
-  job.act = syncbn::Act(call->act);
-  job.extra_is = syncbn::Extra(call->extra_is);
-  job.x = call->x;
-  job.dy = call->dy;
-  job.extra = call->extra;
-  return job;
-}
-
-syncbn::Shape shape_of(const Call* call) { return {call->samples, call->channels, call->size, int(call->threads)}; }
-
-double total_of(const Call* call) { return call->total ? *(const double*)call->total : 1; }
-
-}  // namespace
-
-SYNCBN_API void syncbn_pass(const Call* call) {
-  const void* const affine[4] = {call->mean, call->invstd, call->weight, call->bias};
+SYNCBN_API void syncbn_pass(const syncbn::Call* call) {
   const auto run = call->dtype == syncbn::FLOAT64 ? syncbn::run<double> : syncbn::run<float>;
-  run(job_of(call), shape_of(call), affine, call->sums, total_of(call), call->result);
-}
-
-// The forward pass of a group of one: the moments, what they come down to, and y. The call is that of NORMALIZE.
-SYNCBN_API void syncbn_forward(const Call* call, double eps, double* total, void* mean, void* var, void* invstd) {
-  const void* const affine[4] = {mean, invstd, call->weight, call->bias};
-  const auto run = call->dtype == syncbn::FLOAT64 ? syncbn::forward<double> : syncbn::forward<float>;
-  Job job = job_of(call);
-  job.out = call->result;
-  run(job, shape_of(call), affine, eps, {total, mean, var, invstd});
-}
-
-// The backward pass of a group of one: sums, and dx. The call is that of BACKWARD_INPUT, without its sums.
-SYNCBN_API void syncbn_backward(const Call* call, void* sums) {
-  const void* const affine[4] = {call->mean, call->invstd, call->weight, call->bias};
-  const auto run = call->dtype == syncbn::FLOAT64 ? syncbn::backward<double> : syncbn::backward<float>;
-  Job job = job_of(call);
-  job.out = call->result;
-  run(job, shape_of(call), affine, total_of(call), sums);
+  run(*call, call->sums, call->result);
 }

@@ -12,6 +12,9 @@
 
 namespace {
 
+template <class, class> constexpr bool same = false;
+template <class T> constexpr bool same<T, T> = true;
+
 // Storage of the half types: bits alone, their arithmetic is done in float.
 struct Bfloat16 { uint16_t bits; };
 struct Float16 { uint16_t bits; };
@@ -86,7 +89,16 @@ INLINE void store_narrowed(void* to, Words words) {
   __builtin_memcpy(to, &halves, sizeof halves);
 }
 
+#if VECTOR_BYTES == 64
+// Each half goes to the upper half of its word in one step, where widening takes another to shift.
+INLINE Floats load_piece(const Bfloat16* from) {
+  const __m512i halves = _mm512_castsi256_si512(_mm256_loadu_si256((const __m256i*)from));
+  const __m512i places = _mm512_slli_epi32(_mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0), 16);
+  return (Floats)_mm512_maskz_permutexvar_epi16(0xaaaaaaaau, places, halves);
+}
+#else
 INLINE Floats load_piece(const Bfloat16* from) { return bits_as<Floats>(widened(from) << 16); }
+#endif
 
 // To nearest, ties to even; NaN stays NaN.
 #if VECTOR_BYTES == 64
@@ -98,6 +110,18 @@ INLINE void store_piece(Bfloat16* to, Floats value) {
   const __m512i even = _mm512_mask_add_epi32(down, odd, bits, _mm512_set1_epi32(0x8000));
   const __m512i words = _mm512_mask_srli_epi32(_mm512_set1_epi32(0x7fc0), number, even, 16);
   _mm256_storeu_si256((__m256i*)to, _mm512_cvtepi32_epi16(words));
+}
+// Two at once, in one store of a whole cache line and half the steps, if neither holds a NaN.
+INLINE bool store_both(Bfloat16* to, Floats first, Floats second) {
+  if (__builtin_expect(_mm512_cmp_ps_mask((__m512)first, (__m512)second, _CMP_UNORD_Q) != 0, 0)) return false;
+  const auto rounded = [](Floats value) __attribute__((always_inline)) {
+    const Words bits = bits_as<Words>(value);
+    return (__m512i)(bits + 0x7fffu + ((bits >> 16) & 1u));
+  };
+  const __m512i upper = _mm512_set_epi16(63, 61, 59, 57, 55, 53, 51, 49, 47, 45, 43, 41, 39, 37, 35, 33, 31, 29, 27, 25, 23,
+                                         21, 19, 17, 15, 13, 11, 9, 7, 5, 3, 1);
+  _mm512_storeu_si512(to, _mm512_permutex2var_epi16(rounded(first), upper, rounded(second)));
+  return true;
 }
 #else
 INLINE void store_piece(Bfloat16* to, Floats value) {
@@ -173,6 +197,16 @@ INLINE Pack<double> load(const double* from) { return load_same(from); }
 INLINE void store(float* to, const Pack<float>& value) { store_same(to, value); }
 INLINE void store(double* to, const Pack<double>& value) { store_same(to, value); }
 
+// Two packs to one place after another.
+template <class T, class A> INLINE void store_pair(T* to, const Pack<A>& first, const Pack<A>& second) {
+#if VECTOR_BYTES == 64
+  if constexpr (same<T, Bfloat16>)
+    if (store_both(to, first.piece[0], second.piece[0])) return;
+#endif
+  store(to, first);
+  store(to + Pack<A>::lanes, second);
+}
+
 // `value` with all but its last `count` lanes 0.
 template <class A> INLINE Pack<A> keep_last(const Pack<A>& value, int64_t count) {
   using Bits = typename Pack<A>::Bits;
@@ -189,15 +223,28 @@ template <class A> INLINE Pack<A> keep_last(const Pack<A>& value, int64_t count)
   return result;
 }
 
-// The sum of all lanes, halves added to halves.
-template <class A> INLINE double total(const Pack<A>& value) {
-  A lane[Pack<A>::lanes];
-  store(lane, value);
-  double sum[Pack<A>::lanes];
-  for (int i = 0; i < Pack<A>::lanes; ++i) sum[i] = lane[i];
-  for (int half = Pack<A>::lanes / 2; half > 0; half /= 2)
-    for (int i = 0; i < half; ++i) sum[i] += sum[i + half];
-  return sum[0];
+// The sum of all lanes in float64, halves added to halves: as vectors, since a loop over lanes goes through memory and
+// took half the time of the moments of 7x7 planes.
+typedef double Doubles2 __attribute__((vector_size(16)));
+typedef double Doubles4 __attribute__((vector_size(32)));
+typedef double Doubles8 __attribute__((vector_size(64)));
+INLINE double halved(Doubles4 value) {
+  Doubles2 half[2];
+  __builtin_memcpy(half, &value, sizeof half);
+  const Doubles2 pair = half[0] + half[1];
+  return pair[0] + pair[1];
+}
+INLINE double total(const Pack<double>& value) {
+  Doubles4 half[2];
+  __builtin_memcpy(half, &value, sizeof half);
+  return halved(half[0] + half[1]);
+}
+INLINE double total(const Pack<float>& value) {
+  typedef float Floats8 __attribute__((vector_size(32)));
+  Floats8 half[2];
+  __builtin_memcpy(half, &value, sizeof half);
+  const Doubles8 sum = __builtin_convertvector(half[0], Doubles8) + __builtin_convertvector(half[1], Doubles8);
+  return total(bits_as<Pack<double>>(sum));
 }
 
 }  // namespace

@@ -58,6 +58,14 @@ template <class T, int ACT, int EXTRA> struct Pass {
   }
 };
 
+// Columns are taken four rows at a time, in as many streams, and some processors follow these badly where a row has 512
+// bytes or more: then the next four rows are fetched meanwhile (8x256x56x56 in bfloat16: 10.4 -> 7.1 ms for all four
+// passes). Shorter rows lose by it, and so do maps of longer ones, whose stores are fetched already.
+template <class Op> INLINE int64_t values_ahead(const Op& op, int64_t longest_row_bytes) {
+  const int64_t row_bytes = op.job.size * int64_t(sizeof(typename Op::Element));
+  return row_bytes < 512 || row_bytes > longest_row_bytes ? 0 : 4 * op.job.size;
+}
+
 // ---- maps: what is written where x[i] was read ---------------------------------------------------------------
 
 template <class T, int ACT, int EXTRA> struct Normalize : Pass<T, ACT, EXTRA> {
@@ -67,6 +75,7 @@ template <class T, int ACT, int EXTRA> struct Normalize : Pass<T, ACT, EXTRA> {
   INLINE Pack<A> operator()(const Coefficients<A>& k, int64_t i) const {
     return map<A>(LAMBDA(auto u) { return activated<A>(u, this->act); }, this->z(k, i));
   }
+  INLINE void prefetch(int64_t i) const { __builtin_prefetch(this->x + i); }
 };
 
 template <class T, int ACT, int EXTRA> struct BackwardInput : Pass<T, ACT, EXTRA> {
@@ -77,6 +86,10 @@ template <class T, int ACT, int EXTRA> struct BackwardInput : Pass<T, ACT, EXTRA
     const Pack<A> centred = load(this->x + i) - k.mean;
     return (centred * k.slope + this->dz(k, i) - k.offset) * k.scale;
   }
+  INLINE void prefetch(int64_t i) const {
+    __builtin_prefetch(this->x + i);
+    __builtin_prefetch(this->dy + i);
+  }
 };
 
 template <class T, int ACT, int EXTRA> struct BackwardResidual : Pass<T, ACT, EXTRA> {
@@ -84,6 +97,7 @@ template <class T, int ACT, int EXTRA> struct BackwardResidual : Pass<T, ACT, EX
   using Base::Base;
   using A = typename Base::A;
   INLINE Pack<A> operator()(const Coefficients<A>& k, int64_t i) const { return this->dz(k, i); }
+  INLINE void prefetch(int64_t i) const { __builtin_prefetch(this->dy + i); }
 };
 
 // ---- reductions: a value, and what it is multiplied with for the second sum ----------------------------------

@@ -71,8 +71,8 @@ struct Merged {
   void *mean, *var, *invstd;
 };
 
-// See `merge` in syncbn/norm/moments.py; `packed` is (ranks, 2 + 2C).
-template <class A> void merge(const A* packed, int64_t ranks, int64_t C, double eps, const Merged& out);
+// See `merge` in syncbn/norm/moments.py; each rank's packed moments stand `stride` values after the last one's.
+template <class A> void merge(const A* packed, int64_t stride, int64_t ranks, int64_t C, double eps, const Merged& out);
 
 // Sums over the input's `window`, a share for each range of rows in order, the left-over row's last. Its bits do not
 // depend on the window; one of planes begins and ends between tiles.

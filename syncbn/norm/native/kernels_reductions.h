@@ -104,8 +104,12 @@ template <class Op> INLINE void add_block(const Op& op, const Part& part, const 
       add_row(op, k, first_of(row, c), length, length < size ? length : size * op.job.channels, sums[c]);
     }
   const double values = double(block.row_end - block.row_begin) * double(length);
-  for (int64_t c = 0; c < tile; ++c)
-    running.add<moments>(c, total(sums[c].first), total(sums[c].second), shift[c], values);
+  double first[MAX_TILE], second[MAX_TILE];  // so that the divisions below are done several at once
+  for (int64_t c = 0; c < tile; ++c) {
+    first[c] = total(sums[c].first);
+    second[c] = total(sums[c].second);
+  }
+  for (int64_t c = 0; c < tile; ++c) running.add<moments>(c, first[c], second[c], shift[c], values);
 }
 
 template <class Op> void reduce_planes(const Job& job, const Part& part, double* first, double* second) {
@@ -147,6 +151,7 @@ template <class A> struct ColumnState {
 template <int ROWS, class Op> INLINE void add_rows(const Op& op, const Source<typename Op::A>& source, int64_t row,
                                                    Chunk<typename Op::A> chunk, ColumnState<typename Op::A>& state) {
   using A = typename Op::A;
+  const int64_t ahead = values_ahead(op, INT64_MAX);
   for (int64_t p = 0; p < chunk.vectors(); ++p) {
     const int64_t column = chunk.column(p);
     const bool moments = is_moments((const Op*)nullptr);
@@ -154,7 +159,11 @@ template <int ROWS, class Op> INLINE void add_rows(const Op& op, const Source<ty
     if (moments) k.mean = state.shift[p];
     Sums<A> even = state.sums[p], odd = {zero<A>(), zero<A>()};
 #pragma GCC unroll 4
-    for (int r = 0; r < ROWS; ++r) add(r % 2 ? odd : even, op(k, (row + r) * op.job.size + column));
+    for (int r = 0; r < ROWS; ++r) {
+      const int64_t i = (row + r) * op.job.size + column;
+      if (ahead) op.prefetch(i + ahead);
+      add(r % 2 ? odd : even, op(k, i));
+    }
     state.sums[p] = {even.first + odd.first, even.second + odd.second};
   }
 }

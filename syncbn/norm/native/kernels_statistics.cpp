@@ -3,13 +3,11 @@
 #include <math.h>
 #include <stdint.h>
 
-#include "common.h"
-#include "kernels_plan.h"
+#include "kernels_call.h"
 
 namespace syncbn {
 
-template <class A> void merge(const A* packed, int64_t ranks, int64_t C, double eps, const Merged& out) {
-  const int64_t stride = 2 + 2 * C;
+template <class A> void merge(const A* packed, int64_t stride, int64_t ranks, int64_t C, double eps, const Merged& out) {
   const auto count = [&](int64_t rank) {
     return double(packed[rank * stride]) + double(packed[rank * stride + 1]) * LOW_BITS;
   };
@@ -32,41 +30,44 @@ template <class A> void merge(const A* packed, int64_t ranks, int64_t C, double 
   }
 }
 
-template void merge(const float*, int64_t, int64_t, double, const Merged&);
-template void merge(const double*, int64_t, int64_t, double, const Merged&);
-
-}  // namespace syncbn
+template void merge(const float*, int64_t, int64_t, int64_t, double, const Merged&);
+template void merge(const double*, int64_t, int64_t, int64_t, double, const Merged&);
 
 namespace {
 
-template <class Old, class New> void move(Old* old, const New* fresh, int64_t C, double weight, double scale) {
-  for (int64_t c = 0; c < C; ++c) old[c] = Old(double(old[c]) * (1 - weight) + double(fresh[c]) * scale * weight);
+template <class Old, class New> void move_each(void* old, const New* fresh, int64_t C, double weight, double scale) {
+  Old* const values = (Old*)old;
+  for (int64_t c = 0; c < C; ++c) values[c] = Old(double(values[c]) * (1 - weight) + double(fresh[c]) * scale * weight);
 }
 
 }  // namespace
 
+template <class A> void move(const Moving& running, const A* mean, const A* var, double total, int64_t C) {
+  if (!(total > 0)) return;
+  if (running.tracked) ++*running.tracked;
+  const double weight = running.momentum < 0 ? 1 / double(*running.tracked) : running.momentum;
+  const double unbiased = total > 2 ? total / (total - 1) : total;
+  const auto each = running.is_double ? move_each<double, A> : move_each<float, A>;
+  each(running.mean, mean, C, weight, 1);
+  each(running.var, var, C, weight, unbiased);
+}
+
+template void move(const Moving&, const float*, const float*, double, int64_t);
+template void move(const Moving&, const double*, const double*, double, int64_t);
+
+}  // namespace syncbn
+
 SYNCBN_API void syncbn_merge(int is_double, const void* packed, int64_t ranks, int64_t channels, double eps, double* total,
                              void* mean, void* var, void* invstd) {
   const syncbn::Merged out = {total, mean, var, invstd};
-  if (is_double) syncbn::merge((const double*)packed, ranks, channels, eps, out);
-  else syncbn::merge((const float*)packed, ranks, channels, eps, out);
+  const int64_t stride = 2 + 2 * channels;
+  if (is_double) syncbn::merge((const double*)packed, stride, ranks, channels, eps, out);
+  else syncbn::merge((const float*)packed, stride, ranks, channels, eps, out);
 }
 
-// Count the batch in `tracked` (may be null), and move running_mean and running_var towards mean and var; both pairs
-// are float or double. A momentum below 0 stands for the average over all batches.
 SYNCBN_API void syncbn_update(int running_double, void* running_mean, void* running_var, int64_t* tracked, double momentum,
                               int is_double, const void* mean, const void* var, const double* count, int64_t channels) {
-  const double total = *count;
-  if (!(total > 0)) return;
-  if (tracked) ++*tracked;
-  const double weight = momentum < 0 ? 1 / double(*tracked) : momentum;
-  const double unbiased = total > 2 ? total / (total - 1) : total;
-  const auto both = [&](auto* old_mean, auto* old_var, auto* new_mean, auto* new_var) {
-    move(old_mean, new_mean, channels, weight, 1);
-    move(old_var, new_var, channels, weight, unbiased);
-  };
-  if (running_double && is_double) both((double*)running_mean, (double*)running_var, (const double*)mean, (const double*)var);
-  else if (running_double) both((double*)running_mean, (double*)running_var, (const float*)mean, (const float*)var);
-  else if (is_double) both((float*)running_mean, (float*)running_var, (const double*)mean, (const double*)var);
-  else both((float*)running_mean, (float*)running_var, (const float*)mean, (const float*)var);
+  const syncbn::Moving running = {running_mean, running_var, tracked, momentum, running_double};
+  if (is_double) syncbn::move(running, (const double*)mean, (const double*)var, *count, channels);
+  else syncbn::move(running, (const float*)mean, (const float*)var, *count, channels);
 }
