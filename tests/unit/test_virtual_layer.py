@@ -5,7 +5,7 @@ from unittest.mock import patch
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
@@ -59,6 +59,7 @@ def on_each_rank(norm: VirtualBatchNorm, parts: list[torch.Tensor]) -> list[nn.B
     return ranks
 
 
+@settings(max_examples=40)
 @given(st.integers(1, 9), st.integers(2, 5), st.integers(1, 4), st.sampled_from([(), (3,), (2, 3)]))
 def test_groups_at_once_do_as_groups_one_by_one(num_groups, n, C, tail):
     x = torch.randn(num_groups * n, C, *tail, dtype=torch.float64)
