@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
 GroupSpec = Literal["world", "node"] | int | ProcessGroup | None
-"""None and "world": all ranks. "node": the ranks of one machine. k: consecutive ranks, k at a time."""
+"""None and "world": all ranks. "node": the ranks of one machine. k: consecutive ranks, k at a time; 1: each alone."""
 
 
 _made: weakref.WeakKeyDictionary[
@@ -45,15 +45,16 @@ def check_spec(spec: GroupSpec) -> None:
 
 
 def resolve(spec: GroupSpec) -> ProcessGroup | None:
-    """The group that `spec` means for this rank now; None where torch.distributed is not initialised.
+    """The group that `spec` means for this rank now; None for this rank alone, whom it takes no group to synchronise.
 
-    The first call for a name or size makes the groups, and is collective over all ranks.
+    That is so where torch.distributed is not initialised, and for a size of 1. The first call for a name or a larger
+    size makes the groups, and is collective over all ranks.
 
     Raises:
         ValueError: a size that does not divide the world size.
         RuntimeError: a ProcessGroup that was destroyed.
     """
-    if not (dist.is_available() and dist.is_initialized()):
+    if not (dist.is_available() and dist.is_initialized()) or spec == 1:
         return None
     if isinstance(spec, ProcessGroup):
         return _alive(spec)

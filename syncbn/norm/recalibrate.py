@@ -50,7 +50,7 @@ def recalibrate(model: nn.Module, loader: Iterable[Any], process_group: GroupSpe
     }
     if not layers:
         raise ValueError("recalibrate: the model has no batch norm that tracks running statistics")
-    group = None if process_group == 1 else resolve(process_group)
+    group = resolve(process_group)
     inputs = (batch[0] if isinstance(batch, tuple | list) else batch for batch in loader)
     if _are_synchronised(model, group):
         inputs = in_lockstep(inputs, group)
@@ -69,7 +69,7 @@ def _are_synchronised(model: nn.Module, group: ProcessGroup | None) -> bool:
     own = _ranks(group)
     for name, layer in model.named_modules():
         if isinstance(layer, SyncBatchNorm):
-            ranks = _ranks(None if layer.process_group == 1 else resolve(layer.process_group))
+            ranks = _ranks(resolve(layer.process_group))
             if not ranks <= own:
                 raise ValueError(
                     f"recalibrate: process_group has ranks {sorted(own)}, "

@@ -21,6 +21,7 @@ from syncbn.config import RunConfig, config_hash, resume_hash
 from syncbn.data import DataSets, load_data
 from syncbn.errors import UsageError
 from syncbn.models import build_model
+from syncbn.norm import SyncBatchNorm
 from syncbn.optim import build_optimizer
 from syncbn.probes import Probes, View
 from syncbn.provenance import git_revision, versions
@@ -104,12 +105,21 @@ def build(cfg: RunConfig, runtime: Runtime) -> State:
     stream = SampleStream(len(sets.train), cfg.global_batch, cfg.seed, cfg.train.drop_last, labels)
     model = build_model(cfg.model, sets.shape, sets.num_classes, cfg.seed)
     model = apply_arm(model, cfg.norm, cfg.launcher.num_workers if cfg.train.virtual else None)
+    if runtime.world_size == 1:
+        _leave_alone(model)
     model.to(runtime.device, getattr(torch, cfg.train.dtype))
     torch.manual_seed(cfg.seed * 1_000_003 + runtime.rank)  # dropout: another stream a rank
     optimizer = build_optimizer(model, cfg.optim)
     steady = Lockstep(model, sets.num_classes) if cfg.norm.name == "sync_group" else model
     probes = Probes(View(cfg, runtime, sets, stream, model))
     return State(cfg, runtime, sets, stream, model, _wrapped(steady, runtime), optimizer, probes)
+
+
+def _leave_alone(model: nn.Module) -> None:
+    """Let synchronised layers ask nobody: one process of a study's pool belongs to a group that trains other runs."""
+    for layer in model.modules():
+        if isinstance(layer, SyncBatchNorm):
+            layer.process_group = 1
 
 
 def _wrapped(model: nn.Module, runtime: Runtime) -> nn.Module:

@@ -92,3 +92,14 @@ def test_input_that_is_not_finite_in_one_group_ends_the_trial_on_all_ranks(world
     if dist.get_rank() == 0:
         *_, end = read_journal(cfg.folder / "trials" / "groups-0" / "journal.jsonl")
         assert "loss of step 4 is not finite on rank 0, 1:" in end["error"]
+
+
+@pytest.mark.world_size(2)
+def test_synchronised_runs_of_one_process_share_a_pool_and_wait_for_nobody(world_size, tmp_path):
+    arms = {"sync": ["norm=sync"], "group": ["norm=sync_group", "norm.group_size=1"]}
+    cfg = _study(tmp_path, 1, arms | {"local": ["norm=local"]})
+    _run(cfg)
+    dist.barrier()
+    assert set(_summaries(cfg)) == {"sync-0", "group-0", "local-0"}
+    errors = {name: found["final"]["test_loss"] for name, found in _summaries(cfg).items()}
+    assert errors["sync-0"] == pytest.approx(errors["local-0"], rel=1e-5)
