@@ -12,6 +12,7 @@ from typing import Any
 from syncbn.compare.canvas import Picture
 from syncbn.compare.captions import contrast_title
 from syncbn.compare.claim_words import finding, overall
+from syncbn.compare.figures.targets import steps_title
 from syncbn.compare.reading import Summary, median_of
 from syncbn.compare.tables import arm_header, arm_rows
 
@@ -42,6 +43,8 @@ def headline(summary: Summary) -> str:
         metric = summary["design"].get("primary_metric") or "test_error"
         return f"{contrast_title(summary, metric)}."
     metric = claims[0]["metric"]
+    if claims[0]["effect"] is None and metric == "steps_to_target":
+        return f"{steps_title(summary)}."
     medians = {arm: median_of(summary, arm, metric) for arm in summary["arms"]}
     return finding(claims[0], medians)
 

@@ -9,7 +9,7 @@ from figure_files import fabricate
 from matplotlib.image import imread
 
 from syncbn.compare.canvas import styled
-from syncbn.compare.figures import batches, dots, gallery, grids, paired
+from syncbn.compare.figures import batches, gallery, grids, paired, targets
 from syncbn.compare.figures.gallery import chosen
 from syncbn.config import ClaimConfig
 
@@ -203,9 +203,11 @@ def test_a_censored_seed_is_counted_and_enters_no_mean():
     )
     summary, _ = fabricate("higher_lr", *cfg, edit=censor)
     assert summary["arms"]["none"]["steps_to_target"] == [1000, None, 1000]
-    title = dots._steps_title(summary, ["none", "bn"])
-    assert title == "Seeds that get to 10.0 % error: 2 of 3 with no norm, 3 of 3 with batch norm"
-    assert dots._reached_words(summary, "none") == "1000\n2 of 3 reached"
+    assert re.fullmatch(
+        r"Median steps to 10.0 % error: 1000 with no norm \(2 of 3 seeds\), \d+ with bn_x30 \(3 of 3 seeds\)",
+        targets.steps_title(summary),
+    )
+    assert targets._reached_words(summary, "none") == "1000\n2 of 3 reached"
 
 
 def test_where_half_never_arrive_there_is_no_median():
@@ -216,13 +218,30 @@ def test_where_half_never_arrive_there_is_no_median():
         "study.seeds=[0,1]",
     )
     summary, _ = fabricate("higher_lr", *cfg, edit=censor)
-    assert dots._reached_words(summary, "none") == "1 of 2 reached"
+    assert targets._reached_words(summary, "none") == "1 of 2 reached"
+    assert targets.steps_title(summary) == (
+        "Seeds that get to 10.0 % error: 1 of 2 with no norm, 2 of 2 with bn_x30"
+    )
 
 
 def test_a_cell_trains_for_the_seeds_at_or_below_the_target(study):
     summary, _ = study("lr_init_grid")
     assert grids.trained(summary, "none_0.05_0.1") == (2, 2)
     assert grids.trained(summary, "none_5_0.1") == (0, 2)
+
+
+@pytest.mark.parametrize(
+    ("error", "counts", "words"),
+    [
+        (0.0331, (6, 6), "3.3"),
+        (0.104, (1, 6), "10\n1/6"),
+        (0.45, (0, 6), "45"),
+        (1.0, (0, 6), "div."),
+        (0.2, None, "20"),
+    ],
+)
+def test_a_cell_tells_its_error_and_how_many_seeds_trained(error, counts, words):
+    assert grids.cell_words(error, counts) == words
 
 
 @pytest.mark.parametrize(

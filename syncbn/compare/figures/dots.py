@@ -1,7 +1,7 @@
-"""The figures with a row an arm and a mark a seed: errors, times, steps to a target, and errors in two modes.
+"""The figures with a row an arm and a mark a seed: errors, times, and errors in two modes.
 
 The decision that shaped the file: every seed is a mark, so the reader sees how many there are and how they scatter.
-One without a number is drawn apart (censored, at the budget, hollow) or counted in words, and enters no median.
+Where one has no number, no median is drawn, and the words at the right say how many are missing.
 """
 
 from typing import TYPE_CHECKING
@@ -20,7 +20,7 @@ from syncbn.compare.canvas import (
     plain_log,
 )
 from syncbn.compare.captions import axis_label, contrast_title, setting
-from syncbn.compare.figures.series import Trials, budget_of
+from syncbn.compare.figures.series import Trials
 from syncbn.compare.measures import base_of, factor_of
 from syncbn.compare.reading import (
     Summary,
@@ -30,12 +30,10 @@ from syncbn.compare.reading import (
     contrast,
     is_grid,
     median_of,
-    shown_arms,
 )
 from syncbn.compare.statistics import Floats
 from syncbn.compare.wording import (
     NOTHING,
-    TIMES,
     arm_first,
     arm_words,
     listed,
@@ -187,67 +185,6 @@ def fit(axes: "Axes") -> None:
         axes.set_xlabel(f"{axes.get_xlabel()}, log scale")
     elif 0 <= low < 0.6 * high:
         axes.set_xlim(0, 1.05 * high)
-
-
-def has_steps(summary: Summary, trials: Trials) -> bool:
-    """Whether steps to a target were counted."""
-    return bool(trials) and any("steps_to_target" in own for own in summary["arms"].values())
-
-
-def steps_to_target(summary: Summary, trials: Trials) -> Picture:
-    """Steps that each seed took to the target; those that never arrived stand hollow at their budget."""
-    arms = [arm for arm in shown_arms(summary) if len(array_of(summary, arm, "steps_to_target"))]
-    figure, axes = rows_of(arms)
-    for row, (arm, look) in enumerate(looks(arms).items()):
-        budget = budget_of([t for t in trials if t.arm == arm])
-        _row_of_steps(axes, row, array_of(summary, arm, "steps_to_target"), budget, look)
-        at_the_right(axes, row, _reached_words(summary, arm))
-    axes.set_xlabel("Optimiser steps to the target")
-    fit(axes)
-    caption = (
-        f"{setting(summary)}. A mark a seed, a bar at the median. Hollow: not there when its budget ended (censored); "
-        "no mean is taken over those."
-    )
-    return finish(figure, "steps_to_target", _steps_title(summary, arms), caption)
-
-
-def _row_of_steps(axes: "Axes", row: int, steps: Floats, budget: int, look: Look) -> None:
-    there, heights = np.isfinite(steps), spread(row, len(steps))
-    style = {"color": look.colour, "markersize": 7, "linestyle": ""}
-    axes.plot(steps[there], heights[there], look.marker, alpha=0.75, **style)
-    hollow = np.full((~there).sum(), budget)
-    axes.plot(hollow, heights[~there], "o", markerfacecolor="white", markeredgewidth=1.5, **style)
-    median = statistics.steps_to_target(np.where(there, steps, np.inf).tolist()).median
-    if median is not None:
-        axes.vlines(median, row - 0.36, row + 0.36, color=look.colour, linewidth=2.5)
-
-
-def _arrivals(summary: Summary, arm: str) -> statistics.StepsToTarget:
-    steps = array_of(summary, arm, "steps_to_target")
-    return statistics.steps_to_target(np.where(np.isnan(steps), np.inf, steps).tolist())
-
-
-def _reached_words(summary: Summary, arm: str) -> str:
-    found = _arrivals(summary, arm)
-    reached = f"{found.reached} of {found.total} reached"
-    return reached if found.median is None else f"{found.median:.0f}\n{reached}"
-
-
-def _steps_title(summary: Summary, arms: list[str]) -> str:
-    """Both medians and their ratio where every seed arrived, else how many did."""
-    goal = summary["design"].get("target")
-    target = "the target" if goal is None else f"{value_words('test_error', goal)} error"
-    pair = among(contrast(summary, "steps_to_target"), arms)
-    found = {arm: _arrivals(summary, arm) for arm in pair}
-    if len(pair) == 2 and all(each.reached == each.total for each in found.values()):
-        logs = statistics.paired_log_ratios(
-            *(array_of(summary, arm, "steps_to_target").tolist() for arm in reversed(pair))
-        )
-        ratio = number(float(np.exp(statistics.effect(logs).median)))
-        words = [f"{found[arm].median:.0f} with {arm_words(arm)}" for arm in pair]
-        return f"Steps to {target}: {', '.join(words)} (median ratio {TIMES}{ratio})"
-    words = [f"{found[arm].reached} of {found[arm].total} with {arm_words(arm)}" for arm in pair]
-    return f"Seeds that get to {target}: {', '.join(words)}"
 
 
 _MODES = ("train_mode_error", "eval_mode_error")

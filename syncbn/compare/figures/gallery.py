@@ -8,7 +8,18 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from syncbn.compare.canvas import Picture, styled
-from syncbn.compare.figures import batches, costs, curves, depth, dots, gaps, grids, layers, paired
+from syncbn.compare.figures import (
+    batches,
+    costs,
+    curves,
+    depth,
+    dots,
+    gaps,
+    grids,
+    layers,
+    paired,
+    targets,
+)
 from syncbn.compare.figures.series import Trials
 from syncbn.compare.measures import base_of
 from syncbn.compare.reading import Summary, is_grid
@@ -28,7 +39,7 @@ class Builder:
 BUILDERS = (
     Builder(batches.has_batches, batches.normalisation_batch, ("test_error", "precise_gap")),
     Builder(grids.has_grid, grids.cell_map, ("cells_trained", "test_error"), in_grids=True),
-    Builder(dots.has_steps, dots.steps_to_target, ("steps_to_target",)),
+    Builder(targets.has_steps, targets.steps_to_target, ("steps_to_target",)),
     Builder(gaps.has_gaps, gaps.equivalence, ("oracle_gap_weights", "oracle_gap_gradient")),
     Builder(depth.has_shift, depth.shift, ("shift_slope", "shift")),
     Builder(gaps.has_smoothness, gaps.smoothness, ("loss_range", "effective_beta")),

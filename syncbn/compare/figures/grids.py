@@ -66,7 +66,7 @@ def cell_map(summary: Summary, _: Trials) -> Picture:
     figure.colorbar(mesh, ax=axes, label="Test error (%)", shrink=0.8)
     keys = list(summary["design"]["grid"])
     figure.supylabel(", ".join(map(axis_words, keys[:-1])) or " ", fontsize=11)
-    caption = f"{setting(summary)}. Numbers: median test error in %. {_frame_words(summary)}"
+    caption = f"{setting(summary)}. Numbers: median test error in %; div.: diverged. {_frame_words(summary)}"
     return finish(figure, "cell_map", _title(summary), caption)
 
 
@@ -103,17 +103,22 @@ def _error(summary: Summary, arm: str) -> float:
 def _cell(
     axes: "Axes", place: tuple[int, int], error: float, counts: tuple[int, int] | None
 ) -> None:
-    """The error, how many seeds trained where it was some, and a frame where it was all."""
+    """The cell's words, in a frame where every seed trained."""
     x, y = place
-    some = counts is not None and 0 < counts[0] < counts[1]
-    every = counts is not None and counts[0] == counts[1]
-    words = f"{100 * error:.0f}" if error >= 0.0995 else f"{100 * error:.1f}"
-    words += f"\n{counts[0]}/{counts[1]}" if some and counts else ""
     colour = "white" if error > 0.55 else "black"
-    axes.text(x + 0.5, y + 0.5, words, ha="center", va="center", color=colour, fontsize=11)
-    if every:
+    style = {"ha": "center", "va": "center", "color": colour, "fontsize": 11}
+    axes.text(x + 0.5, y + 0.5, cell_words(error, counts), **style)
+    if counts is not None and counts[0] == counts[1]:
         frame = np.array([(0.06, 0.06), (0.94, 0.06), (0.94, 0.94), (0.06, 0.94), (0.06, 0.06)])
         axes.plot(*(frame + place).T, color="black", linewidth=2.2)
+
+
+def cell_words(error: float, counts: tuple[int, int] | None) -> str:
+    """The median error in percent, `div.` where it diverged, and how many seeds trained where it was some."""
+    words = f"{100 * error:.0f}" if error >= 0.0995 else f"{100 * error:.1f}"
+    words = "div." if error == 1 else words
+    some = counts is not None and 0 < counts[0] < counts[1]
+    return f"{words}\n{counts[0]}/{counts[1]}" if some and counts else words
 
 
 def _counts(summary: Summary, family: str) -> tuple[Floats, int]:
