@@ -166,12 +166,19 @@ def effect_words(claim: Claim, value: float | None) -> str:
     return f"{sign}{effect_number(claim, value)}{unit_of(claim)}"
 
 
-def interval_words(claim: Claim, ends: Sequence[float | None]) -> str:
+_BOUNDS = {"trend": (-1.0, 1.0), "share": (0.0, 1.0)}
+"""What a number of that form cannot go beyond; a t interval does not know it."""
+
+
+def interval_words(claim: Mapping[str, Any], ends: Sequence[float | None]) -> str:
     """An interval of `claim`, in the unit of its effect: `-38.3 to -24.9 points`."""
-    if None in ends:
+    low, high = ends
+    if low is None or high is None:
         return NOTHING
+    least, most = _BOUNDS.get(form(claim), (low, high))
     sign = TIMES if form(claim) == "ratio" else ""
-    return f"{sign}{effect_number(claim, ends[0])} to {sign}{effect_number(claim, ends[1])}{unit_of(claim)}"
+    words = (sign + effect_number(claim, end) for end in (max(low, least), min(high, most)))
+    return " to ".join(words) + unit_of(claim)
 
 
 def without_unit(claim: Claim, words: str) -> str:

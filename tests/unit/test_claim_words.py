@@ -12,7 +12,15 @@ from syncbn.compare.claim_words import (
     threshold_words,
     verdict_sentence,
 )
-from syncbn.compare.wording import MINUS, NOTHING, TIMES, byte_words, effect_words, number
+from syncbn.compare.wording import (
+    MINUS,
+    NOTHING,
+    TIMES,
+    byte_words,
+    effect_words,
+    interval_words,
+    number,
+)
 from syncbn.config import ClaimConfig
 
 PLAIN = str.maketrans({MINUS: "-", TIMES: "x", NOTHING: "-"})
@@ -214,6 +222,13 @@ MEDIANS = {"sync": 0.059, "local": 0.359, "group_2": 0.1}
 )
 def test_a_finding_is_one_plain_sentence(parts, sentence):
     assert finding(entry(**parts), MEDIANS).translate(PLAIN).startswith(sentence)
+
+
+def test_an_interval_ends_where_its_number_has_to():
+    trend = entry(**TREND | {"kind": "decreasing"})
+    assert interval_words(trend, (-1.04, -0.891)).translate(PLAIN) == "-1.00 to -0.891"
+    assert interval_words(entry(scale="share"), (0.87, 1.02)) == "87.0 to 100.0 %"
+    assert interval_words(entry(), (-1.2, None)) == NOTHING
 
 
 def test_secondary_claims_are_counted_apart():

@@ -94,8 +94,9 @@ def primary_by_arm(summary: Summary, _: Trials) -> Picture:
 
 
 def has_seconds(summary: Summary, _: Trials) -> bool:
-    """Whether trials were timed."""
-    return not is_grid(summary) and bool(arms_with(summary, "seconds"))
+    """Whether trials were timed on ranks of their own: one process for all of them pays nothing for synchronising."""
+    virtual = summary["design"].get("virtual")
+    return not virtual and not is_grid(summary) and bool(arms_with(summary, "seconds"))
 
 
 def seconds(summary: Summary, _: Trials) -> Picture:
