@@ -146,3 +146,18 @@ def test_the_free_function_serves_a_single_process_at_a_large_mean():
     exact = x.double().transpose(0, 1).flatten(1)
     assert_close(running_var, exact.var(1), 1e-4, "variance")
     assert abs(float(y.mean())) < 5e-3  # float32 holds the mean to 4e-4 of a standard deviation
+
+
+def test_a_layer_whose_running_statistics_were_taken_away_trains_without_them():
+    layer = syncbn.SyncBatchNorm(3, act="relu")
+    layer.running_mean = layer.running_var = None
+    x = torch.randn(4, 3, 5)
+    expected = torch.nn.functional.batch_norm(x, None, None, training=True).relu()
+    torch.testing.assert_close(layer(x), expected)
+
+
+def test_a_large_input_alone_gives_what_torchs_batch_norm_gives():
+    x = torch.randn(8, 64, 56, 56)
+    ours, theirs = syncbn.SyncBatchNorm(64), torch.nn.BatchNorm2d(64)
+    torch.testing.assert_close(ours(x), theirs(x), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(ours.running_var, theirs.running_var, rtol=1e-5, atol=1e-6)
