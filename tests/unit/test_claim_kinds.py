@@ -102,7 +102,7 @@ def test_a_trend_is_ranked_within_each_seed_and_tested_as_page_did():
 
 
 def test_a_share_counts_the_looks_that_both_arms_have():
-    looks = {step: 1.0 for step in range(10)}
+    looks = dict.fromkeys(range(10), 1.0)
     lower = {step: 0.5 if step < 9 else 2.0 for step in range(12)}
     curves = {"a": {"m": [lower] * 6}, "b": {"m": [looks] * 6}}
     claim = ClaimConfig("c", "a", "b", metric="m", kind="greater", scale="share", threshold=0.8)

@@ -38,6 +38,31 @@ def test_every_data_set(data, tmp_path, monkeypatch):
     elif data in ("mnist", "fashion_mnist"):
         write_mnist(tmp_path / "data", "MNIST" if data == "mnist" else "FashionMNIST")
     root = f"data.root={tmp_path / 'data'}"
+    small = ["data.image_size=16"] if data == "image_folder" else []
+    assert _two_steps(tmp_path, f"data={data}", root, *small).steps == 2
+
+
+@pytest.mark.parametrize("optim", _options("optim"))
+def test_every_optimiser(optim, tmp_path):
+    assert _two_steps(tmp_path, f"optim={optim}").steps == 2
+
+
+@pytest.mark.parametrize("norm", [name for name in _options("norm") if name != "sync_group"])
+def test_every_arm(norm, tmp_path):
+    if norm == "torch_sync" and not torch.cuda.is_available():
+        with pytest.raises(UsageError, match="CUDA"):
+            _two_steps(tmp_path, "norm=torch_sync")
+    else:
+        assert _two_steps(tmp_path, f"norm={norm}").steps == 2
+
+
+def test_groups_of_one(tmp_path):
+    assert _two_steps(tmp_path, "norm=sync_group", "norm.group_size=1").steps == 2
+
+
+@pytest.mark.parametrize("study", _options("study"))
+def test_every_arm_of_every_study(study, tmp_path):
+    """On the embedded digits; arms on several ranks as virtual ones, which some probes refuse."""
     colour = compose([f"study={study}"]).model.name == "torchvision"
     data = ["data.num_samples=64"] if colour else ["data=digits", "data.limit=256"]
     looks = ["probe.samples=16", "probe.every=1", "train.eval_every=0"]
