@@ -190,7 +190,8 @@ def kendall(values: Floats) -> float:
     """Kendall's tau-b of `values` against their order: 1 always rising, -1 always falling; 0 where all are equal."""
     if not np.isfinite(values).all():
         return math.nan
-    tau = float(stats.kendalltau(np.arange(len(values)), values)[0])
+    found = stats.kendalltau(np.arange(len(values)), values)
+    tau = float(found.statistic)  # pyright: ignore[reportAttributeAccessIssue]
     return 0.0 if math.isnan(tau) else tau
 
 
