@@ -17,6 +17,7 @@ from benchmarks import machine, page, plots, ranks
 from benchmarks.cases import DTYPES, LAYOUTS, SHAPES, Shape
 from benchmarks.contenders import LAYERS, PEERS, installed
 from benchmarks.verdicts import verdicts
+from syncbn.marked import insert
 from syncbn.norm import wire
 
 RESULTS = Path(__file__).parent / "results"
@@ -162,7 +163,7 @@ def show(results: dict[str, Any]) -> None:
     for picture in plots.draw(results):
         (ranks.ROOT / "docs/figures" / f"{picture.name}.png").write_bytes(picture.png)
     path = ranks.ROOT / "docs/performance.md"
-    path.write_text(page.insert(path.read_text(), page.generated(results)))
+    path.write_text(insert(path.read_text(), page.BEGIN, page.END, page.generated(results)))
     for verdict in verdicts(results):
         print(verdict.line())
 

@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from syncbn.compare import ledger
-from syncbn.compare.results_page import Shown, generated, insert, overturned
+from syncbn.compare.results_page import BEGIN, END, Shown, generated, overturned
 from syncbn.compare.summaries import read_summary
 from syncbn.compare.tiers import Launch
 from syncbn.errors import UsageError
+from syncbn.marked import insert
 
 MOST_BYTES = 100_000
 _COLOURS = (128, 64, 32)
@@ -42,7 +43,7 @@ def write_page(launches: Sequence[Launch], runs_dir: Path, page: Path) -> dict[s
     entries = ledger.read(runs_dir)
     shown = [_shown(launch, runs_dir, page.parent, entries) for launch in finished]
     try:
-        text = insert(page.read_text(), generated(shown, missing))
+        text = insert(page.read_text(), BEGIN, END, generated(shown, missing))
     except ValueError as error:
         raise UsageError(f"{page}: {error}") from error
     page.write_text(text)

@@ -52,19 +52,6 @@ class Second:
     """After Holm's correction over the primary claims of all studies."""
 
 
-def insert(page: str, generated: str) -> str:
-    """`page` with what stands between its markers replaced.
-
-    Raises:
-        ValueError: a marker is missing.
-    """
-    before, begin, rest = page.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not (begin and end):
-        raise ValueError(f"the page must contain the lines {BEGIN!r} and {END!r}")
-    return f"{before}{BEGIN}\n\n{generated}\n\n{END}{after}"
-
-
 def generated(studies: Sequence[Shown], missing: Sequence[str] = ()) -> str:
     """All that is shown of `studies`: an overview, the second look, and a section each.
 

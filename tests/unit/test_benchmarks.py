@@ -26,6 +26,7 @@ from benchmarks.verdicts import (  # noqa: E402
     ratios,
     verdicts,
 )
+from syncbn.marked import insert  # noqa: E402
 
 RESULTS = sorted((ROOT / "benchmarks/results").glob("*.json"))
 positive = st.floats(1e-3, 1e3)
@@ -105,15 +106,6 @@ def test_every_verdict_is_shown_met_or_not() -> None:
     assert len(page.text_report(results)) == len(verdicts(results))
 
 
-def test_the_page_is_replaced_between_its_markers_only() -> None:
-    frame = f"before\n{page.BEGIN}\nold\n{page.END}\nafter\n"
-    once = page.insert(frame, "new")
-    assert once == f"before\n{page.BEGIN}\n\nnew\n\n{page.END}\nafter\n"
-    assert page.insert(once, "new") == once
-    with pytest.raises(ValueError, match="must contain"):
-        page.insert("no markers", "new")
-
-
 def test_tables_have_as_many_cells_in_each_row() -> None:
     lines = [line for line in page.generated(_results()).splitlines() if line.startswith("|")]
     blocks: list[list[int]] = []
@@ -129,7 +121,8 @@ def test_tables_have_as_many_cells_in_each_row() -> None:
 @pytest.mark.skipif(not RESULTS, reason="no results yet: make bench")
 def test_the_docs_quote_the_newest_results() -> None:
     text = (ROOT / "docs/performance.md").read_text()
-    assert page.insert(text, page.generated(json.loads(RESULTS[-1].read_text()))) == text
+    generated = page.generated(json.loads(RESULTS[-1].read_text()))
+    assert insert(text, page.BEGIN, page.END, generated) == text
 
 
 def test_showing_results_writes_the_page_and_its_figures(

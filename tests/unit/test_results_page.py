@@ -8,15 +8,7 @@ from PIL import Image
 
 from syncbn.compare import results_files
 from syncbn.compare.results_files import MOST_BYTES, first_figure, slim, write_page
-from syncbn.compare.results_page import (
-    BEGIN,
-    END,
-    Shown,
-    generated,
-    insert,
-    overturned,
-    second_look,
-)
+from syncbn.compare.results_page import Shown, generated, overturned, second_look
 from syncbn.compare.tiers import Launch
 from syncbn.config import ClaimConfig
 from syncbn.errors import UsageError
@@ -81,13 +73,6 @@ def test_a_second_look_names_the_verdicts_that_it_would_change_and_changes_none(
 
 def test_a_secondary_claim_is_said_to_be_one():
     assert "aside (secondary)" in generated(shown(summary("x", claim("aside", primary=False))))
-
-
-def test_only_what_stands_between_the_markers_is_rewritten():
-    page = f"above\n{BEGIN}\nold\n{END}\nbelow\n"
-    assert insert(page, "new") == f"above\n{BEGIN}\n\nnew\n\n{END}\nbelow\n"
-    with pytest.raises(ValueError, match="must contain"):
-        insert("nothing", "new")
 
 
 def picture(noise):
