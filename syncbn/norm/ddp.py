@@ -38,4 +38,5 @@ def _spans_all_ranks(layer: nn.Module) -> bool:
     if not isinstance(layer, SyncBatchNorm):
         return False
     group = resolve(layer.process_group)
-    return group is None or dist.get_world_size(group) == dist.get_world_size()
+    world_size = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+    return (1 if group is None else group.size()) == world_size

@@ -22,7 +22,7 @@ def study_config(runs_dir: Path, uri: str | None = None) -> Config:
         train=TrainConfig(steps=600, per_rank_batch=2),
         tracking=TrackingConfig(uri=uri),
         study=StudyConfig(
-            "Does it help?", [0, 1], ["norm"], {arm: [f"norm={arm}"] for arm in ARMS}
+            question="Does it help?", seeds=[0, 1], arms={arm: [f"norm={arm}"] for arm in ARMS}
         ),
     )
 
