@@ -20,7 +20,7 @@ $(STAMP): pyproject.toml constraints.txt syncbn/norm/native/*.cpp syncbn/norm/na
 	@start=$$(date +%s) && \
 	  $(PYTHON) -m venv .venv && \
 	  $(BIN)/python -m pip install --quiet --constraint constraints.txt uv && \
-	  $(BIN)/uv pip install --quiet --python $(BIN)/python --editable '.[dev]' --constraint constraints.txt && \
+	  PYTHONDONTWRITEBYTECODE= $(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/python --editable '.[dev]' --constraint constraints.txt && \
 	  touch $@ && \
 	  echo "set up .venv in $$(($$(date +%s) - start)) s"
 
@@ -39,7 +39,7 @@ ui: $(STAMP) ## Show runs, figures and reports in MLflow on 127.0.0.1 (PORT=5000
 	@$(BIN)/syncbn ui --port $(PORT)
 
 test: $(STAMP) ## Run the tests that need no GPU and are not slow; every line of the layer that runs on a CPU is covered
-	@$(BIN)/python -m pytest -m "not gpu and not slow" --cov --cov-report=
+	@$(BIN)/python -m pytest -m "not gpu and not slow" --numprocesses 2 --dist loadscope --cov --cov-report=
 	@$(BIN)/coverage report --include 'syncbn/norm/*' --skip-covered --show-missing --fail-under 100
 
 test-all: $(STAMP) ## Run all tests; those that need a GPU skip where there is none
