@@ -79,17 +79,25 @@ def best_error(trial: TrialRecord) -> float:
     return min([trial.final["test_error"], *trial.points.get("test_error", {}).values()])
 
 
-def steps_to_target(trial: TrialRecord, error: float, tolerance: float) -> float:
-    """The first evaluated step with that test error or less whose next evaluation is no more than `tolerance` above it.
+def errors_held(trial: TrialRecord, tolerance: float) -> list[tuple[int, float]]:
+    """Each evaluated step, and the smallest target that counts as reached there.
 
-    Infinity where the budget ended before: censored. The last evaluation has no next, and counts.
+    That is the test error, or more where the next evaluation lies further above than `tolerance`: a lucky dip does not
+    count. The last evaluation has no next, and counts.
     """
-    curve = sorted(trial.points.get("test_error", {}).items())
-    for place, (step, found) in enumerate(curve):
-        following = curve[place + 1][1] if place + 1 < len(curve) else found
-        if found <= error and following <= error + tolerance:
-            return step
-    return math.inf
+    steps = sorted(trial.points.get("test_error", {}).items())
+    errors = [error for _, error in steps]
+    following = [*errors[1:], -math.inf]
+    return [
+        (step, max(error, after - tolerance))
+        for (step, error), after in zip(steps, following, strict=True)
+    ]
+
+
+def steps_to_target(trial: TrialRecord, error: float, tolerance: float) -> float:
+    """The first evaluated step that held that test error; infinity where the budget ended before: censored."""
+    held = errors_held(trial, tolerance)
+    return next((step for step, smallest in held if smallest <= error), math.inf)
 
 
 def target_of(cfg: Config) -> TargetConfig | None:
@@ -103,12 +111,13 @@ def target_of(cfg: Config) -> TargetConfig | None:
 def targets_of(
     target: TargetConfig | None, arms: Mapping[str, Sequence[TrialRecord]], num_seeds: int
 ) -> list[float] | None:
-    """The target error of each seed: a number declared, or the best that an arm reaches under the same seed."""
+    """The target error of each seed: a number declared, or the best that an arm holds under the same seed."""
     if target is None:
         return None
     if target.error is not None:
         return [target.error] * num_seeds
-    return [best_error(trial) for trial in arms[target.arm or ""]]
+    held = (errors_held(trial, target.tolerance) for trial in arms[target.arm or ""])
+    return [min((smallest for _, smallest in own), default=0.0) for own in held]
 
 
 def stepwise(study: StudyConfig) -> list[str]:

@@ -74,7 +74,7 @@ class TargetConfig:
     error: float | None = None
     """A fraction; none takes it from `arm`."""
     arm: str | None = None
-    """The median over seeds of this arm's best error is the target."""
+    """In each seed the best error that this arm held, in the sense of `tolerance`, is the target."""
     tolerance: float = 0.005
     """How far the next evaluation may lie above the target for the first to count."""
 

@@ -3,6 +3,8 @@
 import math
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from syncbn.compare import measured
 from syncbn.compare.design import Arm
@@ -39,11 +41,20 @@ def test_a_target_is_reached_where_the_next_evaluation_stays_there(curve, steps)
     assert measured.steps_to_target(trial(curve), 0.10, tolerance=0.005) == steps
 
 
-def test_an_arms_best_error_is_the_target_of_the_same_seed():
-    arms = {"base": [trial({10: 0.3, 20: 0.2, 30: 0.25}), trial({10: 0.3, 20: 0.4, 30: 0.35})]}
-    assert measured.targets_of(TargetConfig(arm="base"), arms, 2) == [0.2, 0.3]
+def test_the_best_error_that_an_arm_held_is_the_target_of_the_same_seed():
+    arms = {"base": [trial({10: 0.3, 20: 0.2, 30: 0.26}), trial({10: 0.3, 20: 0.4, 30: 0.35})]}
+    assert measured.targets_of(TargetConfig(arm="base", tolerance=0.01), arms, 2) == [0.25, 0.35]
     assert measured.targets_of(TargetConfig(error=0.1), arms, 2) == [0.1, 0.1]
     assert measured.targets_of(None, arms, 2) is None
+
+
+@given(st.lists(st.floats(0.0, 1.0), min_size=1, max_size=8), st.floats(0.0, 0.5))
+def test_an_arm_reaches_the_target_that_it_sets(errors, tolerance):
+    own = trial(dict(enumerate(errors)))
+    target = TargetConfig(arm="base", tolerance=tolerance)
+    (error,) = measured.targets_of(target, {"base": [own]}, 1)
+    assert min(errors) <= error
+    assert measured.steps_to_target(own, error, tolerance) < math.inf
 
 
 def test_an_arms_table_has_its_targets_its_points_and_what_was_tuned():
