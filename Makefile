@@ -29,7 +29,7 @@ demo: $(STAMP) ## Run the study `demo` on two ranks of this machine and print it
 	  $(BIN)/python jobs/compare.py study=demo launcher.num_workers=2 && \
 	  echo "study took $$(($$(date +%s) - start)) s; see it with: make ui, or open runs/demo/report.html"
 
-studies: $(STAMP) ## Run all studies, hours on 2 cores; goes on where it stopped (SYNCBN_DATA_ROOT=data)
+studies: $(STAMP) ## Run all studies, 1.5 hours on 2 cores; goes on where it stopped (SYNCBN_DATA_ROOT=data)
 	@$(BIN)/syncbn studies --tier full data.root="$${SYNCBN_DATA_ROOT:-data}"
 
 studies-fast: $(STAMP) ## Run the fast form of the studies that have one, some minutes (SYNCBN_DATA_ROOT=data)
