@@ -14,7 +14,7 @@ from programs import COMPARE, Bench
 STUDY = (
     "study=batch_size",
     "data=digits",
-    "model.hidden=[16]",
+    "model.hidden=[64]",
     "tracking=journal",
     "train.steps=120",
     "train.eval_every=40",
