@@ -1,11 +1,15 @@
 """Markers for tests that run in processes of their own.
 
 `world_size`: one test function, run plainly in each rank of a gloo group. `triton_interpreter`: run where Triton's
-kernels run on the CPU, which is settled once a process, by its environment.
+kernels run on the CPU, which is settled once a process, by its environment. `layer`: given to every test that may run a
+line of the layer, by what its module imports; these alone are run under coverage, which costs half their time again.
 """
 
+import functools
 import inspect
+import re
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from hypothesis import settings
@@ -14,6 +18,7 @@ from ranks import RankPool
 settings.register_profile("patient", deadline=None)  # a busy machine is slow, not wrong
 settings.load_profile("patient")
 
+_LAYER = re.compile(r"^\s*(import syncbn$|from syncbn import|from syncbn\.norm)", re.MULTILINE)
 _pool = RankPool()
 _interpreter = RankPool(TRITON_INTERPRET="1")
 
@@ -22,6 +27,18 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line(
         "markers", "triton_interpreter: run this test where Triton's kernels run on the CPU"
     )
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if _is_of_the_layer(item.path):
+            item.add_marker("layer")
+
+
+@functools.cache
+def _is_of_the_layer(module: Path) -> bool:
+    return module.parent.name == "dist" or _LAYER.search(module.read_text()) is not None
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
