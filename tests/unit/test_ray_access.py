@@ -20,7 +20,7 @@ from syncbn.launch.ray_dashboard import (
 )
 from syncbn.launch.ray_jobs import entrypoint, files, job_overrides
 
-HERE = Path("/home/user/work")
+HERE = Path("/submitted/from")
 
 
 @pytest.fixture
@@ -201,11 +201,11 @@ def test_a_job_runs_on_its_own_cluster():
 def test_a_job_writes_outside_its_throw_away_folder():
     assert files(job_overrides([], HERE), "run") == "~/syncbn-runs/run"
     assert files(job_overrides(["runs_dir=/shared/runs"], HERE), "x") == "/shared/runs/x"
-    assert files(job_overrides(["runs_dir=out"], HERE), "x") == "/home/user/work/out/x"
+    assert files(job_overrides(["runs_dir=out"], HERE), "x") == "/submitted/from/out/x"
 
 
 def test_a_jobs_data_are_looked_for_at_an_absolute_path():
-    assert "data.root=/home/user/work/mnist" in job_overrides(["data.root=mnist"], HERE)
+    assert "data.root=/submitted/from/mnist" in job_overrides(["data.root=mnist"], HERE)
 
 
 @pytest.mark.parametrize(
