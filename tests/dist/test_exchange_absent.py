@@ -32,9 +32,13 @@ def _group(timeout_s=30.0):
 
 
 def _gather(group, layer, kind=1):
-    return exchange_of(group).gather(
-        torch.ones(3), kind=kind, layer=layer, channels=1, dtype=torch.float32, needs_grad=True
+    """One exchange, which must bring what every rank sent."""
+    own = torch.full((3,), float(dist.get_rank(group)))
+    came = exchange_of(group).gather(
+        own, kind=kind, layer=layer, channels=1, dtype=torch.float32, needs_grad=True
     )
+    ranks = torch.arange(dist.get_world_size(group), dtype=torch.float32)
+    assert torch.equal(came, ranks[:, None].expand(-1, 3))
 
 
 def _passes(group, *layers, backward):
