@@ -32,6 +32,7 @@ from syncbn.norm.kernels.call import (
 )
 from syncbn.norm.kernels.cpu import CpuKernels, moved, updatable
 from syncbn.norm.kernels.eager import stats_dtype
+from syncbn.norm.kernels.results import empty_like
 from syncbn.norm.moments import Block, packed_bytes
 from syncbn.norm.native import library
 from syncbn.norm.replay import Found, replaying
@@ -71,7 +72,7 @@ def forward(
         return None
     x, layout = laid_out(x)
     dtype = stats_dtype(x.dtype)
-    y, block = torch.empty_like(x), Block(layout.channels, dtype)
+    y, block = empty_like(x), Block(layout.channels, dtype)
     third, scale, shift = aligned(extra(fused), layout), plain(weight, dtype), plain(bias, dtype)
     total, own, mean, var, invstd = block.addresses
     operands = Operands(mean, invstd, address(scale), address(shift), 0, address(third))
@@ -99,7 +100,7 @@ def backward(
         return None
     x, layout = laid_out(x)
     dtype = stats_dtype(x.dtype)
-    dx, sums = torch.empty_like(x), torch.empty(2, layout.channels, dtype=dtype)
+    dx, sums = empty_like(x), torch.empty(2, layout.channels, dtype=dtype)
     dz, third = aligned(dy, layout), aligned(extra(fused), layout)
     scale, shift = plain(weight, dtype), plain(bias, dtype)
     total, _, mean, _, invstd = found.addresses

@@ -29,6 +29,7 @@ from syncbn.norm.kernels.call import (
 )
 from syncbn.norm.kernels.eager import EagerKernels, stats_dtype
 from syncbn.norm.kernels.operands import Affine, Fused, Running
+from syncbn.norm.kernels.results import empty_like
 from syncbn.norm.moments import Statistics
 from syncbn.norm.native import library
 
@@ -101,7 +102,7 @@ class CpuKernels:
         if not served(x, fused):
             return self._eager.normalize(x, affine, fused)
         x, layout = laid_out(x)
-        y = torch.empty_like(x)
+        y = empty_like(x)
         self._run(NORMALIZE, layout, y, x, affine, fused)
         return y
 
@@ -121,7 +122,7 @@ class CpuKernels:
         if not served(x, fused, dy):
             return self._eager.backward_input(dy, x, affine, fused, sums, total)
         x, layout = laid_out(x)
-        dx = torch.empty_like(x)
+        dx = empty_like(x)
         self._run(BACKWARD_INPUT, layout, dx, x, affine, fused, dy, sums.contiguous(), total)
         return dx
 
@@ -130,7 +131,7 @@ class CpuKernels:
         if not served(x, fused, dy):
             return self._eager.backward_residual(dy, x, affine, fused)
         x, layout = laid_out(x)
-        dz = torch.empty_like(x)
+        dz = empty_like(x)
         self._run(BACKWARD_RESIDUAL, layout, dz, x, affine, fused, dy)
         return dz
 

@@ -31,6 +31,7 @@ struct Job {
   Dtype dtype;
   bool planes;
   int64_t channels, size;
+  int rows_at_once;  // of columns: 1, 2 or 4
   Act act;
   Extra extra_is;
   const void *x, *dy, *extra;

@@ -210,7 +210,10 @@ template <class Op> void reduce_columns(const Job& job, const Part& part, double
     const int64_t end = begin + BLOCK_ROWS < part.row_end ? begin + BLOCK_ROWS : part.row_end;
     start_block(op, begin, end - begin, chunk, state);
     int64_t row = begin;
-    for (; row + 4 <= end; row += 4) add_rows<4>(op, source, row, chunk, state);
+    if (job.rows_at_once == 4)
+      for (; row + 4 <= end; row += 4) add_rows<4>(op, source, row, chunk, state);
+    if (job.rows_at_once == 2)
+      for (; row + 2 <= end; row += 2) add_rows<2>(op, source, row, chunk, state);
     for (; row < end; ++row) add_rows<1>(op, source, row, chunk, state);
     finish_block<Op>(chunk, state, running, end - begin);
     running.count += double(end - begin);
