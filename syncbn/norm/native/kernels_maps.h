@@ -77,10 +77,8 @@ template <class Op> void map_columns(const Job& job, const Part& part, double*, 
   const Op op(job);
   const Source<typename Op::A> source(job);
   int64_t row = part.row_begin;
-  if (job.rows_at_once == 4)
+  if (!job.streamed)
     for (; row + 4 <= part.row_end; row += 4) map_rows<4>(op, source, row, part);
-  if (job.rows_at_once == 2)
-    for (; row + 2 <= part.row_end; row += 2) map_rows<2>(op, source, row, part);
   for (; row < part.row_end; ++row) map_rows<1>(op, source, row, part);
 }
 

@@ -8,7 +8,7 @@ constexpr int64_t MAX_PARTS = 32;          // of a reduction's rows
 constexpr int64_t ALONE = 32768;           // values for which waking other threads does not pay
 constexpr int64_t WINDOW_BYTES = 1 << 20;  // half of a common second cache
 constexpr int64_t STRETCH_BYTES = 1 << 17;
-constexpr int64_t STREAMED_BYTES = 1 << 22;  // of a tensor that is not found in a cache from one pass to the next
+constexpr int64_t STREAMED_BYTES = 1 << 21;  // of a tensor that is not found in a cache from one pass to the next
 constexpr int64_t FOLDED_COLUMNS = 128;    // a row of folded samples has about as many
 
 int64_t item_size(Dtype dtype) { return dtype == FLOAT64 ? 8 : dtype == FLOAT32 ? 4 : 2; }
@@ -94,13 +94,12 @@ class LeftOver {
   char staging_[4][MIN_SIZE * 8] = {};
 };
 
-// More rows at a time load coefficients and sums more seldom, which counts while all lies in a cache. From memory each row
-// would be a stream, and few streams are faster (8x256x56x56 in float32: 16 -> 11 ms for all four passes), as long as the
-// coefficients and sums of a row leave the first cache room.
-int rows_at_once(const Plan& plan) {
+// Four rows at a time load coefficients and sums more seldom, which counts while all lies in a cache. From memory they would
+// be four streams, and one is faster (8x256x56x56 in float32: 15 -> 11 ms for all four passes), unless the row's
+// coefficients and sums fill the first cache.
+bool streamed(const Plan& plan) {
   const int64_t row_bytes = plan.width() * plan.item;
-  if (plan.rows() * row_bytes < STREAMED_BYTES || row_bytes >= 4096) return 4;
-  return row_bytes < 512 ? 2 : 1;
+  return plan.rows() * row_bytes >= STREAMED_BYTES && row_bytes >= 256 && row_bytes < 4096;
 }
 
 // The job with the rows of `plan`.
@@ -108,7 +107,7 @@ Job shaped(Job job, const Plan& plan) {
   job.planes = plan.planes;
   job.channels = plan.channels;
   job.size = plan.planes ? plan.size : plan.width();
-  job.rows_at_once = rows_at_once(plan);
+  job.streamed = streamed(plan);
   return job;
 }
 
