@@ -17,6 +17,7 @@ from torch import Tensor
 
 from syncbn.norm import kernels, whole
 from syncbn.norm.kernels import ACTIVATIONS, Affine, Fused
+from syncbn.norm.kernels.call import plain
 from syncbn.norm.replay import Found, Remembered
 from syncbn.norm.steps import Call, forward_statistics, sums_over_ranks
 
@@ -95,7 +96,8 @@ def gradients(
     if any(needs[:3]):
         done = whole.backward(dy, x, weight, bias, fused, found, call) if needs[0] else None
         dx, sums = done or _summed(dy, x, weight, bias, fused, found, call, needs[0])
-        dweight, dbias = _parameters(sums[1], sums[0], weight, bias, needs)
+        dbias, dweight = sums.unbind()
+        dweight, dbias = _parameters(dweight, dbias, weight, bias, needs)
     if needs[3]:
         plain = fused.act is None and fused.mask is None
         affine = Affine(found.statistics.mean, found.statistics.invstd, weight, bias)
@@ -127,8 +129,8 @@ def _parameters(
     dweight: Tensor, dbias: Tensor, weight: Tensor | None, bias: Tensor | None, needs: Needs
 ) -> tuple[Tensor | None, Tensor | None]:
     return (
-        dweight.to(weight.dtype) if needs[1] and weight is not None else None,
-        dbias.to(bias.dtype) if needs[2] and bias is not None else None,
+        None if weight is None or not needs[1] else plain(dweight, weight.dtype),
+        None if bias is None or not needs[2] else plain(dbias, bias.dtype),
     )
 
 

@@ -56,16 +56,16 @@ class Block:
         dtype: of the statistics.
     """
 
-    __slots__ = ("__weakref__", "_channels", "_values")
+    __slots__ = ("__weakref__", "_channels", "values")
 
     def __init__(self, channels: int, dtype: torch.dtype) -> None:
         self._channels = channels
-        self._values = torch.empty(_total_values(dtype) + 2 + 5 * channels, dtype=dtype)
+        self.values = torch.empty(_total_values(dtype) + 2 + 5 * channels, dtype=dtype)
 
     @property
     def addresses(self) -> tuple[int, int, int, int, int]:
         """Of the total, this rank's packed moments, the mean, var and invstd."""
-        total, channel_bytes = self._values.data_ptr(), self._channels * self._values.itemsize
+        total, channel_bytes = self.values.data_ptr(), self._channels * self.values.itemsize
         own = total + 8
         mean = own + self.own_bytes
         return total, own, mean, mean + channel_bytes, mean + 2 * channel_bytes
@@ -73,19 +73,19 @@ class Block:
     @property
     def own_bytes(self) -> int:
         """Bytes of this rank's packed moments."""
-        return packed_bytes(self._channels, self._values.dtype)
+        return packed_bytes(self._channels, self.values.dtype)
 
     @property
     def own(self) -> Tensor:
         """This rank's packed moments."""
-        first = _total_values(self._values.dtype)
-        return self._values[first : first + 2 + 2 * self._channels]
+        first = _total_values(self.values.dtype)
+        return self.values[first : first + 2 + 2 * self._channels]
 
     @property
     def statistics(self) -> Statistics:
         """Of all ranks."""
-        total = self._values[: _total_values(self._values.dtype)].view(torch.float64).squeeze(0)
-        return Statistics(total, *self._values[-3 * self._channels :].view(3, -1).unbind())
+        total = self.values[: _total_values(self.values.dtype)].view(torch.float64).squeeze(0)
+        return Statistics(total, *self.values[-3 * self._channels :].view(3, -1).unbind())
 
 
 def _total_values(dtype: torch.dtype) -> int:

@@ -37,11 +37,19 @@ class Replays:
     """The forward passes of one layer whose graphs are alive."""
 
     def __init__(self) -> None:
-        self._passes: weakref.WeakSet[Found] = weakref.WeakSet()
+        self._passes: list[weakref.ref[Found]] = []
+        self._enough = 16
 
     def keep(self, found: Found) -> None:
         """Find this pass for as long as `found` lives."""
-        self._passes.add(found)
+        if len(self._passes) >= self._enough:  # a WeakSet's own housekeeping costs more, at every pass
+            self._passes = [ref for ref in self._passes if ref() is not None]
+            self._enough = 2 * len(self._passes) + 16
+        self._passes.append(weakref.ref(found))
+
+    def alive(self) -> list[Found]:
+        """The passes that are kept."""
+        return [found for ref in self._passes if (found := ref()) is not None]
 
     def recall(self, own: Tensor) -> Statistics | None:
         """The statistics of the pass whose moments were `own`; None where there was none.
@@ -49,7 +57,7 @@ class Replays:
         On CUDA nothing is compared on the host, which would stall it: the pass is chosen on the device, and one
         that matches none fails there.
         """
-        passes = [p for p in self._passes if p.own.shape == own.shape]
+        passes = [p for p in self.alive() if p.own.shape == own.shape]
         if own.is_cuda and passes:
             return _chosen_on_device(own, passes)
         return next((p.statistics for p in passes if torch.equal(p.own, own)), None)

@@ -9,27 +9,31 @@ replays, empty batches, masks, payloads that no slot holds.
 import ctypes
 import functools
 import struct
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from syncbn.norm import kernels
 from syncbn.norm.header import BACKWARD, FORWARD
 from syncbn.norm.join import refuse_ddp_join
-from syncbn.norm.kernels import EagerKernels, Fused, Running
+from syncbn.norm.kernels import ACTIVATIONS, EagerKernels, Fused, Running
 from syncbn.norm.kernels.call import (
     BACKWARD_INPUT,
+    CALL,
+    DTYPES,
     NORMALIZE,
-    Operands,
+    NOTHING,
+    OUTPUT,
+    RESIDUAL,
+    Layout,
     address,
     aligned,
     extra,
-    laid_out,
-    packed_call,
+    layout_of,
     plain,
-    served,
 )
+from syncbn.norm.kernels.choice import chosen
 from syncbn.norm.kernels.cpu import CpuKernels, moved, updatable
 from syncbn.norm.kernels.eager import stats_dtype
 from syncbn.norm.kernels.results import empty_like
@@ -40,10 +44,33 @@ from syncbn.norm.shared import LOOK_NS, SharedMemory
 from syncbn.norm.steps import Call, check
 from syncbn.norm.wire import PAYLOAD_BYTES
 
-_REST = struct.Struct("2P2qd4P3Pdq")
-"""What follows the call in `Whole` of native/whole.cpp."""
+_WHOLE = struct.Struct(CALL + "2P2qd4P3Pdq")
+"""`Whole` of native/whole.cpp."""
 _NOTHING_MOVES = (0, 0, 0, 0.0, 0)
-_NOBODY = (0, 0, 0)
+
+
+class _Form(NamedTuple):
+    """What inputs of one shape, layout and dtype have in common.
+
+    Attributes:
+        layout: see `layout_of`.
+        words: the first of `_WHOLE`, up to the channels' size.
+        act: the code of the activation.
+        channels: C.
+        dtype: of the statistics.
+        own_bytes: of packed moments.
+        sums_bytes: of a backward pass's sums.
+        fits: whether they fit one exchange in shared memory.
+    """
+
+    layout: Layout
+    words: tuple[int, int, int, int]
+    act: int
+    channels: int
+    dtype: torch.dtype
+    own_bytes: int
+    sums_bytes: int
+    fits: bool
 
 
 class _Meeting(NamedTuple):
@@ -67,22 +94,59 @@ def forward(
     Raises:
         NonFiniteStatistics, ValueError: see `steps.forward_statistics`.
     """
-    fused, again = Fused(call.act, residual, call.mask), replaying()
-    if not _serves(x, fused, call) or (again and call.exchange is not None):
+    form, again, running = _form(x.shape, x.stride(), x.dtype, call.act), replaying(), call.running
+    if form is None or not _serves(x, form, call, residual) or (again and call.exchange is not None):
         return None
-    x, layout = laid_out(x)
-    dtype = stats_dtype(x.dtype)
-    y, block = empty_like(x), Block(layout.channels, dtype)
-    third, scale, shift = aligned(extra(fused), layout), plain(weight, dtype), plain(bias, dtype)
-    total, own, mean, var, invstd = block.addresses
-    operands = Operands(mean, invstd, address(scale), address(shift), 0, address(third))
-    words = packed_call(NORMALIZE, x, layout, fused, operands, y.data_ptr())
-    moving = _NOTHING_MOVES if again or call.running is None else _moving(call.running)
-    meeting = _meeting(FORWARD, x, block.own_bytes, call, needs_grad)
-    words += _REST.pack(own, *_words(meeting), call.eps, total, mean, var, invstd, *moving)
-    if status := _whole(words, meeting):
+    dtype, x, third = form.dtype, aligned(x, form.layout), 0
+    if residual is not None:
+        residual = aligned(residual, form.layout)
+        third = residual.data_ptr()
+    scale, shift = plain(weight, dtype), plain(bias, dtype)
+    y, block = empty_like(x), Block(form.channels, dtype)
+    total = block.values.data_ptr()
+    own, mean = total + 8, total + 8 + form.own_bytes
+    var, invstd = mean + form.sums_bytes // 2, mean + form.sums_bytes
+    moving = _NOTHING_MOVES if again or running is None else _moving(running)
+    meeting = _meeting(FORWARD, x, form.own_bytes, call, needs_grad)
+    ring, number = (0, 0) if meeting is None else (meeting.memory.address, meeting.number)
+    words = _WHOLE.pack(
+        NORMALIZE,
+        *form.words,
+        torch.get_num_threads(),
+        form.act,
+        RESIDUAL if third else NOTHING,
+        x.data_ptr(),
+        0,
+        third,
+        mean,
+        invstd,
+        0 if scale is None else scale.data_ptr(),
+        0 if shift is None else shift.data_ptr(),
+        0,
+        0,
+        y.data_ptr(),
+        own,
+        ring,
+        number,
+        LOOK_NS,
+        call.eps,
+        total,
+        mean,
+        var,
+        invstd,
+        *moving,
+    )
+    if status := _native()(words, b"" if meeting is None else meeting.header):
         _rest_of_forward(status, words, meeting, block, call, x)
-    _follow_up(call, block, again, moving)
+    if call.exchange is not None:
+        call.exchange.met(call.serial)
+        if call.replays is not None:
+            call.replays.keep(block)
+    if running is not None and not again:
+        if moving is _NOTHING_MOVES:
+            EagerKernels().update(running, block.statistics)
+        else:
+            moved(running)
     return y, block
 
 
@@ -96,50 +160,102 @@ def backward(
     call: Call,
 ) -> tuple[Tensor, Tensor] | None:
     """The gradient of x, and this rank's `backward_sums`; None where this way does not serve."""
-    if not _serves(x, fused, call, dy):
+    form, third = _form(x.shape, x.stride(), x.dtype, call.act), extra(fused)
+    if form is None or dy.dtype is not x.dtype or not _serves(x, form, call, third):
         return None
-    x, layout = laid_out(x)
-    dtype = stats_dtype(x.dtype)
-    dx, sums = empty_like(x), torch.empty(2, layout.channels, dtype=dtype)
-    dz, third = aligned(dy, layout), aligned(extra(fused), layout)
+    dtype, x, dy = form.dtype, aligned(x, form.layout), aligned(dy, form.layout)
+    third = None if third is None else aligned(third, form.layout)
     scale, shift = plain(weight, dtype), plain(bias, dtype)
+    dx, sums = empty_like(x), torch.empty(2, form.channels, dtype=dtype)
     total, _, mean, _, invstd = found.addresses
-    affine = (mean, invstd, address(scale), address(shift))
-    operands = Operands(*affine, address(dz), address(third), 0, total)
-    words = packed_call(BACKWARD_INPUT, x, layout, fused, operands, dx.data_ptr())
-    meeting = _meeting(BACKWARD, x, sums.nbytes, call, needs_grad=True)
-    words += _REST.pack(sums.data_ptr(), *_words(meeting), 0.0, 0, 0, 0, 0, *_NOTHING_MOVES)
-    if status := _whole(words, meeting):
+    meeting = _meeting(BACKWARD, x, form.sums_bytes, call, needs_grad=True)
+    ring, number = (0, 0) if meeting is None else (meeting.memory.address, meeting.number)
+    words = _WHOLE.pack(
+        BACKWARD_INPUT,
+        *form.words,
+        torch.get_num_threads(),
+        form.act,
+        NOTHING if third is None else RESIDUAL if fused.output is None else OUTPUT,
+        x.data_ptr(),
+        dy.data_ptr(),
+        address(third),
+        mean,
+        invstd,
+        0 if scale is None else scale.data_ptr(),
+        0 if shift is None else shift.data_ptr(),
+        0,
+        total,
+        dx.data_ptr(),
+        sums.data_ptr(),
+        ring,
+        number,
+        LOOK_NS,
+        0.0,
+        0,
+        0,
+        0,
+        0,
+        *_NOTHING_MOVES,
+    )
+    if status := _native()(words, b"" if meeting is None else meeting.header):
         _rest(status, words, meeting, sums.view(-1))
     if call.exchange is not None:
         call.exchange.met(call.serial)
     return dx, sums
 
 
-def _serves(x: Tensor, fused: Fused, call: Call, dy: Tensor | None = None) -> bool:
+@functools.lru_cache(maxsize=4096)
+def _form(
+    shape: torch.Size, stride: tuple[int, ...], dtype: torch.dtype, act: str | None
+) -> _Form | None:
+    """What inputs of this kind have in common; None where the library does not serve them."""
+    if dtype not in DTYPES or 0 in shape or (act == "silu" and dtype == torch.float64):
+        return None
+    layout, statistics = layout_of(shape, stride), stats_dtype(dtype)
+    own_bytes = packed_bytes(shape[1], dtype)
+    return _Form(
+        layout=layout,
+        words=(DTYPES[dtype], *layout[:3]),
+        act=0 if act is None else ACTIVATIONS[act].code,
+        channels=shape[1],
+        dtype=statistics,
+        own_bytes=own_bytes,
+        sums_bytes=2 * shape[1] * statistics.itemsize,
+        fits=own_bytes <= PAYLOAD_BYTES,
+    )
+
+
+def _serves(x: Tensor, form: _Form, call: Call, third: Tensor | None) -> bool:
     """Whether the library does the whole pass, its exchange included."""
-    if not (served(x, fused, dy) and isinstance(kernels.pick(x), CpuKernels)):
+    if call.mask is not None or (third is not None and third.dtype is not x.dtype):
         return False
-    if call.exchange is None:
-        return True
-    meets = call.exchange.in_one_call and call.exchange.memory is not None
-    return meets and packed_bytes(x.shape[1], x.dtype) <= PAYLOAD_BYTES
+    if not isinstance(chosen(x.device.type), CpuKernels):
+        return False
+    exchange = call.exchange
+    return exchange is None or (
+        form.fits and exchange.in_one_call and exchange.memory is not None
+    )
 
 
 def _meeting(kind: int, x: Tensor, size: int, call: Call, needs_grad: bool) -> _Meeting | None:
     """The exchange that comes next, which from here on must take place."""
-    if call.exchange is None:
+    exchange = call.exchange
+    if exchange is None:
         return None
     if kind == FORWARD:
         refuse_ddp_join(call.name)
-    memory = call.exchange.memory
+    memory = exchange.memory
     assert memory is not None
-    return _Meeting(memory, *call.exchange.announce(kind, size, **call.place(x, needs_grad)))
-
-
-def _words(meeting: _Meeting | None) -> tuple[int, int, int]:
-    """The ring, the number of the exchange and how long to wait in the call, as in `Whole`."""
-    return _NOBODY if meeting is None else (meeting.memory.address, meeting.number, LOOK_NS)
+    header, number = exchange.announce(
+        kind,
+        size,
+        layer=call.name,
+        channels=x.shape[1],
+        dtype=x.dtype,
+        needs_grad=needs_grad,
+        serial=call.serial,
+    )
+    return _Meeting(memory, header, number)
 
 
 def _moving(running: Running) -> tuple[int, int, int, float, int]:
@@ -152,16 +268,12 @@ def _moving(running: Running) -> tuple[int, int, int, float, int]:
     return *places, weight, mean.dtype == torch.float64
 
 
-def _whole(words: bytes, meeting: _Meeting | None) -> int:
-    return _native().syncbn_whole(words, b"" if meeting is None else meeting.header)
-
-
 def _rest(status: int, words: bytes, meeting: _Meeting | None, own: Tensor) -> Tensor:
     """Bring a pass to its end whose exchange has not ended well at once; what all ranks sent."""
     assert meeting is not None, "a pass without an exchange fails in no exchange"
     memory, header, number = meeting
     gathered = memory.brought(status, header, number, own)
-    _native().syncbn_rest(words, gathered.data_ptr())
+    _native_rest()(words, gathered.data_ptr())
     return gathered
 
 
@@ -176,25 +288,19 @@ def _rest_of_forward(
     check(packed, block.statistics, call, x)
 
 
-def _follow_up(call: Call, block: Block, again: bool, moving: tuple[float, ...]) -> None:
-    """What remains to be done where a forward pass went well."""
-    if call.exchange is not None:
-        call.exchange.met(call.serial)
-        if call.replays is not None:
-            call.replays.keep(block)
-    if call.running is None or again:
-        return
-    if moving is _NOTHING_MOVES:
-        EagerKernels().update(call.running, block.statistics)
-    else:
-        moved(call.running)
-
-
 @functools.cache
-def _native() -> ctypes.CDLL:
-    """The library with the types of these functions' arguments."""
+def _native() -> Callable[[bytes, bytes], int]:
+    """The library's whole pass."""
     found = library()
     assert found is not None, "kernels that need it were picked"
     found.syncbn_whole.argtypes = [ctypes.c_char_p, ctypes.c_char_p]
+    return found.syncbn_whole
+
+
+@functools.cache
+def _native_rest() -> Callable[[bytes, int], int]:
+    """What it leaves where its exchange has not ended well at once."""
+    found = library()
+    assert found is not None
     found.syncbn_rest.argtypes = [ctypes.c_char_p, ctypes.c_void_p]
-    return found
+    return found.syncbn_rest

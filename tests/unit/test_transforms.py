@@ -58,9 +58,9 @@ def test_a_pass_is_forgotten_with_its_graph():
     layer = syncbn.SyncBatchNorm(3, act="relu")
     everything = torch.ones(4, 1, dtype=torch.bool)
     loss = layer(torch.randn(4, 3, requires_grad=True), everything).sum()
-    assert len(replays_of(layer)._passes) == 1
+    assert len(replays_of(layer).alive()) == 1
     del loss
-    assert not replays_of(layer)._passes
+    assert not replays_of(layer).alive()
 
 
 @pytest.mark.parametrize("training", [True, False])

@@ -1,5 +1,7 @@
 """How a pass is handed to the library: what it serves, how inputs are laid out, and the words of a call."""
 
+import functools
+import math
 import struct
 from typing import NamedTuple
 
@@ -14,9 +16,9 @@ CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 MOMENTS, NORMALIZE, BACKWARD_SUMS, BACKWARD_INPUT, BACKWARD_RESIDUAL = range(5)
 NOTHING, RESIDUAL, OUTPUT = range(3)
 
-_CALL = struct.Struct(
-    "8q10P"
-)  # `Call` in native/kernels_call.h; packing is faster than a ctypes.Structure
+CALL = "8q10P"
+"""`Call` in native/kernels_call.h, for `struct`: packing is faster than a ctypes.Structure."""
+_CALL = struct.Struct(CALL)
 
 
 class Layout(NamedTuple):
@@ -85,20 +87,25 @@ def extra(fused: Fused) -> Tensor | None:
 
 def laid_out(x: Tensor) -> tuple[Tensor, Layout]:
     """`x` without gaps, in its own memory format where that is one."""
-    samples, channels = x.shape[:2]
-    size = x.numel() // (samples * channels)
-    if x.is_contiguous():
-        return x, Layout(samples, channels, size, torch.contiguous_format)
-    memory_format = CHANNELS_LAST.get(x.dim())
-    if memory_format is not None and x.stride(1) == 1 and channels > 1:
-        x = x.contiguous(memory_format=memory_format)
-        return x, Layout(samples * size, channels, 1, memory_format)
-    return x.contiguous(), Layout(samples, channels, size, torch.contiguous_format)
+    layout = layout_of(x.shape, x.stride())
+    return aligned(x, layout), layout
 
 
-def aligned(values: Tensor | None, layout: Layout) -> Tensor | None:
-    """`values` in the order of x."""
-    if values is None or values.is_contiguous(memory_format=layout.memory_format):
+@functools.lru_cache(maxsize=4096)
+def layout_of(shape: torch.Size, stride: tuple[int, ...]) -> Layout:
+    """How the library sees an input of this shape, not empty, once it has no gaps."""
+    samples, channels = shape[:2]
+    size = math.prod(shape[2:])
+    memory_format = CHANNELS_LAST.get(len(shape))
+    # a single channel is both: then it is told by what follows
+    if memory_format is not None and stride[1] == 1 and channels > 1 and size > 1:
+        return Layout(samples * size, channels, 1, memory_format)
+    return Layout(samples, channels, size, torch.contiguous_format)
+
+
+def aligned(values: Tensor, layout: Layout) -> Tensor:
+    """`values` in the order of x, without gaps."""
+    if values.is_contiguous(memory_format=layout.memory_format):
         return values
     return values.contiguous(memory_format=layout.memory_format)
 

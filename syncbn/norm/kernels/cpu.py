@@ -148,7 +148,7 @@ class CpuKernels:
         total: Tensor | None = None,
     ) -> None:
         """One pass of the library over x; the tensors named here live until it is done."""
-        third, dy = aligned(extra(fused), layout), aligned(dy, layout)
+        third, dy = (t if t is None else aligned(t, layout) for t in (extra(fused), dy))
         coefficients = [plain(values, affine.mean.dtype) for values in affine]
         operands = Operands(*map(address, (*coefficients, dy, third, sums, total)))
         self._library.syncbn_pass(packed_call(kind, x, layout, fused, operands, result.data_ptr()))
