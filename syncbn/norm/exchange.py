@@ -39,6 +39,7 @@ from syncbn.norm.header import (
     Serials,
     packed,
 )
+from syncbn.norm.mesh import Mesh
 from syncbn.norm.shared import SharedMemory
 from syncbn.norm.wire import Transport, Wire
 
@@ -180,7 +181,7 @@ class Exchange:
         """Choose the transport; collective at the first exchange."""
         self._arrival.wait(header, self._calls)
         self.memory = _memory(self._wire)
-        self._transport = self.memory or self._wire
+        self._transport = self.memory or Mesh.over(self._wire) or self._wire
         self._arrival.leave()
         return self._transport
 
