@@ -3,6 +3,7 @@
 import gc
 import os
 import signal
+import socket
 import struct
 import time
 from datetime import timedelta
@@ -156,6 +157,17 @@ def test_connections_go_with_the_group(world_size):
         assert held.fileno() == -1
     else:
         assert _until_refused(group, RankLost, "rank 1: it .* let go of its process group") < 2
+
+
+@pytest.mark.world_size(2)
+def test_a_rank_that_ends_having_read_everything_is_missed_at_once(world_size):
+    group = _group()
+    if dist.get_rank():
+        exchange_of(group)._transport._connections[0].shutdown(socket.SHUT_WR)
+        dist.barrier()
+    else:
+        dist.barrier()
+        assert _until_refused(group, RankLost, "waits for rank 1: it died") < 2
 
 
 @pytest.mark.world_size(2)
