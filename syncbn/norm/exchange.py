@@ -8,9 +8,12 @@ Decisions:
   sums are reduced instead (`sums`). float64 inputs are always gathered: sums of squares would cost them
   their precision.
 * **Ranks of one machine need no socket**: where all ranks of a CPU group can map one piece of memory, frames
-  go through it (`shared`), else through the group (`wire`). `SYNCBN_EXCHANGE=gloo` forces the latter.
+  go through it (`shared`).
+* **Few ranks elsewhere need no thread of gloo's**: up to 8 whose machines can connect read each other's frames from
+  sockets of their own (`mesh`), else all go through the group (`wire`). `SYNCBN_EXCHANGE=gloo` rules out memory.
 * **A rank that cannot take part says so in its frame**, so that the others raise instead of waiting; one that does
-  not come is missed soon where it shares memory with the others (`patrol`), else at the group's time limit.
+  not come is missed soon where it shares memory with the others (`patrol`), else at the group's time limit; one
+  that ended, at once.
 * On CUDA the values alone are exchanged, at their exact size: comparing headers on the host would stall it.
 * **Whoever wants to know what it costs is told** (`observe`); while nobody does, it costs one test a layer.
 """
@@ -39,6 +42,7 @@ from syncbn.norm.header import (
     Serials,
     packed,
 )
+from syncbn.norm.mesh import Mesh
 from syncbn.norm.shared import SharedMemory
 from syncbn.norm.wire import Transport, Wire
 
@@ -180,7 +184,7 @@ class Exchange:
         """Choose the transport; collective at the first exchange."""
         self._arrival.wait(header, self._calls)
         self.memory = _memory(self._wire)
-        self._transport = self.memory or self._wire
+        self._transport = self.memory or Mesh.over(self._wire) or self._wire
         self._arrival.leave()
         return self._transport
 

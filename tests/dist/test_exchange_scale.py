@@ -83,7 +83,7 @@ def test_shared_memory_gathers_whatever_the_size(world_size):
         exchange = exchange_of(group)
         own = _packed(_values(0, 0.0))
         exchange.gather(own, kind=1, **_place())
-        if type(exchange._transport) is wire.Wire:
+        if exchange.memory is None:
             pytest.skip("the native library is not built: there is no shared memory")
         assert exchange.moments(own, **_place()).shape[0] == world_size
 

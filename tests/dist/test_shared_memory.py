@@ -1,4 +1,4 @@
-"""Ranks of one machine exchange through memory: the same bits as through gloo, or all of them through gloo."""
+"""Ranks of one machine exchange through memory: the same bits as by other ways, or all of them by another way."""
 
 import gc
 import os
@@ -11,8 +11,9 @@ import torch.distributed as dist
 from oracle import batch_norm, forward_backward
 
 import syncbn
-from syncbn.norm import memory, shared
+from syncbn.norm import connect, memory, shared
 from syncbn.norm.exchange import exchange_of
+from syncbn.norm.mesh import Mesh
 from syncbn.norm.shared import SharedMemory
 from syncbn.norm.wire import Wire
 
@@ -44,19 +45,21 @@ def _gather(group, values):
 @pytest.mark.parametrize(
     ("channels", "dtype"), [(6, torch.float32), (6, torch.float64), (2100, torch.bfloat16)]
 )
-def test_memory_and_gloo_give_the_same_bits(world_size, channels, dtype):
+def test_memory_connections_and_gloo_give_the_same_bits(world_size, channels, dtype):
     generator = torch.Generator().manual_seed(dist.get_rank())
     batches = torch.randn(3, 4, channels, 3, 3, generator=generator).to(dtype)
     results = []
-    for choice, kind in (("gloo", Wire), ("shared", SharedMemory)):
-        with _exchanging_by(choice):
+    for choice, kind in (("gloo", Mesh), ("gloo", Wire), ("shared", SharedMemory)):
+        with _exchanging_by(choice), pytest.MonkeyPatch.context() as monkeypatch:
+            if kind is Wire:
+                monkeypatch.setattr(connect, "_listener", lambda: None)
             layer = syncbn.convert_sync_batchnorm(batch_norm(channels), group := _group())
             # after the first exchange a pass in shared memory is one call, but for 2100 channels
             passes = [forward_backward(layer, x, x.sin()) for x in batches]
         assert type(exchange_of(group)._transport) is kind
         gradients = [parameter.grad for parameter in layer.parameters()]
         results.append([*sum(passes, ()), *gradients, *layer.buffers()])
-    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+    assert all(torch.equal(a, b) and torch.equal(a, c) for a, b, c in zip(*results, strict=True))
 
 
 @pytest.mark.world_size(2, 4)
@@ -128,7 +131,7 @@ def _num_memories():
 
 @pytest.mark.world_size(2)
 @pytest.mark.parametrize("obstacle", ["library", "kernel", "full", "elsewhere", "unwilling"])
-def test_ranks_that_cannot_share_memory_all_take_the_wire(world_size, obstacle):
+def test_ranks_that_cannot_share_memory_all_connect(world_size, obstacle):
     patch = pytest.MonkeyPatch()
     if obstacle == "library" and dist.get_rank() == 1:
         patch.setattr(shared, "_native", lambda: None)
@@ -144,7 +147,7 @@ def test_ranks_that_cannot_share_memory_all_take_the_wire(world_size, obstacle):
         assert _gather(group := _group(), torch.ones(2)).sum() == 4
     finally:
         patch.undo()
-    assert type(exchange_of(group)._transport) is Wire
+    assert type(exchange_of(group)._transport) is Mesh
 
 
 def _no_space(*_):

@@ -1,0 +1,217 @@
+"""Connections between ranks that share no memory: the same frames as through the group, and who is missed how soon."""
+
+import gc
+import os
+import signal
+import socket
+import struct
+import time
+from datetime import timedelta
+
+import pytest
+import torch
+import torch.distributed as dist
+from own_ranks import run_ranks
+
+import syncbn
+from syncbn.norm import connect, mesh
+from syncbn.norm.exchange import RankLost, exchange_of
+from syncbn.norm.mesh import CHUNK_BYTES, Mesh
+from syncbn.norm.wire import Wire
+
+CHUNK = CHUNK_BYTES // 4
+"""Values of float32 in one chunk."""
+
+
+def _group(timeout_s=30.0):
+    """A group of all ranks, connected in its first exchange."""
+    group = dist.new_group(timeout=timedelta(seconds=timeout_s))
+    assert type(_first_exchange(group)) is Mesh
+    return group
+
+
+def _first_exchange(group):
+    """The transport of a group that shares no memory."""
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setenv("SYNCBN_EXCHANGE", "gloo")
+        _gather(group)
+    return exchange_of(group)._transport
+
+
+def _gather(group, values=None, layer="bn1"):
+    values = torch.ones(3) if values is None else values
+    return exchange_of(group).gather(
+        values, kind=1, layer=layer, channels=len(values), dtype=values.dtype, needs_grad=True
+    )
+
+
+def _values(rank, size, dtype=torch.float32):
+    return torch.randn(size, generator=torch.Generator().manual_seed(rank)).to(dtype)
+
+
+def _until_refused(group, error, match):
+    began = time.monotonic()
+    with pytest.raises(error, match=match):
+        _gather(group)
+    return time.monotonic() - began
+
+
+@pytest.mark.world_size(2, 3, 4)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_every_rank_gets_the_bits_of_all_in_rank_order_whatever_their_number(world_size, dtype):
+    group = _group()
+    for size in (0, 1, 4098, CHUNK - 1, CHUNK, CHUNK + 1, 5 * CHUNK + 7):
+        gathered = _gather(group, _values(dist.get_rank(), size, dtype))
+        for rank in range(world_size):
+            assert torch.equal(gathered[rank], _values(rank, size, dtype))
+
+
+@pytest.mark.world_size(2, 3)
+def test_ranks_stay_in_step_when_some_are_faster(world_size):
+    group, sizes = _group(), torch.Generator().manual_seed(0)
+    for step in range(50):
+        if step % world_size == dist.get_rank():
+            time.sleep(0.002)
+        size = int(torch.randint(2 * CHUNK, (1,), generator=sizes))
+        gathered = _gather(group, torch.full((size,), 100.0 * step + dist.get_rank()))
+        assert all(bool((gathered[r] == 100 * step + r).all()) for r in range(world_size))
+
+
+@pytest.mark.world_size(2, 3)
+@pytest.mark.parametrize("sizes", [(5, 9), (9, 5), (3 * CHUNK, 7), (7, 3 * CHUNK)])
+def test_the_exchange_goes_on_after_ranks_met_in_different_layers(world_size, sizes):
+    group, rank = _group(), dist.get_rank()
+    own, size = ("bn2", sizes[1]) if rank == 1 else ("bn1", sizes[0])
+    match = f"rank {rank} is in the forward of SyncBatchNorm '{own}'.*; rank [01] is in the"
+    for _ in range(2):
+        with pytest.raises(syncbn.RanksDisagree, match=match):
+            _gather(group, torch.ones(size), own)
+        assert torch.equal(_gather(group, torch.full((5,), 2.0)), torch.full((world_size, 5), 2.0))
+
+
+@pytest.mark.world_size(3)
+def test_a_rank_that_does_not_come_is_named_at_the_time_limit_and_hears_of_it_at_once(world_size):
+    group = _group(timeout_s=2.0)
+    if dist.get_rank() != 1:
+        match = r"call 2.* and waits for rank 1: it did not come within 2 s"
+        assert 1.9 < _until_refused(group, syncbn.RanksDisagree, match) < 4
+        assert _until_refused(group, syncbn.RanksDisagree, match) < 0.5
+    dist.barrier()
+    if dist.get_rank() == 1:
+        assert _until_refused(group, RankLost, "waits for rank [02]: it died, failed, or") < 0.5
+
+
+@pytest.mark.world_size(2)
+def test_a_rank_that_is_interrupted_while_it_waits_tells_the_others(world_size):
+    group = _group()
+    if dist.get_rank() == 0:
+        before = signal.signal(signal.SIGALRM, _interrupt)
+        signal.setitimer(signal.ITIMER_REAL, 0.3)
+        assert _until_refused(group, KeyboardInterrupt, "enough") < 2
+        signal.signal(signal.SIGALRM, before)
+        assert _until_refused(group, syncbn.RanksDisagree, "was interrupted: Keyb") < 0.5
+    else:
+        time.sleep(1)
+        assert _until_refused(group, RankLost, "waits for rank 0: it died") < 0.5
+
+
+def _interrupt(*_):
+    raise KeyboardInterrupt("enough")
+
+
+def lose_one(keep_child):
+    """Rank 1 is killed while the others wait for it, perhaps survived by a child that it forked."""
+    group = _group()
+    if dist.get_rank() == 1:
+        time.sleep(0.5)
+        if keep_child == "child" and os.fork() == 0:
+            time.sleep(20)
+            os._exit(0)
+        os.kill(os.getpid(), signal.SIGKILL)
+    began = time.monotonic()
+    try:
+        _gather(group)
+    except RankLost as error:
+        os.write(1, f"after {time.monotonic() - began:.0f} s: {error}\n".encode())
+        os._exit(error.exit_code)
+
+
+@pytest.mark.parametrize("child", ["child", "alone"])
+def test_a_rank_that_is_killed_is_missed_at_once_by_all(child):
+    outcomes = run_ranks(__name__, "lose_one", child, world_size=3)
+    assert [outcome.returncode for outcome in outcomes] == [75, -signal.SIGKILL, 75]
+    for said in (outcomes[0].output, outcomes[2].output):
+        assert "after 0 s" in said or "after 1 s" in said
+        assert ": it died, failed, or let go of its process group" in said
+
+
+@pytest.mark.world_size(2)
+def test_connections_go_with_the_group(world_size):
+    group = _group()
+    held = exchange_of(group)._transport._connections[1 - dist.get_rank()]
+    dist.barrier()
+    if dist.get_rank():
+        dist.destroy_process_group(group)
+        del group
+        gc.collect()
+        assert held.fileno() == -1
+    else:
+        assert _until_refused(group, RankLost, "rank 1: it .* let go of its process group") < 2
+
+
+@pytest.mark.world_size(2)
+def test_a_rank_that_ends_having_read_everything_is_missed_at_once(world_size):
+    group = _group()
+    if dist.get_rank():
+        exchange_of(group)._transport._connections[0].shutdown(socket.SHUT_WR)
+        dist.barrier()
+    else:
+        dist.barrier()
+        assert _until_refused(group, RankLost, "waits for rank 1: it died") < 2
+
+
+@pytest.mark.world_size(2)
+def test_a_forked_child_lets_go_of_connections(world_size):
+    group = _group()
+    dist.barrier()
+    if dist.get_rank():
+        mesh._let_go()
+        assert exchange_of(group)._transport._connections[0].fileno() == -1
+    assert _until_refused(group, RankLost, "waits for rank [01]: it died") < 2
+
+
+@pytest.mark.world_size(3)
+@pytest.mark.parametrize("obstacle", ["no interface", "encrypted", "elsewhere", "stranger", "many"])
+def test_ranks_that_cannot_all_connect_gather_through_the_group(world_size, obstacle):
+    group = dist.new_group()
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(connect, "CONNECT_S", 0.5)
+        if obstacle == "many":
+            monkeypatch.setattr(mesh, "MESH_RANKS", 2)
+        elif dist.get_rank() == 1:
+            _obstruct(monkeypatch, obstacle)
+        assert type(_first_exchange(group)) is Wire
+    gathered = _gather(group, torch.full((5,), float(dist.get_rank())))
+    assert torch.equal(gathered, torch.arange(3.0)[:, None].expand(3, 5))
+
+
+def _obstruct(monkeypatch, obstacle):
+    if obstacle == "no interface":
+        monkeypatch.setenv("GLOO_SOCKET_IFNAME", "nothing0")
+    elif obstacle == "encrypted":
+        monkeypatch.setenv("GLOO_DEVICE_TRANSPORT", "TCP_TLS")
+    elif obstacle == "elsewhere":
+        monkeypatch.setattr(connect.socket, "create_connection", _unreachable)
+    else:
+        monkeypatch.setattr(connect, "_HELLO", _Stranger(connect._HELLO.format))
+
+
+class _Stranger(struct.Struct):
+    """Says something else than a rank would."""
+
+    def pack(self, *_):
+        return b"GET / HTTP/1.1"
+
+
+def _unreachable(*_):
+    raise OSError(113, "No route to host")
