@@ -7,7 +7,6 @@ must be connected with each other, or none is. Nothing is encrypted, so where gl
 (`GLOO_DEVICE_TRANSPORT`), there are none.
 """
 
-import fcntl
 import hmac
 import os
 import socket
@@ -78,6 +77,8 @@ def _address() -> str:
     interface = os.environ.get("GLOO_SOCKET_IFNAME", "").split(",")[0]
     if not interface:
         return socket.gethostbyname(socket.gethostname())
+    import fcntl  # not everywhere
+
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as any_socket:
         request = struct.pack("256s", interface.encode()[:15])
         return socket.inet_ntoa(fcntl.ioctl(any_socket, _SIOCGIFADDR, request)[20:24])

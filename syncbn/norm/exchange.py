@@ -10,7 +10,7 @@ Decisions:
 * **Ranks of one machine need no socket**: where all ranks of a CPU group can map one piece of memory, frames
   go through it (`shared`).
 * **Few ranks elsewhere need no thread of gloo's**: up to 8 whose machines can connect read each other's frames from
-  sockets of their own (`mesh`), else all go through the group (`wire`). `SYNCBN_EXCHANGE=gloo` rules out memory.
+  sockets of their own (`mesh`), else all go through the group (`wire`). `SYNCBN_EXCHANGE` demands one of the three.
 * **A rank that cannot take part says so in its frame**, so that the others raise instead of waiting; one that does
   not come is missed soon where it shares memory with the others (`patrol`), else at the group's time limit; one
   that ended, at once.
@@ -42,7 +42,7 @@ from syncbn.norm.header import (
     Serials,
     packed,
 )
-from syncbn.norm.mesh import Mesh
+from syncbn.norm.mesh import MESH_RANKS, Mesh
 from syncbn.norm.shared import SharedMemory
 from syncbn.norm.wire import Transport, Wire
 
@@ -183,8 +183,8 @@ class Exchange:
     def _connect(self, header: bytes) -> Transport:
         """Choose the transport; collective at the first exchange."""
         self._arrival.wait(header, self._calls)
-        self.memory = _memory(self._wire)
-        self._transport = self.memory or Mesh.over(self._wire) or self._wire
+        self.memory, mesh = _ways(self._wire)
+        self._transport = self.memory or mesh or self._wire
         self._arrival.leave()
         return self._transport
 
@@ -227,23 +227,34 @@ class _Observed(Exchange):
         return total
 
 
-def _memory(wire: Wire) -> SharedMemory | None:
-    """Shared memory where all ranks can map it; collective.
+WAYS = ("auto", "shared", "sockets", "gloo")
+"""What `SYNCBN_EXCHANGE` may be set to: the best there is, or one of the ways."""
+
+
+def _ways(wire: Wire) -> tuple[SharedMemory | None, Mesh | None]:
+    """What there is beside the group itself: shared memory where all ranks can map it, else connections; collective.
 
     Raises:
-        ValueError: `SYNCBN_EXCHANGE` is neither auto, gloo nor shared.
-        RuntimeError: it is shared, but some rank cannot.
+        ValueError: `SYNCBN_EXCHANGE` is not one of `WAYS`.
+        RuntimeError: it is a way that some rank cannot go.
     """
     choice = os.environ.get("SYNCBN_EXCHANGE", "auto")
-    if choice not in ("auto", "gloo", "shared"):
-        raise ValueError(f"SYNCBN_EXCHANGE={choice!r} is not allowed: auto, gloo or shared")
-    # Every rank takes part, also one that wants no memory: ranks that choose differently must agree too.
-    memory = SharedMemory.over(wire, willing=choice != "gloo")
+    if choice not in WAYS:
+        raise ValueError(f"SYNCBN_EXCHANGE={choice!r} is not allowed: one of {', '.join(WAYS)}")
+    # Every rank takes part, also one that wants neither: ranks that choose differently must agree too.
+    memory = SharedMemory.over(wire, willing=choice in ("auto", "shared"))
     if memory is None and choice == "shared":
         raise RuntimeError(
             "SYNCBN_EXCHANGE=shared, but the ranks of this group cannot share memory"
         )
-    return memory
+    if memory is not None:
+        return memory, None
+    mesh = Mesh.over(wire, willing=choice in ("auto", "sockets"))
+    if mesh is None and choice == "sockets":
+        raise RuntimeError(
+            f"SYNCBN_EXCHANGE=sockets, but the ranks of this group cannot connect, or are more than {MESH_RANKS}"
+        )
+    return None, mesh
 
 
 _exchanges: weakref.WeakKeyDictionary[ProcessGroup, Exchange] = weakref.WeakKeyDictionary()

@@ -64,9 +64,9 @@ class Mesh:
         _meshes.add(self)
 
     @classmethod
-    def over(cls, wire: Wire) -> Self | None:
+    def over(cls, wire: Wire, willing: bool = True) -> Self | None:
         """Connections between all ranks of `wire`, None of too many, or where some cannot; a collective."""
-        made = connect.connections(wire) if wire.world_size <= MESH_RANKS else None
+        made = connect.connections(wire, willing) if wire.world_size <= MESH_RANKS else None
         return None if made is None else cls(made, wire)
 
     def gather(self, header: bytes, call: int, payload: Tensor) -> Tensor:

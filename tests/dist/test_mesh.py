@@ -14,7 +14,7 @@ import torch.distributed as dist
 from own_ranks import run_ranks
 
 import syncbn
-from syncbn.norm import connect, mesh
+from syncbn.norm import connect, memory, mesh
 from syncbn.norm.exchange import RankLost, exchange_of
 from syncbn.norm.mesh import CHUNK_BYTES, Mesh
 from syncbn.norm.wire import Wire
@@ -30,10 +30,11 @@ def _group(timeout_s=30.0):
     return group
 
 
-def _first_exchange(group):
+def _first_exchange(group, choice="sockets"):
     """The transport of a group that shares no memory."""
     with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setenv("SYNCBN_EXCHANGE", "gloo")
+        monkeypatch.setenv("SYNCBN_EXCHANGE", choice)
+        monkeypatch.setattr(memory, "_make", lambda *_: None)
         _gather(group)
     return exchange_of(group)._transport
 
@@ -190,9 +191,17 @@ def test_ranks_that_cannot_all_connect_gather_through_the_group(world_size, obst
             monkeypatch.setattr(mesh, "MESH_RANKS", 2)
         elif dist.get_rank() == 1:
             _obstruct(monkeypatch, obstacle)
-        assert type(_first_exchange(group)) is Wire
+        assert type(_first_exchange(group, "auto")) is Wire
     gathered = _gather(group, torch.full((5,), float(dist.get_rank())))
     assert torch.equal(gathered, torch.arange(3.0)[:, None].expand(3, 5))
+
+
+@pytest.mark.world_size(2)
+def test_connections_that_cannot_be_had_are_an_error_where_they_were_demanded(world_size):
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(connect, "_listener", lambda: None)
+        with pytest.raises(RuntimeError, match="SYNCBN_EXCHANGE=sockets, but the ranks of this"):
+            _first_exchange(dist.new_group())
 
 
 def _obstruct(monkeypatch, obstacle):
