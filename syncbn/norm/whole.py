@@ -17,7 +17,7 @@ from torch import Tensor
 
 from syncbn.norm.header import BACKWARD, FORWARD
 from syncbn.norm.join import refuse_ddp_join
-from syncbn.norm.kernels import ACTIVATIONS, EagerKernels, Fused, Running
+from syncbn.norm.kernels import ACTIVATIONS, EagerKernels, Fused
 from syncbn.norm.kernels.call import (
     BACKWARD_INPUT,
     CALL,
@@ -34,7 +34,7 @@ from syncbn.norm.kernels.call import (
     plain,
 )
 from syncbn.norm.kernels.choice import chosen
-from syncbn.norm.kernels.cpu import CpuKernels, moved, updatable
+from syncbn.norm.kernels.cpu import NOTHING_MOVES, CpuKernels, moved, moving_words
 from syncbn.norm.kernels.eager import stats_dtype
 from syncbn.norm.kernels.results import empty_like
 from syncbn.norm.moments import Block, packed_bytes
@@ -46,7 +46,6 @@ from syncbn.norm.wire import PAYLOAD_BYTES
 
 _WHOLE = struct.Struct(CALL + "2P2qd4P3Pdq")
 """`Whole` of native/whole.cpp."""
-_NOTHING_MOVES = (0, 0, 0, 0.0, 0)
 
 
 class _Form(NamedTuple):
@@ -95,7 +94,11 @@ def forward(
         NonFiniteStatistics, ValueError: see `steps.forward_statistics`.
     """
     form, again, running = _form(x.shape, x.stride(), x.dtype, call.act), replaying(), call.running
-    if form is None or not _serves(x, form, call, residual) or (again and call.exchange is not None):
+    if (
+        form is None
+        or not _serves(x, form, call, residual)
+        or (again and call.exchange is not None)
+    ):
         return None
     dtype, x, third = form.dtype, aligned(x, form.layout), 0
     if residual is not None:
@@ -106,7 +109,7 @@ def forward(
     total = block.values.data_ptr()
     own, mean = total + 8, total + 8 + form.own_bytes
     var, invstd = mean + form.sums_bytes // 2, mean + form.sums_bytes
-    moving = _NOTHING_MOVES if again or running is None else _moving(running)
+    moving = NOTHING_MOVES if again or running is None else moving_words(running)
     meeting = _meeting(FORWARD, x, form.own_bytes, call, needs_grad)
     ring, number = (0, 0) if meeting is None else (meeting.memory.address, meeting.number)
     words = _WHOLE.pack(
@@ -143,7 +146,7 @@ def forward(
         if call.replays is not None:
             call.replays.keep(block)
     if running is not None and not again:
-        if moving is _NOTHING_MOVES:
+        if moving is NOTHING_MOVES:
             EagerKernels().update(running, block.statistics)
         else:
             moved(running)
@@ -195,7 +198,7 @@ def backward(
         0,
         0,
         0,
-        *_NOTHING_MOVES,
+        *NOTHING_MOVES,
     )
     if status := _native()(words, b"" if meeting is None else meeting.header):
         _rest(status, words, meeting, sums.view(-1))
@@ -232,9 +235,7 @@ def _serves(x: Tensor, form: _Form, call: Call, third: Tensor | None) -> bool:
     if not isinstance(chosen(x.device.type), CpuKernels):
         return False
     exchange = call.exchange
-    return exchange is None or (
-        form.fits and exchange.in_one_call and exchange.memory is not None
-    )
+    return exchange is None or (form.fits and exchange.in_one_call and exchange.memory is not None)
 
 
 def _meeting(kind: int, x: Tensor, size: int, call: Call, needs_grad: bool) -> _Meeting | None:
@@ -256,16 +257,6 @@ def _meeting(kind: int, x: Tensor, size: int, call: Call, needs_grad: bool) -> _
         serial=call.serial,
     )
     return _Meeting(memory, header, number)
-
-
-def _moving(running: Running) -> tuple[int, int, int, float, int]:
-    """`Moving` of native/kernels_call.h."""
-    if not updatable(running):
-        return _NOTHING_MOVES
-    mean, var, tracked, momentum = running
-    weight = -1.0 if momentum is None else momentum
-    places = mean.data_ptr(), var.data_ptr(), address(tracked)
-    return *places, weight, mean.dtype == torch.float64
 
 
 def _rest(status: int, words: bytes, meeting: _Meeting | None, own: Tensor) -> Tensor:

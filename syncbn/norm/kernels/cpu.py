@@ -178,6 +178,19 @@ def updatable(running: Running) -> bool:
     return good and (tracked is None or tracked.dtype == torch.int64)
 
 
+NOTHING_MOVES = (0, 0, 0, 0.0, 0)
+
+
+def moving_words(running: Running) -> tuple[int, int, int, float, int]:
+    """`Moving` of native/kernels_call.h."""
+    if not updatable(running):
+        return NOTHING_MOVES
+    mean, var, tracked, momentum = running
+    weight = -1.0 if momentum is None else momentum
+    places = mean.data_ptr(), var.data_ptr(), address(tracked)
+    return *places, weight, mean.dtype == torch.float64
+
+
 def moved(running: Running) -> None:
     """Let autograd know that the library has moved running statistics: who kept them has kept something else."""
     mean, var, tracked, _ = running

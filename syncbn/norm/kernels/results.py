@@ -34,7 +34,9 @@ def empty_like(x: Tensor) -> Tensor:
     layout = struct.pack(f"{2 * ndim}q", *x.shape, *x.stride())
     result, capsule = _native()
     managed = result(ndim, layout, DTYPES[x.dtype], x.nbytes)
-    return torch.empty_like(x) if managed is None else from_dlpack(capsule(managed, b"dltensor", None))
+    return (
+        torch.empty_like(x) if managed is None else from_dlpack(capsule(managed, b"dltensor", None))
+    )
 
 
 def release_memory() -> int:

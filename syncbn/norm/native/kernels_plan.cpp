@@ -77,6 +77,7 @@ class LeftOver {
     out_ = job.out ? (char*)job.out + skip : nullptr;
     job_.out = out_ && short_of_a_vector() ? staging_[3] : out_;
     job_.size = short_of_a_vector() ? MIN_SIZE : count_;
+    job_.past_cache = false;
   }
   void run(double* first, double* second) {
     kernel_for(job_)(job_, {0, 1, 0, job_.size}, first, second);
@@ -100,6 +101,12 @@ class LeftOver {
 bool streamed(const Plan& plan) {
   const int64_t row_bytes = plan.width() * plan.item;
   return plan.rows() * row_bytes >= STREAMED_BYTES && row_bytes >= 256 && row_bytes < 4096;
+}
+
+// Whether the result is larger than what stays in a cache, and its rows are whole lines.
+bool past_cache(const Job& job, const Plan& plan) {
+  const bool lines = uintptr_t(job.out) % 64 == 0 && job.size * plan.item % 64 == 0;
+  return lines && plan.samples * plan.channels * plan.size * plan.item >= STREAMED_BYTES;
 }
 
 // The job with the rows of `plan`.
@@ -172,6 +179,7 @@ void map(Job job, const Plan& plan, int threads, Window window) {
   const bool narrow = plan.planes && window.end - window.begin < plan.channels;
   const int64_t rows = plan.planes && !narrow ? plan.samples * plan.channels : plan.rows();
   const int64_t tasks = useful_threads(plan, threads);
+  job.past_cache = past_cache(job, plan);
   const Kernel kernel = kernel_for(job);
   const int64_t stretch = divided_up(STRETCH_BYTES, job.size * plan.item);
   share_out(tasks, int(tasks), [&](int64_t task) {
