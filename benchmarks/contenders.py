@@ -26,7 +26,8 @@ NUM_GRADIENTS = 2
 
 LAYERS: dict[str, Callable[[int], nn.Module]] = {
     "ours": lambda channels: syncbn.SyncBatchNorm(channels),
-    "ours_gloo": lambda channels: syncbn.SyncBatchNorm(channels, process_group=socket_group()),
+    "ours_sockets": lambda channels: _ours_by("sockets", channels),
+    "ours_gloo": lambda channels: _ours_by("gloo", channels),
     "local": nn.BatchNorm2d,
     "naive": NaiveSyncBatchNorm,
     "fairscale": lambda channels: _fairscale(channels),
@@ -77,12 +78,19 @@ def _works(name: str, run: Run) -> bool:
 
 
 @functools.cache
-def socket_group() -> ProcessGroup:
-    """All ranks once more, in a group whose exchange goes through gloo; the choice falls at its first use."""
+def group_by(way: str) -> ProcessGroup:
+    """All ranks once more, in a group whose exchange goes one `way`; the choice falls at its first use.
+
+    Args:
+        way: a value of `SYNCBN_EXCHANGE`.
+
+    Raises:
+        RuntimeError: these ranks cannot go that way.
+    """
     group = dist.new_group()
     assert isinstance(group, ProcessGroup)
     before = os.environ.get("SYNCBN_EXCHANGE")
-    os.environ["SYNCBN_EXCHANGE"] = "gloo"
+    os.environ["SYNCBN_EXCHANGE"] = way
     try:
         syncbn.sync_batch_norm(torch.randn(4, 1), process_group=group)
     finally:
@@ -91,6 +99,10 @@ def socket_group() -> ProcessGroup:
         else:
             os.environ["SYNCBN_EXCHANGE"] = before
     return group
+
+
+def _ours_by(way: str, channels: int) -> nn.Module:
+    return syncbn.SyncBatchNorm(channels, process_group=group_by(way))
 
 
 def _fairscale(channels: int) -> nn.Module:

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
 from benchmarks.clock import interleaved, say
-from benchmarks.contenders import Run, socket_group
+from benchmarks.contenders import Run, group_by
 from syncbn.norm.exchange import BACKWARD, exchange_of
 
 BURST = 20
@@ -21,8 +21,9 @@ BURST = 20
 def measure(channels: Sequence[int], budget_s: float) -> list[dict[str, Any]]:
     """A row a number of channels C, in microseconds an exchange; called on every rank.
 
-    `shared` and `gloo` gather the 2C float32 of a backward pass as the layer does, headers compared, through memory and
-    through sockets; `reduction` is gloo's bare all-reduce of the 2C + 1 float64 that many ranks would send instead.
+    `shared`, `sockets` and `gloo` gather the 2C float32 of a backward pass as the layer does, headers compared: the way
+    it chooses by itself, which is memory where native kernels are built; through connections of its own; through gloo.
+    `reduction` is gloo's bare all-reduce of the 2C + 1 float64 that many ranks would send instead.
     """
     world = dist.group.WORLD
     assert world is not None
@@ -30,7 +31,8 @@ def measure(channels: Sequence[int], budget_s: float) -> list[dict[str, Any]]:
     for c in channels:
         runs = {
             "shared": _gather(world, c),
-            "gloo": _gather(socket_group(), c),
+            "sockets": _gather(group_by("sockets"), c),
+            "gloo": _gather(group_by("gloo"), c),
             "reduction": _reduction(c),
         }
         timed = interleaved(runs, budget_s)

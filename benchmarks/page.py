@@ -18,19 +18,27 @@ from benchmarks.verdicts import (
     select,
     verdicts,
 )
+from syncbn.norm.mesh import MESH_RANKS
 
 BEGIN = "<!-- begin: written by `make bench` -->"
 END = "<!-- end: written by `make bench` -->"
 
 NAMES = {
     "ours": "ours",
-    "ours_gloo": "ours, over gloo",
+    "ours_sockets": "ours, over sockets",
+    "ours_gloo": "ours, over gloo alone",
     "local": "torch BatchNorm2d, local",
     "naive": "naive synchronised",
     "fairscale": "fairscale 0.4.13",
     "floor": "memory passes",
     "floor_fresh": "memory passes, fresh memory",
     "without": "no norm layers",
+}
+EXCHANGES = {
+    "shared": "shared memory",
+    "sockets": "sockets",
+    "gloo": "gloo gather",
+    "reduction": "gloo reduction",
 }
 
 
@@ -162,18 +170,21 @@ def model_table(rows: Sequence[Row]) -> str:
 
 
 def exchange_table(rows: Sequence[Row]) -> str:
-    """Microseconds of an exchange by ranks and channels."""
+    """Microseconds of an exchange by ranks and channels, each way that was measured, and how many times memory's."""
+    names = [name for name in EXCHANGES if any(name in row["us"] for row in rows)]
+    slower = [name for name in ("sockets", "gloo") if name in names]
     body = [
         [
             f"{row['world_size']} ranks, {row['channels']} channels",
             str(row["payload_bytes"]),
-            *(f"{row['us'][name]:.1f}" for name in ("shared", "gloo", "reduction")),
-            f"{row['us']['gloo'] / row['us']['shared']:.0f}",
+            *(f"{row['us'][name]:.1f}" for name in names),
+            *(f"{row['us'][name] / row['us']['shared']:.1f}" for name in slower),
         ]
         for row in rows
     ]
-    head = ["", "bytes a rank", "shared memory, µs", "gloo gather, µs", "gloo reduction, µs"]
-    return table([*head, "gloo gather / shared memory"], body)
+    times = [f"{EXCHANGES[name]}, µs" for name in names]
+    shares = [f"{EXCHANGES[name]} / shared memory" for name in slower]
+    return table(["", "bytes a rank", *times, *shares], body)
 
 
 def scaling_words(limit_bytes: int, gather_ranks: int) -> str:
@@ -186,7 +197,9 @@ def scaling_words(limit_bytes: int, gather_ranks: int) -> str:
         f"Over NCCL the layer gathers up to {gather_ranks} ranks and reduces beyond; over gloo it gathers while a rank "
         f"receives at most {limit_bytes / 2**20:g} MiB, and reduces beyond: {places}. "
         "Cells are gather / reduction of one exchange in µs, the way taken in bold; steps are all 106 exchanges "
-        "of a ResNet-50, in ms, with the way taken, always a gather, and always a reduction."
+        "of a ResNet-50, in ms, with the way taken, always a gather, and always a reduction. "
+        f"Up to {MESH_RANKS} ranks that share no memory connect with each other directly: the model of gloo begins "
+        "beyond them."
     )
 
 
@@ -203,7 +216,7 @@ def scaling_table(results: Results) -> str:
                 str(ranks),
                 *(cost_words(nccl[c]) for c in (64, 512, 2048)),
                 _steps(nccl),
-                _steps(gloo),
+                _steps(gloo) if ranks in scaling.GLOO_RANKS else "-",
             ]
         )
     head = ["ranks", *(f"NCCL, {c} channels" for c in (64, 512, 2048)), "NCCL step", "gloo step"]

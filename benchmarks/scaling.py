@@ -10,7 +10,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from math import log2
 
+from syncbn.norm.mesh import MESH_RANKS
+
 RANKS = (8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
+GLOO_RANKS = tuple(ranks for ranks in RANKS if ranks > MESH_RANKS)
+"""Those that the layer takes through gloo; fewer connect with each other, which is not modelled."""
 RESNET50 = {64: 7, 128: 8, 256: 16, 512: 11, 1024: 7, 2048: 4}
 """Norm layers of a ResNet-50, by channels."""
 

@@ -54,7 +54,8 @@ class Target:
 TARGETS = (
     Target("synchronised / torch local", "layer", 2, 1, "ours", "local", 0.7, aim=0.5),
     Target("naive / synchronised", "layer", 2, 1, "naive", "ours", 8, at_least=True),
-    Target("synchronised over gloo / torch local", "layer", 2, 1, "ours_gloo", "local", 1.2),
+    Target("synchronised over sockets / torch local", "layer", 2, 1, "ours_sockets", "local", 1.2),
+    Target("synchronised over gloo alone / torch local", "layer", 2, 1, "ours_gloo", "local", 1.2),
     Target("naive / synchronised, 4 ranks", "layer", 4, 1, "naive", "ours", 10, at_least=True),
     Target("one rank / torch local, 1 thread", "layer", 1, 1, "ours", "local", 0.45),
     Target("one rank / torch local, 2 threads", "layer", 1, 2, "ours", "local", 0.45),

@@ -27,20 +27,22 @@ from benchmarks.verdicts import (  # noqa: E402
     verdicts,
 )
 from syncbn.marked import insert  # noqa: E402
+from syncbn.norm.mesh import MESH_RANKS  # noqa: E402
 
 RESULTS = sorted((ROOT / "benchmarks/results").glob("*.json"))
 positive = st.floats(1e-3, 1e3)
 
 
 def _row(shape: tuple[int, ...] = (8, 64, 56, 56), **changes: Any) -> dict[str, Any]:
-    ms = {"ours": 2.0, "ours_gloo": 4.0, "local": 4.0, "naive": 20.0}
+    ms = {"ours": 2.0, "ours_sockets": 3.0, "ours_gloo": 4.0, "local": 4.0, "naive": 20.0}
     floors = {"floor": 1.0, "floor_fresh": 1.5}
     place = {"world_size": 2, "threads": 1, "layout": "NCHW", "dtype": "fp32", "rounds": 9}
     return {**place, "shape": list(shape), "ms": {**ms, **floors}, **changes}
 
 
 def _exchange(world_size: int, channels: int) -> dict[str, Any]:
-    us = {"shared": 2.0, "gloo": 300 + channels / 10, "reduction": 500 + channels / 5}
+    gathers = {"shared": 2.0, "sockets": 40.0, "gloo": 300 + channels / 10}
+    us = {**gathers, "reduction": 500 + channels / 5}
     return {"world_size": world_size, "channels": channels, "payload_bytes": 8 * channels, "us": us}
 
 
@@ -116,6 +118,20 @@ def test_tables_have_as_many_cells_in_each_row() -> None:
         else:
             blocks.append([cells])
     assert all(len(block) >= 3 for block in blocks)
+
+
+def test_each_way_of_an_exchange_that_was_measured_has_its_times() -> None:
+    rows = [_exchange(2, 64)]
+    assert "| 2.0 | 40.0 | 306.4 | 512.8 | 20.0 | 153.2 |" in page.exchange_table(rows)
+    del rows[0]["us"]["sockets"]
+    assert "| 2.0 | 306.4 | 512.8 | 153.2 |" in page.exchange_table(rows)
+
+
+def test_gloo_is_modelled_beyond_the_ranks_that_connect_with_each_other() -> None:
+    lines = page.scaling_table(_results()).splitlines()[2:]
+    modelled = [int(line.split(" | ")[0].strip("| ")) for line in lines if " | - |" not in line]
+    assert modelled == [ranks for ranks in scaling.RANKS if ranks > MESH_RANKS]
+    assert f"Up to {MESH_RANKS} ranks" in page.scaling_words(2**20, 16)
 
 
 @pytest.mark.skipif(not RESULTS, reason="no results yet: make bench")
@@ -217,15 +233,21 @@ def test_two_ranks_measure_one_tiny_layer() -> None:
         "layer:measure",
         2,
         timeout_s=120,
-        contenders=("ours", "ours_gloo", "local", "naive"),
+        contenders=("ours", "ours_sockets", "ours_gloo", "local", "naive"),
         budget_s=0.01,
         shapes=((2, 3, 4, 4),),
         layouts=("channels_last",),
         dtypes=("bf16",),
     )
     assert row["world_size"] == 2
-    assert list(row["ms"]) == ["ours", "ours_gloo", "local", "naive"]
+    assert list(row["ms"]) == ["ours", "ours_sockets", "ours_gloo", "local", "naive"]
     assert all(ms > 0 for ms in row["ms"].values())
+
+
+def test_two_ranks_measure_each_way_of_an_exchange() -> None:
+    (row,) = ranks.run("exchange:measure", 2, timeout_s=120, channels=(4,), budget_s=0.01)
+    assert list(row["us"]) == ["shared", "sockets", "gloo", "reduction"]
+    assert all(us > 0 for us in row["us"].values())
 
 
 def test_a_rank_that_fails_ends_the_run() -> None:
