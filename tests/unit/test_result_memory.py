@@ -220,14 +220,15 @@ def in_child(work: Callable[[], bool]) -> int:
     """What a forked child ends with that does `work`: 0 where it went well, a signal's number where it hung."""
     child = os.fork()
     if child == 0:
-        signal.alarm(10)
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+        signal.alarm(5)
         torch.set_num_threads(1)
         os._exit(0 if work() else 1)
     return os.waitpid(child, 0)[1]
 
 
 def test_a_forked_child_has_memory_of_its_own():
-    place, y = idle(8 * MIB), result().fill_(1)
+    y, place = result().fill_(1), idle(8 * MIB)
 
     def child() -> bool:
         z = result(8 * MIB).fill_(2)
@@ -243,10 +244,11 @@ def test_a_child_forked_while_others_take_memory_does_not_hang():
 
     def busy() -> None:
         while not done.is_set():
-            result(32 * MIB).fill_(1)
+            several = [result(MIB) for _ in range(4)]
+            several.clear()
             release_memory()
 
-    threads = [threading.Thread(target=busy) for _ in range(2)]
+    threads = [threading.Thread(target=busy) for _ in range(3)]
     for thread in threads:
         thread.start()
     try:
