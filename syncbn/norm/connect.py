@@ -63,7 +63,7 @@ def _listener() -> socket.socket | None:
     """A socket that listens where gloo would; None where there is none, or where gloo would not talk plainly."""
     if os.environ.get("GLOO_DEVICE_TRANSPORT", "TCP") != "TCP":
         return None
-    with suppress(OSError):
+    with suppress(OSError, UnicodeError):  # the latter of a name that no resolver takes
         return socket.create_server((_address(), 0))
     return None
 
