@@ -95,7 +95,11 @@ def forward(
         NonFiniteStatistics, ValueError: see `steps.forward_statistics`.
     """
     form, again, running = _form(x.shape, x.stride(), x.dtype, call.act), replaying(), call.running
-    if form is None or not _serves(x, form, call, residual) or (again and call.exchange is not None):
+    if (
+        form is None
+        or not _serves(x, form, call, residual)
+        or (again and call.exchange is not None)
+    ):
         return None
     dtype, x, third = form.dtype, aligned(x, form.layout), 0
     if residual is not None:
@@ -166,7 +170,7 @@ def backward(
     dtype, x, dy = form.dtype, aligned(x, form.layout), aligned(dy, form.layout)
     third = None if third is None else aligned(third, form.layout)
     scale, shift = plain(weight, dtype), plain(bias, dtype)
-    dx, sums = empty_like(x), torch.empty(2, form.channels, dtype=dtype)
+    dx, sums = empty_like(x), torch.empty(2, form.channels, dtype=dtype, device="cpu")
     total, _, mean, _, invstd = found.addresses
     meeting = _meeting(BACKWARD, x, form.sums_bytes, call, needs_grad=True)
     ring, number = (0, 0) if meeting is None else (meeting.memory.address, meeting.number)
@@ -232,9 +236,7 @@ def _serves(x: Tensor, form: _Form, call: Call, third: Tensor | None) -> bool:
     if not isinstance(chosen(x.device.type), CpuKernels):
         return False
     exchange = call.exchange
-    return exchange is None or (
-        form.fits and exchange.in_one_call and exchange.memory is not None
-    )
+    return exchange is None or (form.fits and exchange.in_one_call and exchange.memory is not None)
 
 
 def _meeting(kind: int, x: Tensor, size: int, call: Call, needs_grad: bool) -> _Meeting | None:
