@@ -63,7 +63,7 @@ def _listener() -> socket.socket | None:
     """A socket that listens where gloo would; None where there is none, or where gloo would not talk plainly."""
     if os.environ.get("GLOO_DEVICE_TRANSPORT", "TCP") != "TCP":
         return None
-    with suppress(OSError):
+    with suppress(OSError, UnicodeError):  # the latter of a name that no resolver takes
         return socket.create_server((_address(), 0))
     return None
 
@@ -107,9 +107,11 @@ def _made(
 
 def _admit(accepted: socket.socket, secret: bytes, made: Connections) -> None:
     """Add a connection to those `made`, if it comes from a rank of the group."""
-    accepted.settimeout(CONNECT_S)
+    accepted.settimeout(CONNECT_S / 4)  # a stranger may say nothing, and others wait behind it
+    hello = b""
     with suppress(OSError):
-        hello = accepted.recv(_HELLO.size, socket.MSG_WAITALL)
+        while len(hello) < _HELLO.size and (more := accepted.recv(_HELLO.size - len(hello))):
+            hello += more
         other, told = _HELLO.unpack(hello.ljust(_HELLO.size, b"\0"))
         if hmac.compare_digest(told, secret):
             made[other] = accepted

@@ -60,7 +60,8 @@ class Block:
 
     def __init__(self, channels: int, dtype: torch.dtype) -> None:
         self._channels = channels
-        self.values = torch.empty(_total_values(dtype) + 2 + 5 * channels, dtype=dtype)
+        values = _total_values(dtype) + 2 + 5 * channels
+        self.values = torch.empty(values, dtype=dtype, device="cpu")
 
     @property
     def addresses(self) -> tuple[int, int, int, int, int]:

@@ -42,9 +42,8 @@ class Replays:
 
     def keep(self, found: Found) -> None:
         """Find this pass for as long as `found` lives."""
-        if (
-            len(self._passes) >= self._enough
-        ):  # a WeakSet's own housekeeping costs more, at every pass
+        # a WeakSet's own housekeeping costs more, at every pass
+        if len(self._passes) >= self._enough:
             self._passes = [ref for ref in self._passes if ref() is not None]
             self._enough = 2 * len(self._passes) + 16
         self._passes.append(weakref.ref(found))

@@ -32,6 +32,7 @@ from syncbn.norm.kernels.call import (
     extra,
     layout_of,
     plain,
+    plain_kind,
 )
 from syncbn.norm.kernels.choice import chosen
 from syncbn.norm.kernels.cpu import NOTHING_MOVES, CpuKernels, moved, moving_words
@@ -169,7 +170,7 @@ def backward(
     dtype, x, dy = form.dtype, aligned(x, form.layout), aligned(dy, form.layout)
     third = None if third is None else aligned(third, form.layout)
     scale, shift = plain(weight, dtype), plain(bias, dtype)
-    dx, sums = empty_like(x), torch.empty(2, form.channels, dtype=dtype)
+    dx, sums = empty_like(x), torch.empty(2, form.channels, dtype=dtype, device="cpu")
     total, _, mean, _, invstd = found.addresses
     meeting = _meeting(BACKWARD, x, form.sums_bytes, call, needs_grad=True)
     ring, number = (0, 0) if meeting is None else (meeting.memory.address, meeting.number)
@@ -230,7 +231,8 @@ def _form(
 
 def _serves(x: Tensor, form: _Form, call: Call, third: Tensor | None) -> bool:
     """Whether the library does the whole pass, its exchange included."""
-    if call.mask is not None or (third is not None and third.dtype is not x.dtype):
+    exotic = call.mask is not None or (third is not None and third.dtype is not x.dtype)
+    if exotic or not plain_kind(x):
         return False
     if not isinstance(chosen(x.device.type), CpuKernels):
         return False

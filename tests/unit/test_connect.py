@@ -45,3 +45,9 @@ def test_ranks_listen_where_gloo_does(monkeypatch):
     monkeypatch.setattr(connect.socket, "gethostbyname", lambda name: "127.0.0.2")
     with connect._listener() as listener:
         assert listener.getsockname()[0] == "127.0.0.2"
+
+
+def test_a_host_whose_name_no_resolver_takes_does_not_listen(monkeypatch):
+    monkeypatch.delenv("GLOO_SOCKET_IFNAME", raising=False)
+    monkeypatch.setattr(connect.socket, "gethostname", lambda: "a" * 64)
+    assert connect._listener() is None

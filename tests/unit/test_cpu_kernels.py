@@ -9,10 +9,12 @@ from hypothesis import given, settings
 from kernel_suite import ROUNDING, TRUTH, Case
 from torch import Tensor
 
+from syncbn.norm import whole
 from syncbn.norm.kernels import ACTIVATIONS, Affine, EagerKernels, Fused, Running
 from syncbn.norm.kernels.cpu import CpuKernels
 from syncbn.norm.moments import Statistics
 from syncbn.norm.native import library
+from syncbn.norm.steps import Call
 
 if library() is None:
     pytest.skip("the native library was not built", allow_module_level=True)
@@ -220,3 +222,17 @@ def test_gradients_of_a_batch_that_was_overwritten_are_refused():
     kernels.update(running, Statistics(torch.tensor(4.0, dtype=torch.float64), ones, ones, ones))
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         y.sum().backward()
+
+
+def test_a_default_device_is_not_that_of_what_the_kernels_need():
+    given, fused = suite.backward_inputs(Case((4, 5, 6, 7)))
+    call = Call(eps=1e-5)
+    parameters = given.affine.weight, given.affine.bias
+    done = whole.forward(given.x, *parameters, None, call, True)
+    with torch.device("meta"):
+        sums = kernels.backward_sums(given.dy, given.x, given.affine, fused)
+        merged = kernels.merge(kernels.moments(given.x).unsqueeze(0), 1e-5)
+        again = whole.forward(given.x, *parameters, None, call, True)
+        gradients = whole.backward(given.dy, given.x, *parameters, fused, again[1], call)
+    assert torch.equal(again[0], done[0])
+    assert all(values.is_cpu for values in (sums, *merged, again[1].values, *gradients))

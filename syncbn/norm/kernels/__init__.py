@@ -30,8 +30,8 @@ __all__ = [
 ]
 
 
-WORTH_IT_PLANES, WORTH_IT = 2**17, 2**19
-"""Values from which on a layer alone is faster here than in torch: float32 planes, and all else (2 cores, 1 thread)."""
+WORTH_IT_PLANES, WORTH_IT_HALF, WORTH_IT = 2**17, 2**19, 2**20
+"""Values from which on a layer alone is faster here than in torch: float32 planes, halves, all else (1 thread)."""
 
 
 class Kernels(Protocol):
@@ -90,7 +90,8 @@ def faster_alone(x: Tensor) -> bool:
     if type(x) is not Tensor or x.device.type != "cpu":
         return False
     planes = x.dtype == torch.float32 and x.is_contiguous()
-    if x.numel() < (WORTH_IT_PLANES if planes else WORTH_IT):
+    halves = x.itemsize == 2
+    if x.numel() < (WORTH_IT_PLANES if planes else WORTH_IT_HALF if halves else WORTH_IT):
         return False
     watched = is_tracing() or peek_interpreter_stack() is not None
     return not watched and not isinstance(pick(x), EagerKernels)

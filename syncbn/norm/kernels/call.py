@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from syncbn.norm.kernels.activations import ACTIVATIONS
 from syncbn.norm.kernels.operands import Fused
@@ -71,13 +72,23 @@ def packed_call(
 def served(x: Tensor, fused: Fused | None = None, dy: Tensor | None = None) -> bool:
     """Whether the library serves these."""
     dtype = x.dtype
-    if dtype not in DTYPES or x.numel() == 0 or (dy is not None and dy.dtype != dtype):
+    if (
+        dtype not in DTYPES
+        or x.numel() == 0
+        or not plain_kind(x)
+        or (dy is not None and dy.dtype != dtype)
+    ):
         return False
     if fused is None:
         return True
     third = extra(fused)
     exotic = fused.mask is not None or (third is not None and third.dtype != dtype)
     return not exotic and not (fused.act == "silu" and dtype == torch.float64)
+
+
+def plain_kind(x: Tensor) -> bool:
+    """Whether `x` is a tensor with memory of its own, rather than a subclass that may have none."""
+    return type(x) is Tensor or type(x) is Parameter
 
 
 def extra(fused: Fused) -> Tensor | None:

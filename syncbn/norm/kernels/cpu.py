@@ -52,7 +52,7 @@ class CpuKernels:
         if mask is not None or not served(x):
             return self._eager.moments(x, mask)
         x, layout = laid_out(x)
-        packed = torch.empty(2 + 2 * layout.channels, dtype=stats_dtype(x.dtype))
+        packed = torch.empty(2 + 2 * layout.channels, dtype=stats_dtype(x.dtype), device="cpu")
         call = packed_call(MOMENTS, x, layout, Fused(), Operands(), packed.data_ptr())
         self._library.syncbn_pass(call)
         return packed
@@ -62,8 +62,10 @@ class CpuKernels:
         packed = packed.contiguous()
         ranks, width = packed.shape
         channels = (width - 2) // 2
-        total = torch.empty((), dtype=torch.float64)
-        mean, var, invstd = (torch.empty(channels, dtype=packed.dtype) for _ in range(3))
+        total = torch.empty((), dtype=torch.float64, device="cpu")
+        mean, var, invstd = (
+            torch.empty(channels, dtype=packed.dtype, device="cpu") for _ in range(3)
+        )
         self._library.syncbn_merge(
             packed.dtype == torch.float64,
             packed.data_ptr(),
@@ -111,7 +113,7 @@ class CpuKernels:
         if not served(x, fused, dy):
             return self._eager.backward_sums(dy, x, affine, fused)
         x, layout = laid_out(x)
-        sums = torch.empty(2, layout.channels, dtype=stats_dtype(x.dtype))
+        sums = torch.empty(2, layout.channels, dtype=stats_dtype(x.dtype), device="cpu")
         self._run(BACKWARD_SUMS, layout, sums, x, affine, fused, dy)
         return sums
 

@@ -26,9 +26,9 @@ SMALLEST_BYTES = 1 << 18
 def empty_like(x: Tensor) -> Tensor:
     """An uninitialised tensor of the shape, strides and dtype of `x`, which lies in memory without gaps.
 
-    It is an ordinary tensor, but that its storage cannot be resized.
+    It is an ordinary tensor, but that its storage cannot be resized. A subclass's is torch's.
     """
-    if x.nbytes < SMALLEST_BYTES:
+    if type(x) is not Tensor or x.nbytes < SMALLEST_BYTES:
         return torch.empty_like(x)
     ndim = x.dim()
     layout = struct.pack(f"{2 * ndim}q", *x.shape, *x.stride())

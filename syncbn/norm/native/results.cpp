@@ -3,6 +3,7 @@
 // glibc gives large blocks back to the kernel as soon as they are free, and mapping them anew, page by page, takes longer
 // than a pass over them. Blocks are mapped here instead, in pages of 2 MiB where that is worth it, and kept: never more
 // than were in use at once. They leave as DLPack tensors, whose deleter brings them back.
+#include <pthread.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
@@ -84,6 +85,8 @@ class Blocks {
     most_in_use_ = in_use_;
     return bytes;
   }
+  void lock() { mutex_.lock(); }
+  void unlock() { mutex_.unlock(); }
 
  private:
   struct Block { void* memory; int64_t bytes; };
@@ -112,6 +115,10 @@ Blocks& blocks() {
   static Blocks* const all = new Blocks;  // for ever: tensors may outlive whatever ends it
   return *all;
 }
+
+// Nobody is in there while a thread forks: the child would find the mutex locked for ever.
+[[maybe_unused]] const int fork_safe =
+    pthread_atfork([] { blocks().lock(); }, [] { blocks().unlock(); }, [] { blocks().unlock(); });
 
 void bring_back(DLManagedTensor* managed) {
   blocks().bring_back(managed->tensor.data, size_class(int64_t(intptr_t(managed->context))));
