@@ -8,6 +8,7 @@ import pytest
 import torch
 from oracle import assert_close, batch_norm
 from torch import nn
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
 import syncbn
@@ -148,3 +149,10 @@ def test_torchs_operation_serves_alone_where_no_kernel_is_faster(monkeypatch):
     x = torch.randn(4, 3, 5, 5)
     assert torch.equal(ours(x), theirs(x))
     assert torch.equal(ours.running_var, theirs.running_var)
+
+
+def test_an_input_without_values_is_an_error_not_a_crash():
+    with FakeTensorMode():
+        x = torch.randn(4, 3, 8, 8, requires_grad=True)
+        with pytest.raises(DataDependentOutputException):
+            syncbn.sync_batch_norm(x, act="relu")

@@ -25,6 +25,7 @@ from syncbn.norm.kernels.call import (
     laid_out,
     packed_call,
     plain,
+    plain_kind,
     served,
 )
 from syncbn.norm.kernels.eager import EagerKernels, stats_dtype
@@ -59,6 +60,8 @@ class CpuKernels:
 
     def merge(self, packed: Tensor, eps: float) -> Statistics:
         """What W ranks' moments come down to, in float64 arithmetic."""
+        if not plain_kind(packed):
+            return self._eager.merge(packed, eps)
         packed = packed.contiguous()
         ranks, width = packed.shape
         channels = (width - 2) // 2
@@ -176,7 +179,13 @@ def updatable(running: Running) -> bool:
     """Whether the library moves these running statistics."""
     mean, var, tracked, _ = running
     good = mean.dtype in WIDE and mean.dtype == var.dtype
-    good = good and mean.is_contiguous() and var.is_contiguous() and not mean.is_inference()
+    good = (
+        good
+        and plain_kind(mean)
+        and mean.is_contiguous()
+        and var.is_contiguous()
+        and not mean.is_inference()
+    )
     return good and (tracked is None or tracked.dtype == torch.int64)
 
 
