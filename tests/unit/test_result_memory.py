@@ -264,7 +264,7 @@ def test_training_uses_the_same_memory_in_every_step_and_stays_right(layout: tor
     ours, theirs = syncbn.SyncBatchNorm(64), nn.BatchNorm2d(64)
     places = []
     for _ in range(4):
-        batch = torch.randn(16, 64, 30, 30).contiguous(memory_format=layout)
+        batch = torch.randn(20, 64, 30, 30).contiguous(memory_format=layout)
         weights = torch.randn_like(batch)
         x, twin = batch.clone().requires_grad_(), batch.clone().requires_grad_()
         y, expected = ours(x), theirs(twin)
