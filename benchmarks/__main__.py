@@ -39,6 +39,7 @@ BRIEF = Effort(SHAPES[:5:2], 0.1)
 FOUR_RANK_SHAPES = ((2, 64, 56, 56), (8, 128, 28, 28), (8, 1024, 14, 14))
 FUSED_SHAPES = ((8, 256, 56, 56), (8, 128, 28, 28), (8, 1024, 14, 14), (32, 2048, 7, 7))
 FOUR = ("ours", "local", "naive")
+KEPT = ("ours", "local")
 ALONE = ("ours", "local", "floor", "floor_fresh")
 KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(2**30), "MALLOC_TRIM_THRESHOLD_": str(2**31)}
 """Settings of glibc under which freed memory stays with the process."""
@@ -57,8 +58,12 @@ def layer(effort: Effort) -> list[dict[str, Any]]:
 
 
 def allocator(effort: Effort) -> list[dict[str, Any]]:
-    """One rank alone, where freed memory stays with the process."""
-    return _alone(effort, environ=KEEP_MEMORY)
+    """One rank alone and two, where freed memory stays with the process."""
+    kept = {"environ": KEEP_MEMORY, "contenders": KEPT, "budget_s": effort.scale}
+    return [
+        *_alone(effort, environ=KEEP_MEMORY),
+        *ranks.run("layer:measure", 2, **kept, **effort.cases()),
+    ]
 
 
 def _alone(effort: Effort, **how: Any) -> list[dict[str, Any]]:

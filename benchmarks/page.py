@@ -57,7 +57,7 @@ def generated(results: Results) -> str:
         "Times of ours / torch's / memory passes / memory passes into fresh memory, in ms.",
         alone_table(select(results["layer"], world_size=1, threads=1)),
         "The same where freed memory stays with the process:",
-        alone_table(results["allocator"]),
+        alone_table(select(results["allocator"], world_size=1)),
         "### A training step on two ranks",
         model_table(results["model"]),
         "### One exchange",

@@ -53,6 +53,16 @@ class Target:
 
 TARGETS = (
     Target("synchronised / torch local", "layer", 2, 1, "ours", "local", 0.7, aim=0.5),
+    Target(
+        "synchronised / torch local, freed memory kept",
+        "allocator",
+        2,
+        1,
+        "ours",
+        "local",
+        0.7,
+        aim=0.5,
+    ),
     Target("naive / synchronised", "layer", 2, 1, "naive", "ours", 8, at_least=True),
     Target("synchronised over sockets / torch local", "layer", 2, 1, "ours_sockets", "local", 1.2),
     Target("synchronised over gloo alone / torch local", "layer", 2, 1, "ours_gloo", "local", 1.2),

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
         in_lockstep,
         join,
         recalibrate,
+        release_memory,
         revert_sync_batchnorm,
         sync_batch_norm,
     )
@@ -32,6 +33,7 @@ __all__ = [
     "in_lockstep",
     "join",
     "recalibrate",
+    "release_memory",
     "revert_sync_batchnorm",
     "sync_batch_norm",
 ]

@@ -9,6 +9,7 @@ from syncbn.norm.ddp import ddp_buffers_to_ignore
 from syncbn.norm.exchange import RanksDisagree
 from syncbn.norm.functional import NonFiniteStatistics, sync_batch_norm
 from syncbn.norm.join import join
+from syncbn.norm.kernels.results import release_memory
 from syncbn.norm.lockstep import in_lockstep
 from syncbn.norm.module import SyncBatchNorm
 from syncbn.norm.recalibrate import recalibrate
@@ -23,6 +24,7 @@ __all__ = [
     "in_lockstep",
     "join",
     "recalibrate",
+    "release_memory",
     "revert_sync_batchnorm",
     "sync_batch_norm",
 ]

@@ -93,15 +93,18 @@ def gradients(
 ) -> Gradients:
     """dx, dweight, dbias and the residual's gradient, by the kernels."""
     dx = dweight = dbias = dresidual = None
+    if needs[3]:
+        # dz is wanted in any case: from here on it takes the place of dy, and nothing is left to undo
+        dresidual = dy
+        if fused.act is not None or fused.mask is not None:
+            affine = Affine(found.statistics.mean, found.statistics.invstd, weight, bias)
+            dresidual = kernels.pick(x).backward_residual(dy, x, affine, fused)
+        dy, fused = dresidual, Fused(mask=fused.mask)
     if any(needs[:3]):
         done = whole.backward(dy, x, weight, bias, fused, found, call) if needs[0] else None
         dx, sums = done or _summed(dy, x, weight, bias, fused, found, call, needs[0])
         dbias, dweight = sums.unbind()
         dweight, dbias = _parameters(dweight, dbias, weight, bias, needs)
-    if needs[3]:
-        plain = fused.act is None and fused.mask is None
-        affine = Affine(found.statistics.mean, found.statistics.invstd, weight, bias)
-        dresidual = dy if plain else kernels.pick(x).backward_residual(dy, x, affine, fused)
     return dx, dweight, dbias, dresidual, None
 
 

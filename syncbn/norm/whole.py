@@ -164,7 +164,7 @@ def backward(
     call: Call,
 ) -> tuple[Tensor, Tensor] | None:
     """The gradient of x, and this rank's `backward_sums`; None where this way does not serve."""
-    form, third = _form(x.shape, x.stride(), x.dtype, call.act), extra(fused)
+    form, third = _form(x.shape, x.stride(), x.dtype, fused.act), extra(fused)
     if form is None or dy.dtype is not x.dtype or not _serves(x, form, call, third):
         return None
     dtype, x, dy = form.dtype, aligned(x, form.layout), aligned(dy, form.layout)
