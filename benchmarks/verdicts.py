@@ -13,6 +13,10 @@ Row = Mapping[str, Any]
 Results = Mapping[str, Any]
 
 
+BOTH = "both layouts,"
+"""Where a layout is named: all of them."""
+
+
 @dataclass(frozen=True)
 class Target:
     """A bound on the geometric mean of numerator / denominator.
@@ -152,16 +156,24 @@ def is_beyond_cache(row: Row, l2_bytes: int) -> bool:
 
 
 def verdicts(results: Results, targets: Sequence[Target] = TARGETS) -> list[Verdict]:
-    """Every target in every layout and dtype that was measured for it."""
+    """Every target in every layout and dtype that was measured for it, and in both layouts together."""
     found = []
     for target in targets:
         rows = select(results[target.section], world_size=target.world_size, threads=target.threads)
         if target.beyond_cache:
             rows = [row for row in rows if is_beyond_cache(row, results["machine"]["l2_bytes"])]
-        for layout, dtype in combinations(rows):
-            own = ratios(
-                select(rows, layout=layout, dtype=dtype), target.numerator, target.denominator
-            )
+        for layout, dtype, counted in _groups(rows):
+            own = ratios(counted, target.numerator, target.denominator)
             if own:
                 found.append(Verdict(target, layout, dtype, geometric_mean(own)))
     return found
+
+
+def _groups(rows: Sequence[Row]) -> Iterable[tuple[str, str, list[Row]]]:
+    """Rows of each layout and dtype, then those of each dtype that was measured in both layouts."""
+    pairs = combinations(rows)
+    for layout, dtype in pairs:
+        yield layout, dtype, select(rows, layout=layout, dtype=dtype)
+    for dtype in dict.fromkeys(dtype for _, dtype in pairs):
+        if len([pair for pair in pairs if pair[1] == dtype]) > 1:
+            yield BOTH, dtype, select(rows, dtype=dtype)

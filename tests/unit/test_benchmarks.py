@@ -92,6 +92,15 @@ def test_a_target_counts_only_its_own_ranks_and_threads() -> None:
     assert verdict.value == pytest.approx(3.0)
 
 
+def test_both_layouts_together_are_one_more_verdict() -> None:
+    results = _results()
+    rows = [_row(ms={"ours": 1.0, "local": 1.0}), _row(ms={"ours": 4.0, "local": 1.0})]
+    results["layer"] = [rows[0], {**rows[1], "layout": "channels_last"}]
+    found = verdicts(results, [Target("a", "layer", 2, 1, "ours", "local", 1.0)])
+    values = [verdict.value for verdict in found]
+    assert values == pytest.approx([1.0, 4.0, 2.0])
+
+
 def test_the_limit_counts_where_a_tensor_exceeds_a_cores_cache() -> None:
     row = _row((1, 64, 64, 128))  # 2 MiB in float32
     assert is_beyond_cache(row, 2**21 - 1)
