@@ -43,7 +43,7 @@ from syncbn.norm.header import (
     packed,
 )
 from syncbn.norm.mesh import MESH_RANKS, Mesh
-from syncbn.norm.shared import SharedMemory
+from syncbn.norm.shared import Ring, SharedMemory, ring_of
 from syncbn.norm.wire import Transport, Wire
 
 __all__ = ["BACKWARD", "FORWARD", "Exchange", "RankLost", "RanksDisagree", "exchange_of", "observe"]
@@ -86,6 +86,8 @@ class Exchange:
         self.world_size = self._wire.world_size
         self.memory: SharedMemory | None = None
         """What the ranks share, once they have met and found that they can."""
+        self.ring: Ring | None = None
+        """What a native call must know of the group, once its ranks have met."""
         self._serials = Serials()
         self._calls = 0
 
@@ -180,22 +182,30 @@ class Exchange:
         """
         (self._transport or self._arrival).pass_by(layer, backward)
 
+    @property
+    def transport(self) -> Transport | None:
+        """What brings the values, once the ranks have met."""
+        return self._transport
+
     def _connect(self, header: bytes) -> Transport:
         """Choose the transport; collective at the first exchange."""
         self._arrival.wait(header, self._calls)
         self.memory, mesh = _ways(self._wire)
         self._transport = self.memory or mesh or self._wire
+        self.ring = self.memory.ring if self.memory else ring_of(self._wire)
         self._arrival.leave()
         return self._transport
 
+    def gathers(self, size: int, dtype: torch.dtype) -> bool:
+        """Whether `size` bytes a rank of `dtype` are gathered, on a CPU, rather than reduced; the same on all ranks."""
+        exact = dtype == torch.float64 or self.memory is not None
+        return exact or size * self._wire.world_size <= wire.GATHER_BYTES
+
     def _too_wide(self, values: Tensor) -> bool:
         """Whether a reduction moves less than a gather; the same on all ranks that are in the same place."""
-        world_size = self._wire.world_size
-        if values.dtype == torch.float64 or self.memory is not None:
-            return False
         if values.is_cuda:
-            return world_size > wire.GATHER_RANKS
-        return values.nbytes * world_size > wire.GATHER_BYTES
+            return values.dtype != torch.float64 and self._wire.world_size > wire.GATHER_RANKS
+        return not self.gathers(values.nbytes, values.dtype)
 
     def _agree(self, values: Tensor, kind: int, place: Place) -> None:
         """Compare what the ranks are doing, in a gather of its own; on CUDA nothing is compared."""

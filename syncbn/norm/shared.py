@@ -60,6 +60,11 @@ class Ring(ctypes.Structure):
     )
 
 
+def ring_of(wire: Wire) -> Ring:
+    """The ring of a group that shares no memory: a native call then leaves the exchange to its caller."""
+    return Ring(wire.rank, wire.world_size)
+
+
 class _Destination(NamedTuple):
     """Where one frame's payloads go: `size` bytes of rank r to `out` + r * `stride`."""
 
@@ -85,9 +90,9 @@ class SharedMemory:
         failure = start + self._slots_at - board_bytes(0)
         spin_ns = SPIN_NS if len(os.sched_getaffinity(0)) >= wire.world_size else 0
         places = (start, failure, start + self._slots_at)
-        self._ring = Ring(wire.rank, wire.world_size, SLOT_BYTES, spin_ns, 0, *places)
-        self.address = ctypes.addressof(self._ring)
-        """Where the library finds the ring."""
+        self.ring = Ring(wire.rank, wire.world_size, SLOT_BYTES, spin_ns, 0, *places)
+        """What the library knows of the memory."""
+        self._address = ctypes.addressof(self.ring)
         native = _native()
         assert native is not None, "the handshake saw to it"
         self._native = native
@@ -111,7 +116,7 @@ class SharedMemory:
         source, out, total = payload.data_ptr(), gathered.data_ptr(), payload.nbytes
         for offset in range(0, max(total, 1), PAYLOAD_BYTES):
             to = _Destination(min(total - offset, PAYLOAD_BYTES), out + offset, total)
-            status = self._enter(self.address, call, header, source + offset, *to, LOOK_NS)
+            status = self._enter(self._address, call, header, source + offset, *to, LOOK_NS)
             if status:
                 self._settle(status, header, call, to)
         return gathered
@@ -121,7 +126,7 @@ class SharedMemory:
         gathered = own.new_empty((self._world_size, own.numel()))
         to = _Destination(own.nbytes, gathered.data_ptr(), own.nbytes)
         if status != _FAILED:
-            status = self._native.syncbn_exchange_wait(self.address, *to, 0, 0)
+            status = self._native.syncbn_exchange_wait(self._address, *to, 0, 0)
         if status:
             self._settle(status, header, call, to)
         return gathered
@@ -137,13 +142,13 @@ class SharedMemory:
             patrol, layer = Patrol(here, self._timeout_s), Header.unpack(header).layer
             while status == _NOT_YET:
                 patrol.look(self._absent(layer))
-                status = self._native.syncbn_exchange_wait(self.address, *to, LOOK_NS, LOOK_NS)
+                status = self._native.syncbn_exchange_wait(self._address, *to, LOOK_NS, LOOK_NS)
         except BaseException as error:
             self._fail(error, here)
             raise
         if status == _DIFFER:
             self._board.forget()
-            headers = [self._header(r, self._ring.round) for r in range(self._world_size)]
+            headers = [self._header(r, self.ring.round) for r in range(self._world_size)]
             raise disagreement(headers, self._wire.rank, self._wire.ranks)
         if status:
             raise self._board.failure()
@@ -154,7 +159,7 @@ class SharedMemory:
         return [
             Absent(ranks[rank], board.process(rank), board.passed(rank, layer), board.left(rank))
             for rank, count in enumerate(board.published())
-            if count < self._ring.round
+            if count < self.ring.round
         ]
 
     def _header(self, rank: int, round_: int) -> bytes:
@@ -168,7 +173,7 @@ class SharedMemory:
         message = str(error) if known else f"{here}, and was interrupted there: {error!r}"
         text = message.encode()[:MESSAGE_BYTES]
         lost = not isinstance(error, RanksDisagree)
-        self._native.syncbn_exchange_fail(self.address, lost, text, len(text))
+        self._native.syncbn_exchange_fail(self._address, lost, text, len(text))
 
     def pass_by(self, layer: str, backward: bool) -> None:
         """Note that this rank goes through `layer` in eval mode.
@@ -182,12 +187,12 @@ class SharedMemory:
             if first:
                 linger(lambda: self._unknown(layer))
             for rank, count in enumerate(self._board.published()):
-                if count > self._ring.round:
+                if count > self.ring.round:
                     self._refuse(layer, rank, count)
 
     def _unknown(self, layer: str) -> bool:
         """Whether some rank is neither in an exchange that this one has not entered nor seen in `layer` itself."""
-        board, own, round_ = self._board, self._wire.rank, self._ring.round
+        board, own, round_ = self._board, self._wire.rank, self.ring.round
         return any(
             rank != own and count <= round_ and not board.seen_in(rank, layer)
             for rank, count in enumerate(board.published())

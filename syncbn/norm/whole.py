@@ -1,9 +1,10 @@
-"""A whole pass in one call of the native library: of a group of one, or of ranks that share memory.
+"""A whole pass in one call of the native library: of a group of one, or of ranks that share memory; in two of others.
 
 It computes what the steps in `autograd` and `steps` compute one after another, to the same bits, and exchanges the
 same frames, so that one rank may come this way and another not. It spares what lies between the steps: 250 us of
-Python a layer and step, which is more than small layers take. What is rare is left to the steps: first exchanges,
-replays, empty batches, masks, payloads that no slot holds.
+Python a layer and step, which is more than small layers take. Where ranks share no memory the first call ends before
+the exchange, and a second one does the rest. What is rare is left to the steps: first exchanges, replays, empty
+batches, masks, payloads that no slot holds or that are reduced.
 """
 
 import ctypes
@@ -15,33 +16,31 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from syncbn.norm.exchange import Exchange
 from syncbn.norm.header import BACKWARD, FORWARD
 from syncbn.norm.join import refuse_ddp_join
-from syncbn.norm.kernels import ACTIVATIONS, EagerKernels, Fused
+from syncbn.norm.kernels import EagerKernels, Fused
 from syncbn.norm.kernels.call import (
     BACKWARD_INPUT,
     CALL,
-    DTYPES,
     NORMALIZE,
     NOTHING,
     OUTPUT,
     RESIDUAL,
-    Layout,
     address,
     aligned,
     extra,
-    layout_of,
     plain,
     plain_kind,
 )
 from syncbn.norm.kernels.choice import chosen
 from syncbn.norm.kernels.cpu import NOTHING_MOVES, CpuKernels, moved, moving_words
-from syncbn.norm.kernels.eager import stats_dtype
+from syncbn.norm.kernels.form import Form, form_of
 from syncbn.norm.kernels.results import empty_like
-from syncbn.norm.moments import Block, packed_bytes
+from syncbn.norm.moments import Block
 from syncbn.norm.native import library
 from syncbn.norm.replay import Found, replaying
-from syncbn.norm.shared import LOOK_NS, SharedMemory
+from syncbn.norm.shared import LOOK_NS
 from syncbn.norm.steps import Call, check
 from syncbn.norm.wire import PAYLOAD_BYTES
 
@@ -49,34 +48,11 @@ _WHOLE = struct.Struct(CALL + "2P2qd4P3Pdq")
 """`Whole` of native/whole.cpp."""
 
 
-class _Form(NamedTuple):
-    """What inputs of one shape, layout and dtype have in common.
-
-    Attributes:
-        layout: see `layout_of`.
-        words: the first of `_WHOLE`, up to the channels' size.
-        act: the code of the activation.
-        channels: C.
-        dtype: of the statistics.
-        own_bytes: of packed moments.
-        sums_bytes: of a backward pass's sums.
-        fits: whether they fit one exchange in shared memory.
-    """
-
-    layout: Layout
-    words: tuple[int, int, int, int]
-    act: int
-    channels: int
-    dtype: torch.dtype
-    own_bytes: int
-    sums_bytes: int
-    fits: bool
-
-
 class _Meeting(NamedTuple):
     """The exchange inside a pass."""
 
-    memory: SharedMemory
+    exchange: Exchange
+    ring: int
     header: bytes
     number: int
 
@@ -94,7 +70,11 @@ def forward(
     Raises:
         NonFiniteStatistics, ValueError: see `steps.forward_statistics`.
     """
-    form, again, running = _form(x.shape, x.stride(), x.dtype, call.act), replaying(), call.running
+    form, again, running = (
+        form_of(x.shape, x.stride(), x.dtype, call.act),
+        replaying(),
+        call.running,
+    )
     if (
         form is None
         or not _serves(x, form, call, residual)
@@ -112,7 +92,7 @@ def forward(
     var, invstd = mean + form.sums_bytes // 2, mean + form.sums_bytes
     moving = NOTHING_MOVES if again or running is None else moving_words(running)
     meeting = _meeting(FORWARD, x, form.own_bytes, call, needs_grad)
-    ring, number = (0, 0) if meeting is None else (meeting.memory.address, meeting.number)
+    ring, number = (0, 0) if meeting is None else (meeting.ring, meeting.number)
     words = _WHOLE.pack(
         NORMALIZE,
         *form.words,
@@ -164,7 +144,7 @@ def backward(
     call: Call,
 ) -> tuple[Tensor, Tensor] | None:
     """The gradient of x, and this rank's `backward_sums`; None where this way does not serve."""
-    form, third = _form(x.shape, x.stride(), x.dtype, fused.act), extra(fused)
+    form, third = form_of(x.shape, x.stride(), x.dtype, fused.act), extra(fused)
     if form is None or dy.dtype is not x.dtype or not _serves(x, form, call, third):
         return None
     dtype, x, dy = form.dtype, aligned(x, form.layout), aligned(dy, form.layout)
@@ -173,7 +153,7 @@ def backward(
     dx, sums = empty_like(x), torch.empty(2, form.channels, dtype=dtype, device="cpu")
     total, _, mean, _, invstd = found.addresses
     meeting = _meeting(BACKWARD, x, form.sums_bytes, call, needs_grad=True)
-    ring, number = (0, 0) if meeting is None else (meeting.memory.address, meeting.number)
+    ring, number = (0, 0) if meeting is None else (meeting.ring, meeting.number)
     words = _WHOLE.pack(
         BACKWARD_INPUT,
         *form.words,
@@ -208,28 +188,7 @@ def backward(
     return dx, sums
 
 
-@functools.lru_cache(maxsize=4096)
-def _form(
-    shape: torch.Size, stride: tuple[int, ...], dtype: torch.dtype, act: str | None
-) -> _Form | None:
-    """What inputs of this kind have in common; None where the library does not serve them."""
-    if dtype not in DTYPES or 0 in shape or (act == "silu" and dtype == torch.float64):
-        return None
-    layout, statistics = layout_of(shape, stride), stats_dtype(dtype)
-    own_bytes = packed_bytes(shape[1], dtype)
-    return _Form(
-        layout=layout,
-        words=(DTYPES[dtype], *layout[:3]),
-        act=0 if act is None else ACTIVATIONS[act].code,
-        channels=shape[1],
-        dtype=statistics,
-        own_bytes=own_bytes,
-        sums_bytes=2 * shape[1] * statistics.itemsize,
-        fits=own_bytes <= PAYLOAD_BYTES,
-    )
-
-
-def _serves(x: Tensor, form: _Form, call: Call, third: Tensor | None) -> bool:
+def _serves(x: Tensor, form: Form, call: Call, third: Tensor | None) -> bool:
     """Whether the library does the whole pass, its exchange included."""
     exotic = call.mask is not None or (third is not None and third.dtype is not x.dtype)
     if exotic or not plain_kind(x):
@@ -237,7 +196,15 @@ def _serves(x: Tensor, form: _Form, call: Call, third: Tensor | None) -> bool:
     if not isinstance(chosen(x.device.type), CpuKernels):
         return False
     exchange = call.exchange
-    return exchange is None or (form.fits and exchange.in_one_call and exchange.memory is not None)
+    if exchange is None:
+        return True
+    if exchange.ring is None or not exchange.in_one_call:
+        return False
+    return (
+        form.own_bytes <= PAYLOAD_BYTES
+        if exchange.memory
+        else exchange.gathers(form.own_bytes, form.dtype)
+    )
 
 
 def _meeting(kind: int, x: Tensor, size: int, call: Call, needs_grad: bool) -> _Meeting | None:
@@ -247,8 +214,8 @@ def _meeting(kind: int, x: Tensor, size: int, call: Call, needs_grad: bool) -> _
         return None
     if kind == FORWARD:
         refuse_ddp_join(call.name)
-    memory = exchange.memory
-    assert memory is not None
+    ring = exchange.ring
+    assert ring is not None, "ranks that have not met go step by step"
     header, number = exchange.announce(
         kind,
         size,
@@ -258,27 +225,32 @@ def _meeting(kind: int, x: Tensor, size: int, call: Call, needs_grad: bool) -> _
         needs_grad=needs_grad,
         serial=call.serial,
     )
-    return _Meeting(memory, header, number)
+    return _Meeting(exchange, ctypes.addressof(ring), header, number)
 
 
-def _rest(status: int, words: bytes, meeting: _Meeting | None, own: Tensor) -> Tensor:
-    """Bring a pass to its end whose exchange has not ended well at once; what all ranks sent."""
+def _rest(status: int, words: bytes, meeting: _Meeting | None, own: Tensor) -> tuple[Tensor, int]:
+    """Bring a pass to its end whose exchange has not ended well at once; what all ranks sent, and what is wrong."""
     assert meeting is not None, "a pass without an exchange fails in no exchange"
-    memory, header, number = meeting
-    gathered = memory.brought(status, header, number, own)
-    _native_rest()(words, gathered.data_ptr())
-    return gathered
+    exchange, _, header, number = meeting
+    memory, transport = exchange.memory, exchange.transport
+    if memory is not None:
+        gathered = memory.brought(status, header, number, own)
+    else:
+        assert transport is not None
+        gathered = transport.gather(header, number, own)
+    return gathered, _native_rest()(words, gathered.data_ptr())
 
 
 def _rest_of_forward(
     status: int, words: bytes, meeting: _Meeting | None, block: Block, call: Call, x: Tensor
 ) -> None:
     """The same, and the error where there is nothing to normalise with."""
-    own = block.own
-    packed = own.unsqueeze(0) if meeting is None else _rest(status, words, meeting, own)
-    if call.exchange is not None:
-        call.exchange.met(call.serial)
-    check(packed, block.statistics, call, x)
+    packed, unusable = block.own.unsqueeze(0), status
+    if meeting is not None:
+        packed, unusable = _rest(status, words, meeting, block.own)
+        meeting.exchange.met(call.serial)
+    if unusable:
+        check(packed, block.statistics, call, x)
 
 
 @functools.cache

@@ -6,6 +6,7 @@ one further frame, whose size all ranks have then agreed on. How long it waits f
 group's time limit; once it has failed, it stays failed, because ranks are then out of step.
 """
 
+import ctypes
 import weakref
 from typing import Protocol
 
@@ -96,18 +97,18 @@ class Wire:
             raise
 
     def _gather(self, header: bytes, payload: Tensor) -> Tensor:
-        values = payload.contiguous().view(torch.uint8)
-        room = frame_bytes(self.world_size) - HEADER_BYTES
-        frame = torch.zeros(HEADER_BYTES + room, dtype=torch.uint8)
-        frame[:HEADER_BYTES] = torch.frombuffer(bytearray(header), dtype=torch.uint8)
-        frame[HEADER_BYTES:][: values.numel()] = values[:room]
+        own, length = bytes_of(payload), frame_bytes(self.world_size)
+        room = length - HEADER_BYTES
+        frame = torch.zeros(length, dtype=torch.uint8, device="cpu")
+        bytes_of(frame)[: HEADER_BYTES + len(own[:room])] = header + own[:room]
         frames = self.all_gather(frame)
-        headers = frames[:, :HEADER_BYTES]
-        if not torch.equal(headers, headers[:1].expand_as(headers)):
-            raise disagreement([bytes(h.tolist()) for h in headers], self.rank, self.ranks)
-        parts = [frames[:, HEADER_BYTES:][:, : values.numel()]]
-        if values.numel() > room:
-            parts.append(self.all_gather(values[room:]))
+        told = bytes_of(frames)
+        headers = [bytes(told[at : at + HEADER_BYTES]) for at in range(0, len(told), length)]
+        if any(theirs != header for theirs in headers):
+            raise disagreement(headers, self.rank, self.ranks)
+        parts = [frames[:, HEADER_BYTES:][:, : len(own)]]
+        if len(own) > room:
+            parts.append(self.all_gather(payload.view(torch.uint8)[room:]))
         return torch.cat(parts, dim=1).view(payload.dtype)
 
     def pass_by(self, layer: str, backward: bool) -> None:
@@ -117,3 +118,10 @@ class Wire:
 def frame_bytes(world_size: int) -> int:
     """Size of the first frame: the same for every layer, and no more than may be gathered."""
     return max(HEADER_BYTES, min(HEADER_BYTES + PAYLOAD_BYTES, GATHER_BYTES // world_size // 8 * 8))
+
+
+def bytes_of(values: Tensor) -> memoryview:
+    """The memory of a contiguous tensor, which must outlive the view."""
+    if not values.numel():
+        return memoryview(bytearray())
+    return memoryview((ctypes.c_char * values.nbytes).from_address(values.data_ptr())).cast("B")

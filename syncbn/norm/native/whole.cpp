@@ -11,13 +11,16 @@ namespace {
 // Beside the statuses of an exchange: there is nothing to normalise with.
 enum Unusable { NOT_FINITE = 4, ONE_VALUE = 5 };
 
+// The exchange is the caller's: what this rank sends is there.
+constexpr int APART = 6;
+
 }  // namespace
 
 // What a whole pass is given; syncbn/norm/whole.py declares the same.
 struct Whole {
   Call call;  // of NORMALIZE, whose mean and invstd are those below, or of BACKWARD_INPUT, without its sums
   void* own;  // of this rank: packed moments, or sums; alone no moments
-  SyncbnRing* ring;  // null for a group of one
+  SyncbnRing* ring;  // null for a group of one; without slots for one that shares no memory
   int64_t number, limit_ns;
   double eps;
   Merged merged;
@@ -86,6 +89,7 @@ template <class A> int alone(const Whole& whole) {
 template <class A> int among_ranks(const Whole& whole, const char* body) {
   run_as<A>(whole.call.kind == NORMALIZE ? MOMENTS : BACKWARD_SUMS, whole);
   const int64_t bytes = own_values(whole) * int64_t(sizeof(A));
+  if (!whole.ring->slots) return APART;
   const Round round = enter(whole.ring, whole.number, body, whole.own, bytes, whole.limit_ns);
   return round.status ? round.status : rest<A>(whole, round.payloads, whole.ring->slot_bytes / int64_t(sizeof(A)));
 }
