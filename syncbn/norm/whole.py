@@ -191,9 +191,7 @@ def backward(
 def _serves(x: Tensor, form: Form, call: Call, third: Tensor | None) -> bool:
     """Whether the library does the whole pass, its exchange included."""
     exotic = call.mask is not None or (third is not None and third.dtype is not x.dtype)
-    if exotic or not plain_kind(x):
-        return False
-    if not isinstance(chosen(x.device.type), CpuKernels):
+    if exotic or not plain_kind(x) or not isinstance(chosen(x.device.type), CpuKernels):
         return False
     exchange = call.exchange
     if exchange is None:
