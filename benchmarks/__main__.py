@@ -47,7 +47,7 @@ KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(2**30), "MALLOC_TRIM_THRESHOLD_": s
 
 def layer(effort: Effort) -> list[dict[str, Any]]:
     """Two ranks, four ranks, and one alone with one thread and with two."""
-    four = {"shapes": FOUR_RANK_SHAPES, "layouts": ("NCHW",), "dtypes": ("fp32",)}
+    four = {"shapes": FOUR_RANK_SHAPES, "layouts": tuple(LAYOUTS), "dtypes": ("fp32",)}
     two, few = 3.5 * effort.scale, 5 * effort.scale
     return [
         *ranks.run("layer:measure", 2, contenders=tuple(LAYERS), budget_s=two, **effort.cases()),
