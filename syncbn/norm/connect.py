@@ -63,20 +63,22 @@ def _listener() -> socket.socket | None:
     """A socket that listens where gloo would; None where there is none, or where gloo would not talk plainly."""
     if os.environ.get("GLOO_DEVICE_TRANSPORT", "TCP") != "TCP":
         return None
-    with suppress(OSError, UnicodeError):  # the latter of a name that no resolver takes
+    with suppress(OSError):
         return socket.create_server((_address(), 0))
     return None
 
 
 def _address() -> str:
-    """The IPv4 address on which gloo would listen.
+    """The IPv4 address on which gloo would listen: this machine's own, where its name stands for none.
 
     Raises:
-        OSError: there is none.
+        OSError: the interface has none.
     """
     interface = os.environ.get("GLOO_SOCKET_IFNAME", "").split(",")[0]
     if not interface:
-        return socket.gethostbyname(socket.gethostname())
+        with suppress(OSError, UnicodeError):  # the latter of a name that no resolver takes
+            return socket.gethostbyname(socket.gethostname())
+        return "127.0.0.1"
     import fcntl  # not everywhere
 
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as any_socket:

@@ -47,7 +47,9 @@ def test_ranks_listen_where_gloo_does(monkeypatch):
         assert listener.getsockname()[0] == "127.0.0.2"
 
 
-def test_a_host_whose_name_no_resolver_takes_does_not_listen(monkeypatch):
+@pytest.mark.parametrize("name", ["a" * 64, "nobody.invalid"])
+def test_a_host_whose_name_stands_for_no_address_listens_to_itself(monkeypatch, name):
     monkeypatch.delenv("GLOO_SOCKET_IFNAME", raising=False)
-    monkeypatch.setattr(connect.socket, "gethostname", lambda: "a" * 64)
-    assert connect._listener() is None
+    monkeypatch.setattr(connect.socket, "gethostname", lambda: name)
+    with connect._listener() as listener:
+        assert listener.getsockname()[0] == "127.0.0.1"
