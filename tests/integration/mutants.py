@@ -181,7 +181,7 @@ EXCHANGE = [
         f"{NORM}/mesh.py",
         "        if gathered is None:\n",
         "        if False:\n",
-        f"{DIST}/test_exchange_scale.py::test_ranks_that_disagree_find_out_before_they_reduce",
+        f"{DIST}/test_mesh.py::test_the_exchange_goes_on_after_ranks_met_in_different_layers",
     ),
     Mutant(
         "the frame of a rank elsewhere left in the connection",
