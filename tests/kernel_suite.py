@@ -251,6 +251,20 @@ def check_update(
         assert ours.var._version > versions[1]
 
 
+def everything(kernels: Kernels, case: Case) -> list[Tensor]:
+    """All that kernels compute of a case."""
+    given, fused = backward_inputs(case)
+    sums = kernels.backward_sums(given.dy, given.x, given.affine, fused)
+    total = torch.full((), 7.0, dtype=torch.float64)
+    return [
+        kernels.moments(given.x),
+        kernels.normalize(given.x, given.affine, Fused(case.act, given.residual)),
+        sums,
+        kernels.backward_input(given.dy, given.x, given.affine, fused, sums, total),
+        kernels.backward_residual(given.dy, given.x, given.affine, fused),
+    ]
+
+
 def close(actual: Tensor, expected: Tensor, bound: float, scale: Tensor | None = None) -> None:
     """Assert an error within `bound` of the largest expected magnitude, or of `scale`."""
     assert actual.shape == expected.shape, f"{actual.shape} is not {expected.shape}"

@@ -20,11 +20,8 @@ CONTROL_BYTES = 256
 FAILURE_BYTES = 1024
 """State, whether a rank was lost, and length, 8 bytes each; then the message."""
 MESSAGE_BYTES = FAILURE_BYTES - 24
-_PID, _STARTED, _LEFT = (
-    8,
-    9,
-    10,
-)  # 11: who sleeps until this rank publishes, see native/exchange.cpp
+_PID, _STARTED, _LEFT = 8, 9, 10
+"""Words of a control block; the next counts who sleeps until this rank publishes (native/exchange.cpp)."""
 _PASSED = {False: 128, True: 192}
 
 

@@ -182,10 +182,19 @@ class Exchange:
         """
         (self._transport or self._arrival).pass_by(layer, backward)
 
-    @property
-    def transport(self) -> Transport | None:
-        """What brings the values, once the ranks have met."""
-        return self._transport
+    def brought(self, status: int, header: bytes, number: int, own: Tensor) -> Tensor:
+        """Every rank's `own` `(k,)` as `(W, k)`, where a native call came back from the exchange without them.
+
+        Args:
+            status: what it came back with.
+            header: announced for this exchange, as is `number`; errors as in `gather`.
+            number: of the exchange.
+            own: what this rank sends.
+        """
+        if self.memory is not None:
+            return self.memory.brought(status, header, number, own)
+        assert self._transport is not None, "ranks that have not met go step by step"
+        return self._transport.gather(header, number, own)
 
     def _connect(self, header: bytes) -> Transport:
         """Choose the transport; collective at the first exchange."""

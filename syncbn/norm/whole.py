@@ -70,21 +70,16 @@ def forward(
     Raises:
         NonFiniteStatistics, ValueError: see `steps.forward_statistics`.
     """
-    form, again, running = (
-        form_of(x.shape, x.stride(), x.dtype, call.act),
-        replaying(),
-        call.running,
-    )
+    form = form_of(x.shape, x.stride(), x.dtype, call.act)
+    again, running = replaying(), call.running
     if (
         form is None
         or not _serves(x, form, call, residual)
         or (again and call.exchange is not None)
     ):
         return None
-    dtype, x, third = form.dtype, aligned(x, form.layout), 0
-    if residual is not None:
-        residual = aligned(residual, form.layout)
-        third = residual.data_ptr()
+    exchange, dtype, x = call.exchange, form.dtype, aligned(x, form.layout)
+    third = None if residual is None else aligned(residual, form.layout)
     scale, shift = plain(weight, dtype), plain(bias, dtype)
     y, block = empty_like(x), Block(form.channels, dtype)
     total = block.values.data_ptr()
@@ -92,40 +87,21 @@ def forward(
     var, invstd = mean + form.sums_bytes // 2, mean + form.sums_bytes
     moving = NOTHING_MOVES if again or running is None else moving_words(running)
     meeting = _meeting(FORWARD, x, form.own_bytes, call, needs_grad)
-    ring, number = (0, 0) if meeting is None else (meeting.ring, meeting.number)
-    words = _WHOLE.pack(
-        NORMALIZE,
-        *form.words,
-        torch.get_num_threads(),
-        form.act,
-        RESIDUAL if third else NOTHING,
-        x.data_ptr(),
-        0,
-        third,
-        mean,
-        invstd,
-        0 if scale is None else scale.data_ptr(),
-        0 if shift is None else shift.data_ptr(),
-        0,
-        0,
-        y.data_ptr(),
-        own,
-        ring,
-        number,
-        LOOK_NS,
-        call.eps,
-        total,
-        mean,
-        var,
-        invstd,
-        *moving,
+    affine = (mean, invstd, address(scale), address(shift))
+    role = NOTHING if third is None else RESIDUAL
+    operands = (x.data_ptr(), 0, address(third), *affine, 0, 0, y.data_ptr(), own)
+    words = _words(
+        NORMALIZE, form, role, operands, meeting, call.eps, (total, mean, var, invstd), moving
     )
-    if status := _native()(words, b"" if meeting is None else meeting.header):
-        _rest_of_forward(status, words, meeting, block, call, x)
-    if call.exchange is not None:
-        call.exchange.met(call.serial)
-        if call.replays is not None:
-            call.replays.keep(block)
+    status, packed = _native()(words, _header(meeting)), None
+    if status and meeting is not None:
+        packed, status = _rest(status, words, meeting, block.own)
+    if exchange is not None:
+        exchange.met(call.serial)
+    if status:
+        check(block.own.unsqueeze(0) if packed is None else packed, block.statistics, call, x)
+    if exchange is not None and call.replays is not None:
+        call.replays.keep(block)
     if running is not None and not again:
         if moving is NOTHING_MOVES:
             EagerKernels().update(running, block.statistics)
@@ -153,35 +129,12 @@ def backward(
     dx, sums = empty_like(x), torch.empty(2, form.channels, dtype=dtype, device="cpu")
     total, _, mean, _, invstd = found.addresses
     meeting = _meeting(BACKWARD, x, form.sums_bytes, call, needs_grad=True)
-    ring, number = (0, 0) if meeting is None else (meeting.ring, meeting.number)
-    words = _WHOLE.pack(
-        BACKWARD_INPUT,
-        *form.words,
-        torch.get_num_threads(),
-        form.act,
-        NOTHING if third is None else RESIDUAL if fused.output is None else OUTPUT,
-        x.data_ptr(),
-        dy.data_ptr(),
-        address(third),
-        mean,
-        invstd,
-        0 if scale is None else scale.data_ptr(),
-        0 if shift is None else shift.data_ptr(),
-        0,
-        total,
-        dx.data_ptr(),
-        sums.data_ptr(),
-        ring,
-        number,
-        LOOK_NS,
-        0.0,
-        0,
-        0,
-        0,
-        0,
-        *NOTHING_MOVES,
-    )
-    if status := _native()(words, b"" if meeting is None else meeting.header):
+    affine = (mean, invstd, address(scale), address(shift))
+    role = NOTHING if third is None else RESIDUAL if fused.output is None else OUTPUT
+    operands = (x.data_ptr(), dy.data_ptr(), address(third), *affine, 0, total, dx.data_ptr())
+    words = _words(BACKWARD_INPUT, form, role, (*operands, sums.data_ptr()), meeting)
+    status = _native()(words, _header(meeting))
+    if status and meeting is not None:
         _rest(status, words, meeting, sums.view(-1))
     if call.exchange is not None:
         call.exchange.met(call.serial)
@@ -226,29 +179,42 @@ def _meeting(kind: int, x: Tensor, size: int, call: Call, needs_grad: bool) -> _
     return _Meeting(exchange, ctypes.addressof(ring), header, number)
 
 
-def _rest(status: int, words: bytes, meeting: _Meeting | None, own: Tensor) -> tuple[Tensor, int]:
+def _header(meeting: _Meeting | None) -> bytes:
+    return b"" if meeting is None else meeting.header
+
+
+def _words(
+    kind: int,
+    form: Form,
+    role: int,
+    operands: tuple[int, ...],
+    meeting: _Meeting | None,
+    eps: float = 0.0,
+    merged: tuple[int, ...] = (0, 0, 0, 0),
+    moving: tuple[float, ...] = NOTHING_MOVES,
+) -> bytes:
+    """A whole pass as the library takes it.
+
+    Args:
+        kind: NORMALIZE or BACKWARD_INPUT.
+        form: of x.
+        role: of the third operand.
+        operands: addresses from x to the result, as in `Call`, then of what this rank sends.
+        meeting: the exchange inside.
+        eps: added to the variance.
+        merged: where the total, mean, var and invstd of all ranks go.
+        moving: running statistics.
+    """
+    ring, number = (0, 0) if meeting is None else (meeting.ring, meeting.number)
+    static = (kind, *form.words, torch.get_num_threads(), form.act, role)
+    return _WHOLE.pack(*static, *operands, ring, number, LOOK_NS, eps, *merged, *moving)
+
+
+def _rest(status: int, words: bytes, meeting: _Meeting, own: Tensor) -> tuple[Tensor, int]:
     """Bring a pass to its end whose exchange has not ended well at once; what all ranks sent, and what is wrong."""
-    assert meeting is not None, "a pass without an exchange fails in no exchange"
     exchange, _, header, number = meeting
-    memory, transport = exchange.memory, exchange.transport
-    if memory is not None:
-        gathered = memory.brought(status, header, number, own)
-    else:
-        assert transport is not None
-        gathered = transport.gather(header, number, own)
+    gathered = exchange.brought(status, header, number, own)
     return gathered, _native_rest()(words, gathered.data_ptr())
-
-
-def _rest_of_forward(
-    status: int, words: bytes, meeting: _Meeting | None, block: Block, call: Call, x: Tensor
-) -> None:
-    """The same, and the error where there is nothing to normalise with."""
-    packed, unusable = block.own.unsqueeze(0), status
-    if meeting is not None:
-        packed, unusable = _rest(status, words, meeting, block.own)
-        meeting.exchange.met(call.serial)
-    if unusable:
-        check(packed, block.statistics, call, x)
 
 
 @functools.cache

@@ -7,9 +7,7 @@ import pytest
 import torch
 from kernel_suite import ROUNDING, Case
 from test_kernels import check_at_once
-from torch import Tensor
 
-from syncbn.norm.kernels import Fused
 from syncbn.norm.kernels.cpu import CpuKernels
 from syncbn.norm.native import library
 
@@ -35,19 +33,6 @@ def settings() -> Iterator[None]:
     yield
     torch.set_num_threads(threads)
     library().syncbn_limit_level(2)
-
-
-def everything(case: Case) -> list[Tensor]:
-    given, fused = suite.backward_inputs(case)
-    sums = kernels.backward_sums(given.dy, given.x, given.affine, fused)
-    total = torch.full((), 7.0, dtype=torch.float64)
-    return [
-        kernels.moments(given.x),
-        kernels.normalize(given.x, given.affine, Fused(case.act, given.residual)),
-        sums,
-        kernels.backward_input(given.dy, given.x, given.affine, fused, sums, total),
-        kernels.backward_residual(given.dy, given.x, given.affine, fused),
-    ]
 
 
 def check_moments(case: Case) -> None:
@@ -88,12 +73,12 @@ def test_samples_folded_to_a_row_and_those_left_over_count_once(dtype: torch.dty
 def test_bits_depend_on_neither_threads_nor_instruction_set(dtype: torch.dtype, settings: None):
     case = rows_of(616, dtype, act="relu", residual=True)
     torch.set_num_threads(1)
-    expected = everything(case)
+    expected = suite.everything(kernels, case)
     for level in range(library().syncbn_limit_level(2) + 1):
         library().syncbn_limit_level(level)
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
-            for actual, alone in zip(everything(case), expected, strict=True):
+            for actual, alone in zip(suite.everything(kernels, case), expected, strict=True):
                 assert torch.equal(actual, alone)
 
 
