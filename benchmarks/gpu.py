@@ -5,7 +5,7 @@ own synchronised path, forced alike, and against torch's local batch norm. It st
 project's layer alone, so that it runs from a bare checkout.
 
 Times are taken by CUDA events. As called, a small layer takes as long as its launches; replayed from a CUDA graph, as
-its kernels.
+its kernels. Torch's synchronised path cannot be replayed: what its kernels take alone is read from the profiler.
 """
 
 import argparse
@@ -24,14 +24,17 @@ from torch.distributed import ProcessGroup
 from torch.nn.modules._functions import SyncBatchNorm as TorchsFunction
 
 import syncbn
-from benchmarks.cases import Case, all_cases
+from benchmarks.cases import SHAPES, Case, Shape, all_cases
 
 Run = Callable[[], object]
+DEVICE = torch.autograd.DeviceType.CUDA
 ROUNDS = 50
 WARM_UPS = 3
 PASSES = 8
 """Passes over memory that forward and backward cannot do without: x, x, y; then x, dy, x, dy, dx."""
 COPIED_BYTES = 2**30
+LARGE: tuple[Shape, ...] = ((64, 256, 56, 56), (64, 64, 112, 112), (256, 1024, 14, 14))
+"""103 MB in bfloat16, twice that in float32: beyond any cache."""
 
 
 class Ours(nn.BatchNorm2d):
@@ -141,6 +144,18 @@ def graphed(run: Run) -> Run:
     return graph.replay
 
 
+def kernels_ms(run: Run, rounds: int = 10) -> float:
+    """Milliseconds of the kernels and copies of a `run` on the device, whatever lies between them."""
+    run()
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
+        for _ in range(rounds):
+            run()
+        torch.cuda.synchronize()
+    spent = (e.self_device_time_total for e in profiler.key_averages() if e.device_type == DEVICE)
+    return sum(spent) / rounds / 1e3
+
+
 def copy_rate() -> float:
     """Bytes a second of a copy on the device, read and written bytes added."""
     source = torch.randn(COPIED_BYTES // 4, device="cuda")
@@ -158,8 +173,13 @@ def layer_row(case: Case, bytes_per_s: float) -> dict[str, Any]:
     # torch's synchronised path looks at a value on the host, which a graph cannot hold
     graphs = {name: graphed(runs[name]) for name in ("ours", "local")}
     floor_ms = PASSES * dy.nbytes / bytes_per_s * 1e3
-    row = {"called_ms": interleaved(runs), "graph_ms": interleaved(graphs), "floor_ms": floor_ms}
-    return {**case.row(), **row}
+    return {
+        **case.row(),
+        "called_ms": interleaved(runs),
+        "graph_ms": interleaved(graphs),
+        "kernels_ms": {name: kernels_ms(run) for name, run in runs.items()},
+        "floor_ms": floor_ms,
+    }
 
 
 def fused_row(case: Case) -> dict[str, Any]:
@@ -185,7 +205,9 @@ def network_row(batch: int = 32) -> dict[str, Any]:
     for name, kind in LAYERS.items():
         network = torchvision.models.resnet50(weights=None)
         runs[name] = step(put(kind, network).cuda(), images, target)
-    return {"network": "resnet50", "batch": batch, "called_ms": interleaved(runs)}
+    graphs = {name: graphed(runs[name]) for name in ("ours", "local")}
+    called, replayed = interleaved(runs), interleaved(graphs)
+    return {"network": "resnet50", "batch": batch, "called_ms": called, "graph_ms": replayed}
 
 
 def put(kind: type[nn.BatchNorm2d], network: nn.Module) -> nn.Module:
@@ -202,7 +224,8 @@ def step(network: nn.Module, images: Tensor, target: Tensor) -> Run:
 
     def run() -> None:
         optimizer.zero_grad()
-        with torch.autocast("cuda", torch.bfloat16):
+        # casts of weights are not kept from step to step, which a graph could not do
+        with torch.autocast("cuda", torch.bfloat16, cache_enabled=False):
             loss = nn.functional.cross_entropy(network(images), target)
         loss.backward()
         optimizer.step()
@@ -215,7 +238,7 @@ def line(row: Mapping[str, Any]) -> str:
     what = "x".join(map(str, row["shape"])) if "shape" in row else row["network"]
     place = f"{row['layout']} {row['dtype']}" if "shape" in row else f"batch {row['batch']}"
     parts = [f"{what:>14} {place:<18}"]
-    for kind in ("called_ms", "graph_ms"):
+    for kind in ("called_ms", "graph_ms", "kernels_ms"):
         if kind in row:
             times = "  ".join(f"{name} {ms:.3f}" for name, ms in row[kind].items())
             parts.append(f"{kind.removesuffix('_ms')}: {times} ms")
@@ -235,12 +258,16 @@ def measure(group: ProcessGroup) -> dict[str, Any]:
         "copy_bytes_per_s": rate,
         "world_size": group.size(),
         "layers": [],
+        "large": [],
         "fused": [],
     }
     for case in all_cases():
         found["layers"].append(layer_row(case, rate))
         print(line(found["layers"][-1]), flush=True)
-    for case in all_cases():
+    for case in all_cases(LARGE):
+        found["large"].append(layer_row(case, rate))
+        print(line(found["large"][-1]), flush=True)
+    for case in all_cases((*SHAPES, *LARGE)):
         found["fused"].append(fused_row(case))
         print(line(found["fused"][-1]), flush=True)
     found["network"] = network_row()

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from syncbn.norm import kernels, whole
+from syncbn.norm import kernels, launched, whole
 from syncbn.norm.kernels import ACTIVATIONS, Affine, Fused
 from syncbn.norm.kernels.call import plain
 from syncbn.norm.replay import Found, Remembered
@@ -40,8 +40,7 @@ class SyncBatchNormFunction(torch.autograd.Function):
     ) -> Tensor:
         """Normalise; keep what backward needs and no more."""
         ctx.call, needs_grad = call, ctx.needs_input_grad[0]
-        done = whole.forward(x, weight, bias, residual, call, needs_grad)
-        y, ctx.found = done or step_by_step(x, weight, bias, residual, call, needs_grad)
+        y, ctx.found = forward(x, weight, bias, residual, call, needs_grad)
         ctx.save_for_backward(x, weight, bias, *to_keep(call.act, residual, y))
         return y
 
@@ -55,6 +54,19 @@ class SyncBatchNormFunction(torch.autograd.Function):
             total = ctx.found.statistics.total
             return differentiable_gradients(dy, x, weight, bias, fused, total, ctx.call, needs)
         return gradients(dy, x, weight, bias, fused, ctx.found, ctx.call, needs)
+
+
+def forward(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    call: Call,
+    needs_grad: bool,
+) -> tuple[Tensor, Found]:
+    """y, and what it was normalised with, the shortest way there is."""
+    operands = (x, weight, bias, residual, call, needs_grad)
+    return launched.forward(*operands) or whole.forward(*operands) or step_by_step(*operands)
 
 
 def step_by_step(
@@ -93,6 +105,12 @@ def gradients(
 ) -> Gradients:
     """dx, dweight, dbias and the residual's gradient, by the kernels."""
     dx = dweight = dbias = dresidual = None
+    if needs[0]:
+        done = launched.backward(dy, x, weight, bias, fused, found, call, needs[3])
+        if done is not None:
+            dx, sums, dresidual = done
+            dweight, dbias = _parameters(sums, weight, bias, needs)
+            return dx, dweight, dbias, dresidual, None
     if needs[3]:
         # dz is wanted in any case: from here on it takes the place of dy, and nothing is left to undo
         dresidual = dy
@@ -103,8 +121,7 @@ def gradients(
     if any(needs[:3]):
         done = whole.backward(dy, x, weight, bias, fused, found, call) if needs[0] else None
         dx, sums = done or _summed(dy, x, weight, bias, fused, found, call, needs[0])
-        dbias, dweight = sums.unbind()
-        dweight, dbias = _parameters(dweight, dbias, weight, bias, needs)
+        dweight, dbias = _parameters(sums, weight, bias, needs)
     return dx, dweight, dbias, dresidual, None
 
 
@@ -129,8 +146,10 @@ def _summed(
 
 
 def _parameters(
-    dweight: Tensor, dbias: Tensor, weight: Tensor | None, bias: Tensor | None, needs: Needs
+    sums: Tensor, weight: Tensor | None, bias: Tensor | None, needs: Needs
 ) -> tuple[Tensor | None, Tensor | None]:
+    """The gradients of weight and bias: this rank's sums of dz * xhat and of dz, in that order."""
+    dbias, dweight = sums.unbind()
     return (
         None if weight is None or not needs[1] else plain(dweight, weight.dtype),
         None if bias is None or not needs[2] else plain(dbias, bias.dtype),
@@ -189,8 +208,8 @@ def differentiable_gradients(
     dz = _kept(dz, fused.mask)
     mean_dz, mean_dz_xhat = over_ranks(dz, dz * xhat)
     dx = _kept(scale * invstd * (dz - mean_dz - xhat * mean_dz_xhat), fused.mask)
-    dweight, dbias = (dz * xhat).sum(dims), dz.sum(dims)
-    parameters = _parameters(dweight, dbias, weight, bias, needs)
+    sums = torch.stack([dz.sum(dims), (dz * xhat).sum(dims)])
+    parameters = _parameters(sums, weight, bias, needs)
     return dx.to(x.dtype), *parameters, dz.to(dy.dtype) if needs[3] else None, None
 
 

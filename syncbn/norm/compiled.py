@@ -15,7 +15,7 @@ from torch.distributed.distributed_c10d import (
     _resolve_process_group as resolve_process_group,  # pyright: ignore[reportPrivateImportUsage]
 )
 
-from syncbn.norm.autograd import gradients, step_by_step, to_keep
+from syncbn.norm.autograd import forward, gradients, to_keep
 from syncbn.norm.exchange import exchange_of
 from syncbn.norm.groups import GroupSpec, resolve
 from syncbn.norm.kernels import EagerKernels, Fused, Running
@@ -55,7 +55,7 @@ def _forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """y, and the statistics it was normalised with."""
     call = _call(eps, act, mask, group, name)
-    y, found = step_by_step(x, weight, bias, residual, call, needs_grad)
+    y, found = forward(x, weight, bias, residual, call, needs_grad)
     total, mean, var, invstd = found.statistics
     return y, total, mean, var, invstd
 

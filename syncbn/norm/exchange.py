@@ -156,11 +156,14 @@ class Exchange:
 
     def sums(self, values: Tensor, **place: Unpack[Place]) -> Tensor:
         """The sum of every rank's `values` `(2, C)`; the same bits on each. For `place` and errors see `gather`."""
+        return sums.in_order(self.addends(values, **place)).view_as(values)
+
+    def addends(self, values: Tensor, **place: Unpack[Place]) -> Tensor:
+        """What adds up, in order, to the `sums` of all ranks: their `values`, `(W, 2C)`, or one row for all."""
         if not self._too_wide(values):
-            gathered = self.gather(values.flatten(), kind=BACKWARD, **place)
-            return sums.in_order(gathered).view_as(values)
+            return self.gather(values.flatten(), kind=BACKWARD, **place)
         self._agree(values, BACKWARD, place)
-        return self._wire.all_reduce(values.to(torch.float64)).to(values.dtype)
+        return self._wire.all_reduce(values.to(torch.float64)).to(values.dtype).view(1, -1)
 
     def fail(self, message: str) -> None:
         """Tell the ranks that wait in the next exchange, on a CPU group, that this one cannot take part."""
@@ -238,12 +241,12 @@ class _Observed(Exchange):
         self._tell(place["layer"], FORWARD, packed.nbytes, time.perf_counter() - started)
         return everyones
 
-    def sums(self, values: Tensor, **place: Unpack[Place]) -> Tensor:
+    def addends(self, values: Tensor, **place: Unpack[Place]) -> Tensor:
         """As of `Exchange`, and timed."""
         started = time.perf_counter()
-        total = super().sums(values, **place)
+        rows = super().addends(values, **place)
         self._tell(place["layer"], BACKWARD, values.nbytes, time.perf_counter() - started)
-        return total
+        return rows
 
 
 WAYS = ("auto", "shared", "sockets", "gloo")

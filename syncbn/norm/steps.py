@@ -71,10 +71,7 @@ def forward_statistics(x: Tensor, kernel: Kernels, call: Call, needs_grad: bool)
         known = call.replays.recall(own)
         if known is not None:
             return Remembered(own, known)
-    packed = own.unsqueeze(0)
-    if call.exchange is not None:
-        refuse_ddp_join(call.name)
-        packed = call.exchange.moments(own, **call.place(x, needs_grad))
+    packed = moments_over_ranks(own, x, call, needs_grad)
     statistics = kernel.merge(packed, call.eps)
     check(packed, statistics, call, x)
     if call.running is not None and not again:
@@ -85,11 +82,26 @@ def forward_statistics(x: Tensor, kernel: Kernels, call: Call, needs_grad: bool)
     return found
 
 
+def moments_over_ranks(own: Tensor, x: Tensor, call: Call, needs_grad: bool) -> Tensor:
+    """Packed moments that merge into those of all ranks; see `Exchange.moments`."""
+    if call.exchange is None:
+        return own.unsqueeze(0)
+    refuse_ddp_join(call.name)
+    return call.exchange.moments(own, **call.place(x, needs_grad))
+
+
 def sums_over_ranks(sums: Tensor, x: Tensor, call: Call) -> Tensor:
     """`sums` `(k, C)` over all ranks, for the gradients of `x`; the same bits on each."""
     if call.exchange is None:
         return sums
     return call.exchange.sums(sums, **call.place(x, needs_grad=True))
+
+
+def addends_over_ranks(sums: Tensor, x: Tensor, call: Call) -> Tensor:
+    """What adds up to `sums` `(2, C)` over all ranks, row by row; see `Exchange.addends`."""
+    if call.exchange is None:
+        return sums.view(1, -1)
+    return call.exchange.addends(sums, **call.place(x, needs_grad=True))
 
 
 def check(packed: Tensor, statistics: Statistics, call: Call, x: Tensor) -> None:

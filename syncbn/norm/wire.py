@@ -73,10 +73,11 @@ class Wire:
         return self.group._get_backend(torch.device("cpu")).options._timeout.total_seconds()
 
     def all_gather(self, values: Tensor) -> Tensor:
-        """Every rank's `values` `(k,)` as `(W, k)`; of one size and dtype on all ranks."""
-        gathered = values.new_empty(self.world_size * values.numel())
+        """Every rank's `values` `(k,)` as `(W, k)`; of one size and dtype on all ranks; itself where there is one."""
+        ranks, size = self.world_size, values.numel()
+        gathered = values if ranks == 1 else values.new_empty(ranks * size)
         dist.all_gather_into_tensor(gathered, values, group=self.group)
-        return gathered.view(self.world_size, values.numel())
+        return gathered.view(ranks, size)
 
     def all_reduce(self, values: Tensor) -> Tensor:
         """The sum of every rank's `values`, in place; the same bits on every rank."""

@@ -23,7 +23,7 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
 from syncbn.norm.kernels import triton as module  # noqa: E402
-from syncbn.norm.kernels.triton_tiles import TILE, tile  # noqa: E402
+from syncbn.norm.kernels.triton_tiles import MAP, REDUCTION, Kind, tile  # noqa: E402
 
 HOPPER = GPUTarget("cuda", 90, 32)
 POINTERS = {
@@ -40,12 +40,16 @@ POINTERS = {
 def launches(monkeypatch: pytest.MonkeyPatch, tmp_path) -> list:
     """What would be launched, as (kernel, arguments)."""
     seen = []
-    monkeypatch.setattr(module, "_launch", lambda kernel, _, *args: seen.append((kernel, args)))
+
+    def note(kernel, _grid, tensors, numbers, statics) -> None:
+        seen.append((kernel, (*tensors, *numbers, *statics[:-1]), statics[-1]))
+
+    monkeypatch.setattr(module, "launch", note)
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     return seen
 
 
-def ptx(kernel, arguments) -> str:
+def ptx(kernel, arguments, num_warps: int) -> str:
     """The assembly of one launch, with the types and hints that Triton would derive from its arguments."""
     signature, constants, hints = {}, {}, {}
     for place, (parameter, value) in enumerate(zip(kernel.params, arguments, strict=True)):
@@ -60,7 +64,7 @@ def ptx(kernel, arguments) -> str:
             assert parameter.do_not_specialize, "another kernel for every size"
             signature[parameter.name] = "i64" if value >= 2**31 else "i32"
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=hints)
-    options = {"enable_fp_fusion": False}
+    options = {"enable_fp_fusion": False, "num_warps": num_warps}
     return triton.compile(source, target=HOPPER, options=options).asm["ptx"]
 
 
@@ -78,13 +82,17 @@ def inputs(case: Case) -> Inputs:
 def launch_everything(case: Case) -> None:
     kernels, given = module.TritonKernels(), inputs(case)
     fused = Fused(case.act, given.residual, given.mask)
-    statistics = kernels.merge(kernels.moments(given.x, given.mask)[None], 1e-5)
+    packed = kernels.moments(given.x, given.mask)[None]
+    statistics = kernels.merge(packed, 1e-5)
     buffers = torch.empty(2, case.shape[1], dtype=case.parameters, device="meta")
     count = torch.empty((), dtype=torch.int64, device="meta")
     kernels.update(Running(*buffers, count, 0.1), statistics)
     kernels.normalize(given.x, given.affine, fused)
+    parameters = given.affine[2:]
+    kernels.finish(given.x, packed, 1e-5, *parameters, fused, Running(*buffers, count, 0.1))
     backward = (given.dy, given.x, given.affine, fused)
     kernels.backward_input(*backward, kernels.backward_sums(*backward), statistics.total)
+    kernels.backward_sums(*backward, dz=torch.empty_like(given.dy))
     kernels.backward_residual(*backward)
 
 
@@ -101,9 +109,9 @@ def launch_everything(case: Case) -> None:
 )
 def test_every_kernel_compiles(launches: list, case: Case):
     launch_everything(case)
-    assert len(launches) >= 6
-    for kernel, arguments in launches:
-        assert ".visible .entry" in ptx(kernel, arguments), kernel.__name__
+    assert len(launches) >= 8
+    for kernel, *launch in launches:
+        assert ".visible .entry" in ptx(kernel, *launch), kernel.__name__
 
 
 @pytest.mark.parametrize(
@@ -130,18 +138,26 @@ def test_memory_is_read_and_written_in_wide_accesses(launches: list, case: Case,
 counts = st.integers(1, 2**33)
 
 
-@given(counts, st.integers(1, 2**20), counts, st.booleans(), st.integers(1, 2000))
+@given(
+    counts,
+    st.integers(1, 2**20),
+    counts,
+    st.booleans(),
+    st.sampled_from([REDUCTION, MAP]),
+    st.integers(1, 200),
+)
 def test_programs_share_all_steps_and_offsets_in_a_tile_fit_32_bits(
-    images: int, channels: int, positions: int, channels_last: bool, programs: int
+    images: int, channels: int, positions: int, channels_last: bool, kind: Kind, processors: int
 ):
-    tiling = tile(images, channels, positions, channels_last, programs)
-    _, _, steps, of_a_program, height, width, vector, _ = tiling.arguments
+    tiling = tile(images, channels, positions, channels_last, kind, processors)
+    _, _, steps, of_a_program = tiling.sizes
+    height, width, vector, _ = tiling.shape
     blocks, shares = tiling.grid
     assert (blocks - 1) * height < channels <= blocks * height
     assert (shares - 1) * of_a_program < steps <= shares * of_a_program
     assert steps == images * -(-positions // width)
     assert (channels if channels_last else positions) % vector == 0
-    assert height * width <= TILE
+    assert height * width <= kind.values
     farthest = width * channels if channels_last else (height - 1) * positions
     assert farthest < 2**31
 

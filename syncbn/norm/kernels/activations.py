@@ -72,4 +72,8 @@ def apply_act(act: str | None, z: Tensor) -> Tensor:
         return leaky_relu(z)
     if act == "silu":
         return silu(z)
+    if (
+        z.dtype == torch.float64
+    ):  # ATen's CUDA kernel multiplies by a sixth that is rounded to float32
+        return z * relu6(z + 3) / 6
     return hardswish(z)

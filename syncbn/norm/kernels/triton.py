@@ -1,13 +1,13 @@
 """The kernels in Triton, for CUDA tensors: each reads its input once, and nothing waits for the device.
 
-A layer is four or five launches forward (moments, combined where programs shared a channel; merge; update;
-normalize) and two or three backward, each between two plain allocations: what runs can be captured in a CUDA graph,
-and this file is thin because below a few million values the host's time is the layer's time. Only code that has met
-a CUDA tensor imports it, so the layer works without Triton.
+A layer is two or three launches each way (moments, combined where programs shared a channel, then all that follows
+the exchange; two sums, likewise, then the gradient), each between a few plain allocations: what runs can be captured
+in a CUDA graph, and this file is thin because below a few million values the host's time is the layer's time. Only
+code that has met a CUDA tensor imports it, so the layer works without Triton.
 """
 
 import ctypes
-from collections.abc import Iterable
+import functools
 from typing import Any
 
 import torch
@@ -21,11 +21,15 @@ from syncbn.norm.kernels import triton_statistics as per_channel
 from syncbn.norm.kernels.activations import ACTIVATIONS
 from syncbn.norm.kernels.eager import EagerKernels, stats_dtype
 from syncbn.norm.kernels.operands import Affine, Fused, Running
-from syncbn.norm.kernels.triton_tiles import memory_format, tiling_of
+from syncbn.norm.kernels.triton_launch import launch
+from syncbn.norm.kernels.triton_tiles import Form, Tiling, form_of
 from syncbn.norm.moments import Statistics
 
-ROWS_AT_ONCE = 256
-"""Rows that a merge holds in registers; more come in turns."""
+WARPS = 4
+"""Of a program that moves running statistics, or merges rows."""
+
+ROWS_AT_ONCE = 1024
+"""Rows that a merge holds in registers; more come in turns. Programs that share a channel are no more than that."""
 
 VALUES_AT_ONCE = 2048
 """Values, over rows and channels, that a merge or an update holds in registers."""
@@ -41,41 +45,35 @@ class TritonKernels:
         dtype, width = stats_dtype(x.dtype), 2 + 2 * x.shape[1]
         if x.numel() == 0:
             return torch.zeros(width, dtype=dtype, device=x.device)
-        x = _dense(x)
-        tiling = tiling_of(x)
-        rows = _table(tiling.grid[1], width, dtype, x.device)
-        acc = tl.float64 if dtype == torch.float64 else tl.float32
-        _launch(
-            reductions.moments_kernel, tiling.grid, x, _bytes(mask), rows, *tiling.arguments, acc
-        )
-        if len(rows) == 1:
-            return rows[0]
+        form = form_of(x)
+        x, tiling = _dense(x, form), form.reduction
         packed = torch.empty(width, dtype=dtype, device=x.device)
-        block, grid = _merge_shape(len(rows), x.shape[1])
-        _launch(
-            reductions.combine_moments_kernel, grid, rows, packed, len(rows), x.shape[1], *block
+        num_rows = tiling.grid[1]
+        rows = (
+            packed if num_rows == 1 else torch.empty(num_rows * width, dtype=dtype, device=x.device)
         )
+        statics = (
+            *tiling.shape,
+            tl.float64 if dtype == torch.float64 else tl.float32,
+            tiling.num_warps,
+        )
+        tensors = (x, _bytes(mask), rows)
+        launch(reductions.moments_kernel, tiling.grid, tensors, tiling.sizes, statics)
+        if num_rows > 1:
+            block, grid = _merge_shape(num_rows, x.shape[1])
+            sizes = (num_rows, x.shape[1])
+            launch(reductions.combine_moments_kernel, grid, (rows, packed), sizes, block)
         return packed
 
     def merge(self, packed: Tensor, eps: float) -> Statistics:
         """What W ranks' moments come down to, in one launch."""
         packed = packed.contiguous()
         num_rows, num_channels = packed.shape[0], packed.shape[1] // 2 - 1
-        total = torch.empty((), dtype=torch.float64, device=packed.device)
-        statistics = [packed.new_empty(num_channels) for _ in ("mean", "var", "invstd")]
+        statistics = _statistics(num_channels, packed)
         block, grid = _merge_shape(num_rows, num_channels)
-        _launch(
-            per_channel.merge_kernel,
-            grid,
-            packed,
-            total,
-            *statistics,
-            *_split(eps),
-            num_rows,
-            num_channels,
-            *block,
-        )
-        return Statistics(total, *statistics)
+        numbers = (*_split(eps), num_rows, num_channels)
+        launch(per_channel.merge_kernel, grid, (packed, *statistics), numbers, block)
+        return statistics
 
     def update(self, running: Running, statistics: Statistics) -> None:
         """Move the running statistics, in one launch; strided ones are left to ATen."""
@@ -87,107 +85,166 @@ class TritonKernels:
             "momentum=None needs num_batches_tracked"
         )
         num_channels = running.mean.numel()
-        _launch(
+        at_once = min(VALUES_AT_ONCE, triton.next_power_of_2(num_channels))
+        launch(
             per_channel.update_kernel,
             (1, 1),
-            running.mean,
-            running.var,
-            running.num_batches_tracked,
-            statistics.total,
-            statistics.mean,
-            statistics.var,
-            *_split(running.momentum or 0.0),
-            num_channels,
-            cumulative,
-            min(VALUES_AT_ONCE, triton.next_power_of_2(num_channels)),
+            (*running[:3], *statistics[:3]),
+            (*_split(running.momentum or 0.0), num_channels),
+            (cumulative, at_once, WARPS),
         )
-        # what autograd saved of them is stale now, as after any operation in place
-        torch.autograd.graph.increment_version(t for t in running[:3] if t is not None)
+        _written(running)
 
     def normalize(self, x: Tensor, affine: Affine, fused: Fused) -> Tensor:
         """act((x - mean) * invstd * weight + bias + residual)."""
-        x = _dense(x)
-        y = torch.empty_like(x)
-        operands = (x, *_contiguous(affine), _like(fused.residual, x), _bytes(fused.mask))
-        return _map(maps.normalize_kernel, x, operands, y, fused.act)
+        if x.numel() == 0:
+            return torch.empty_like(x)
+        form = form_of(x)
+        x = _dense(x, form)
+        operands = (x, *_affine(affine), _like(fused.residual, form), _bytes(fused.mask))
+        return _map(maps.normalize_kernel, operands, torch.empty_like(x), form.map, fused.act)
 
-    def backward_sums(self, dy: Tensor, x: Tensor, affine: Affine, fused: Fused) -> Tensor:
-        """Sum of dz, and sum of dz * xhat, per channel."""
+    def finish(
+        self,
+        x: Tensor,
+        packed: Tensor,
+        eps: float,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        fused: Fused,
+        running: Running | None,
+    ) -> tuple[Tensor, Statistics]:
+        """`merge`, `update` and `normalize` in one launch, to the same bits; `x` is not empty."""
+        form = form_of(x)
+        x, tiling, packed = _dense(x, form), form.map, _plain(packed)
+        num_rows, num_channels = packed.shape[0], x.shape[1]
+        y, statistics = torch.empty_like(x), _statistics(num_channels, packed)
+        here = running if running is not None and _moves_here(running) else None
+        tensors = (
+            packed,
+            *statistics,
+            *((None, None, None) if here is None else here[:3]),
+            x,
+            _plain(weight),
+            _plain(bias),
+            _like(fused.residual, form),
+            _bytes(fused.mask),
+            y,
+        )
+        momentum = 0.0 if here is None or here.momentum is None else here.momentum
+        numbers = (*_split(eps), *_split(momentum), num_rows, *tiling.sizes)
+        at_once = min(16, triton.next_power_of_2(num_rows))
+        merging = (at_once, at_once >= num_rows)
+        statics = (*tiling.shape, _code(fused.act), *merging, tiling.num_warps)
+        launch(per_channel.finish_kernel, tiling.grid, tensors, numbers, statics)
+        if here is not None:
+            _written(here)
+        elif running is not None:
+            self.update(running, statistics)
+        return y, statistics
+
+    def backward_sums(
+        self, dy: Tensor, x: Tensor, affine: Affine, fused: Fused, dz: Tensor | None = None
+    ) -> Tensor:
+        """Sum of dz, and sum of dz * xhat, per channel; and dz, in the memory format of `x`, where it is given."""
         dtype, num_channels = affine.mean.dtype, x.shape[1]
         if x.numel() == 0:
             return torch.zeros((2, num_channels), dtype=dtype, device=x.device)
-        x = _dense(x)
-        tiling = tiling_of(x)
-        rows = _table(tiling.grid[1], 2 * num_channels, dtype, x.device)
-        operands = _backward_operands(dy, x, affine, fused)
-        code = _code(fused.act)
-        _launch(
-            reductions.backward_sums_kernel, tiling.grid, *operands, rows, *tiling.arguments, code
-        )
-        if len(rows) == 1:
-            return rows.view(2, num_channels)
+        form = form_of(x)
+        tiling = form.reduction
         sums = torch.empty((2, num_channels), dtype=dtype, device=x.device)
-        block, grid = _merge_shape(len(rows), 2 * num_channels)
-        _launch(reductions.add_rows_kernel, grid, rows, sums, len(rows), 2 * num_channels, *block)
+        num_rows = tiling.grid[1]
+        rows = sums if num_rows == 1 else sums.new_empty(num_rows * 2 * num_channels)
+        tensors = (*_backward_operands(dy, x, affine, fused, form), dz, rows)
+        statics = (*tiling.shape, _code(fused.act), tiling.num_warps)
+        launch(reductions.backward_sums_kernel, tiling.grid, tensors, tiling.sizes, statics)
+        if num_rows > 1:
+            (*at_once, _, warps), grid = _merge_shape(num_rows, 2 * num_channels)
+            sizes = (num_rows, 2 * num_channels)
+            launch(reductions.add_rows_kernel, grid, (rows, sums), sizes, (*at_once, warps))
         return sums
 
     def backward_input(
         self, dy: Tensor, x: Tensor, affine: Affine, fused: Fused, sums: Tensor, total: Tensor
     ) -> Tensor:
-        """Weight * invstd * (dz - mean of dz - xhat * mean of dz * xhat)."""
-        x = _dense(x)
-        operands = (*_backward_operands(dy, x, affine, fused), sums.contiguous(), total)
-        return _map(maps.backward_input_kernel, x, operands, torch.empty_like(x), fused.act)
+        """Weight * invstd * (dz - mean of dz - xhat * mean of dz * xhat); `sums` may be W ranks' own, `(W, 2C)`."""
+        if x.numel() == 0:
+            return torch.empty_like(x)
+        form = form_of(x)
+        operands = (*_backward_operands(dy, x, affine, fused, form), _plain(sums), total)
+        dx, ranks = torch.empty_like(operands[1]), sums.numel() // (2 * x.shape[1])
+        return _map(maps.backward_input_kernel, operands, dx, form.map, fused.act, ranks)
 
     def backward_residual(self, dy: Tensor, x: Tensor, affine: Affine, fused: Fused) -> Tensor:
         """The gradient of the residual; `dy` itself where nothing stands between."""
         if fused.act is None and fused.mask is None:
             return dy
-        x = _dense(x)
-        operands = _backward_operands(dy, x, affine, fused)
-        dz = torch.empty_like(x, dtype=dy.dtype)
-        return _map(maps.backward_residual_kernel, x, operands, dz, fused.act)
-
-
-def _launch(kernel: Any, grid: tuple[int, int], *arguments: Any) -> None:
-    """Launch on the device of the first argument; Triton takes the current one.
-
-    Without fused multiply-adds, backward computes the very z that forward computed, whatever else its kernel does, so
-    that both see the same side of a kink; these kernels wait for memory, not for arithmetic.
-    """
-    with torch.cuda.device_of(arguments[0]):
-        kernel[grid](*arguments, enable_fp_fusion=False)
+        if x.numel() == 0:
+            return torch.empty_like(x, dtype=dy.dtype)
+        form = form_of(x)
+        operands = _backward_operands(dy, x, affine, fused, form)
+        dz = torch.empty_like(operands[1], dtype=dy.dtype)
+        return _map(maps.backward_residual_kernel, operands, dz, form.map, fused.act)
 
 
 def _map(
-    kernel: Any, x: Tensor, operands: tuple[Tensor | None, ...], result: Tensor, act: str | None
+    kernel: Any,
+    operands: tuple[Tensor | None, ...],
+    result: Tensor,
+    tiling: Tiling,
+    act: str | None,
+    *numbers: int,
 ) -> Tensor:
-    """`result`, filled by a kernel that takes operands, the result, a tiling and an activation's code."""
-    if x.numel() > 0:
-        tiling = tiling_of(x)
-        _launch(kernel, tiling.grid, *operands, result, *tiling.arguments, _code(act))
+    """`result`, filled by a kernel that takes operands, the result, numbers, a tiling and an activation's code."""
+    statics = (*tiling.shape, _code(act), tiling.num_warps)
+    launch(kernel, tiling.grid, (*operands, result), (*numbers, *tiling.sizes), statics)
     return result
 
 
+def _statistics(num_channels: int, like: Tensor) -> Statistics:
+    """Room for them, where `like` is."""
+    total = torch.empty((), dtype=torch.float64, device=like.device)
+    return Statistics(total, *(like.new_empty(num_channels) for _ in ("mean", "var", "invstd")))
+
+
+def _moves_here(running: Running) -> bool:
+    """Whether every program may move its own channels: their weight is known, and they lie side by side."""
+    contiguous = running.mean.is_contiguous() and running.var.is_contiguous()
+    return contiguous and running.momentum is not None
+
+
+def _written(running: Running) -> None:
+    """What autograd saved of running statistics is stale now, as after any operation in place."""
+    torch.autograd.graph.increment_version(t for t in running[:3] if t is not None)
+
+
 def _backward_operands(
-    dy: Tensor, x: Tensor, affine: Affine, fused: Fused
-) -> tuple[Tensor | None, ...]:
-    residual, output = _like(fused.residual, x), _like(fused.output, x)
-    return _like(dy, x), x, *_contiguous(affine), residual, _bytes(fused.mask), output
+    dy: Tensor, x: Tensor, affine: Affine, fused: Fused, form: Form
+) -> tuple[Any, ...]:
+    residual, output = _like(fused.residual, form), _like(fused.output, form)
+    operands = (_like(dy, form), _dense(x, form), *_affine(affine), residual)
+    return *operands, _bytes(fused.mask), output
 
 
-def _dense(x: Tensor) -> Tensor:
+def _dense(x: Tensor, form: Form) -> Tensor:
     """`x` in a memory format that the kernels read, usually itself."""
-    return x.contiguous(memory_format=memory_format(x))
+    return x if form.dense else x.contiguous(memory_format=form.memory_format)
 
 
-def _like(tensor: Tensor | None, x: Tensor) -> Tensor | None:
-    """`tensor`, of the shape of `x`, in the memory format of `x`."""
-    return None if tensor is None else tensor.contiguous(memory_format=memory_format(x))
+def _like(tensor: Tensor | None, form: Form) -> Tensor | None:
+    """`tensor`, of the shape of x, as x is read."""
+    if tensor is None or tensor.stride() == form.stride:
+        return tensor
+    return tensor.contiguous(memory_format=form.memory_format)
 
 
-def _contiguous(affine: Affine) -> Iterable[Tensor | None]:
-    return (None if values is None else values.contiguous() for values in affine)
+def _plain(values: Tensor | None) -> Tensor | None:
+    return values if values is None or values.is_contiguous() else values.contiguous()
+
+
+def _affine(affine: Affine) -> tuple[Tensor | None, ...]:
+    mean, invstd, weight, bias = affine
+    return _plain(mean), _plain(invstd), _plain(weight), _plain(bias)
 
 
 def _bytes(mask: Tensor | None) -> Tensor | None:
@@ -198,19 +255,17 @@ def _code(act: str | None) -> int:
     return 0 if act is None else ACTIVATIONS[act].code
 
 
-def _table(num_rows: int, width: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Room for a row a program: in float64 where rows are yet to be combined."""
-    row_dtype = dtype if num_rows == 1 else torch.float64
-    return torch.empty((num_rows, width), dtype=row_dtype, device=device)
-
-
-def _merge_shape(num_rows: int, num_channels: int) -> tuple[tuple[int, int], tuple[int, int]]:
-    """Rows and channels that a program merges at once, and the grid."""
+@functools.lru_cache(maxsize=4096)
+def _merge_shape(
+    num_rows: int, num_channels: int
+) -> tuple[tuple[int, int, bool, int], tuple[int, int]]:
+    """Of programs that merge rows: rows and channels at once, whether that is all, and warps; and their grid."""
     rows = min(ROWS_AT_ONCE, triton.next_power_of_2(num_rows))
     channels = min(64, VALUES_AT_ONCE // rows, triton.next_power_of_2(num_channels))
-    return (rows, channels), (triton.cdiv(num_channels, channels), 1)
+    return (rows, channels, rows >= num_rows, WARPS), (triton.cdiv(num_channels, channels), 1)
 
 
+@functools.lru_cache(maxsize=1024)
 def _split(value: float) -> tuple[float, float]:
     """`value` as a float32 and what that leaves over."""
     high = ctypes.c_float(value).value

@@ -75,8 +75,48 @@ def normalize_kernel(
     C, S = aligned(C, S, VECTOR, CHANNELS_LAST)
     first, last = own_steps(steps, steps_per_program)
     channel, known = own_channels(C, K)
-    offsets = tile_offsets(C, S, K, P, CHANNELS_LAST)
     mean, _, scale, bias = coefficients(mean_ptr, invstd_ptr, weight_ptr, bias_ptr, channel, known)
+    normalize_steps(
+        x_ptr,
+        mean,
+        scale,
+        bias,
+        residual_ptr,
+        mask_ptr,
+        y_ptr,
+        C,
+        S,
+        first,
+        last,
+        known,
+        K,
+        P,
+        CHANNELS_LAST,
+        ACT,
+    )
+
+
+@triton.jit
+def normalize_steps(
+    x_ptr: tl.tensor,
+    mean: tl.tensor,
+    scale: tl.tensor,
+    bias: tl.tensor,
+    residual_ptr: tl.tensor | None,
+    mask_ptr: tl.tensor | None,
+    y_ptr: tl.tensor,
+    C: tl.tensor,
+    S: tl.tensor,
+    first: tl.tensor,
+    last: tl.tensor,
+    known: tl.tensor,
+    K: tl.constexpr,
+    P: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr,
+    ACT: tl.constexpr,
+) -> None:
+    """A program's own steps of y, the last one first."""
+    offsets = tile_offsets(C, S, K, P, CHANNELS_LAST)
     for done in range(last - first):
         origin, place, room = locate(last - 1 - done, C, S, K, P, CHANNELS_LAST)
         live = known[:, None] & kept(mask_ptr, place, room, P)[None, :]
@@ -101,6 +141,7 @@ def backward_input_kernel(
     sums_ptr: tl.tensor,
     total_ptr: tl.tensor,
     dx_ptr: tl.tensor,
+    W: tl.tensor,
     C: tl.tensor,
     S: tl.tensor,
     steps: tl.tensor,
@@ -111,7 +152,7 @@ def backward_input_kernel(
     CHANNELS_LAST: tl.constexpr,
     ACT: tl.constexpr,
 ) -> None:
-    """Dx = weight * invstd * (dz - mean of dz - xhat * mean of dz * xhat)."""
+    """Dx = weight * invstd * (dz - mean of dz - xhat * mean of dz * xhat), the means from the sums of W ranks."""
     C, S = aligned(C, S, VECTOR, CHANNELS_LAST)
     first, last = own_steps(steps, steps_per_program)
     channel, known = own_channels(C, K)
@@ -120,8 +161,12 @@ def backward_input_kernel(
         mean_ptr, invstd_ptr, weight_ptr, bias_ptr, channel, known
     )
     total = tl.maximum(tl.load(total_ptr), 1.0).to(mean.dtype)
-    mean_dz = coefficient(sums_ptr, channel, known, 0.0, mean.dtype) / total
-    tilt = coefficient(sums_ptr + C, channel, known, 0.0, mean.dtype) / total * invstd
+    sum_dz = coefficient(sums_ptr, channel, known, 0.0, mean.dtype)
+    sum_dz_xhat = coefficient(sums_ptr + C, channel, known, 0.0, mean.dtype)
+    for rank in range(1, W):
+        sum_dz += coefficient(sums_ptr + rank * 2 * C, channel, known, 0.0, mean.dtype)
+        sum_dz_xhat += coefficient(sums_ptr + rank * 2 * C + C, channel, known, 0.0, mean.dtype)
+    mean_dz, tilt = sum_dz / total, sum_dz_xhat / total * invstd
     for done in range(last - first):
         origin, place, room = locate(last - 1 - done, C, S, K, P, CHANNELS_LAST)
         live = known[:, None] & kept(mask_ptr, place, room, P)[None, :]

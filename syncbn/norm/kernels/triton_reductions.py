@@ -19,6 +19,7 @@ from syncbn.norm.kernels.triton_tiles import (
     locate,
     own_channels,
     own_steps,
+    store_tile,
     tile_offsets,
 )
 
@@ -40,58 +41,38 @@ def moments_kernel(
     CHANNELS_LAST: tl.constexpr,
     DTYPE: tl.constexpr,
 ) -> None:
-    """One row of packed moments a program. A tile stays in registers: first its mean, then squared deviations from it.
+    """One row of packed moments a program: sums of deviations from a shift, and of their squares.
 
-    Tiles are merged by the pairwise formula of Chan, Golub & LeVeque (1983), counted from the first value of the
-    channel, so that a mean far from zero costs no digits.
+    The shift is the mean of the program's first tile, so (shift - mean)^2 is at most the variance times the program's
+    steps, whatever the values: by the rounding of float32 times that the M2 of a program may be off. Sums are kept
+    for each place in a tile, and brought together across threads once, at the end.
     """
     C, S = aligned(C, S, VECTOR, CHANNELS_LAST)
     first, last = own_steps(steps, steps_per_program)
     channel, known = own_channels(C, K)
     offsets = tile_offsets(C, S, K, P, CHANNELS_LAST)
-    shift = _first_values(x_ptr, mask_ptr, first, C, S, K, P, CHANNELS_LAST).to(DTYPE)
     count = tl.full((), 0, tl.int64)
-    mean = tl.zeros((K,), DTYPE)
-    M2 = tl.zeros((K,), DTYPE)
+    shift = tl.zeros((K,), DTYPE)
+    sums = tl.zeros((K, P), DTYPE)
+    squares = tl.zeros((K, P), DTYPE)
     for step in range(first, last):
         origin, place, room = locate(step, C, S, K, P, CHANNELS_LAST)
         keep = kept(mask_ptr, place, room, P)
         live = known[:, None] & keep[None, :]
         x = load_tile(x_ptr + origin, offsets, live, DTYPE, False)
-        new = tl.sum(keep.to(tl.int32), 0).to(tl.int64)
+        new = tl.minimum(room, P) if mask_ptr is None else tl.sum(keep.to(tl.int32), 0)
+        if count == 0:
+            shift = tl.sum(x, 1) / tl.maximum(new, 1).to(DTYPE)
         deviation = tl.where(live, x - shift[:, None], 0.0)
-        tile_mean = tl.sum(deviation, 1) / tl.maximum(new, 1).to(DTYPE)
-        deviation = tl.where(live, deviation - tile_mean[:, None], 0.0)
-        between = tile_mean - mean
-        share = new.to(DTYPE) / tl.maximum(count + new, 1).to(DTYPE)
-        M2 += tl.sum(deviation * deviation, 1) + between * between * share * count.to(DTYPE)
-        mean += between * share
-        count += new
-    mean_of_x = shift.to(tl.float64) + mean.to(tl.float64)
-    _store_packed(
-        rows_ptr + tl.program_id(1) * (2 + 2 * C), count, mean_of_x, M2, channel, known, C
-    )
-
-
-@triton.jit
-def _first_values(
-    x_ptr: tl.tensor,
-    mask_ptr: tl.tensor | None,
-    step: tl.tensor,
-    C: tl.tensor,
-    S: tl.tensor,
-    K: tl.constexpr,
-    P: tl.constexpr,
-    CHANNELS_LAST: tl.constexpr,
-) -> tl.tensor:
-    """The first value of each channel in a step, `(K,)`; 0 where it is masked."""
-    _, known = own_channels(C, K)
-    origin, place, _ = locate(step, C, S, K, P, CHANNELS_LAST)
-    stride = 1 if CHANNELS_LAST else S
-    live = known
-    if mask_ptr is not None:
-        live = tl.load(mask_ptr + place + tl.zeros((K,), tl.int32), mask=known, other=0) != 0
-    return tl.load(x_ptr + origin + tl.arange(0, K) * stride, mask=live, other=0)
+        sums += deviation
+        squares += deviation * deviation
+        count += new.to(tl.int64)
+    total = tl.sum(sums, 1)
+    offset = total / tl.maximum(count, 1).to(DTYPE)
+    M2 = tl.sum(squares, 1) - total * offset
+    M2 = tl.where(M2 < 0, 0.0, M2)  # NaN stays
+    mean = shift.to(tl.float64) + offset.to(tl.float64)
+    _store_packed(rows_ptr + tl.program_id(1) * (2 + 2 * C), count, mean, M2, channel, known, C)
 
 
 @triton.jit
@@ -113,39 +94,59 @@ def _store_packed(
 
 
 @triton.jit
-def _row_counts(rows_ptr: tl.tensor, row: tl.tensor, W: tl.tensor, C: tl.tensor) -> tl.tensor:
-    """The counts in rows of packed moments, float64; 0 beyond the last row."""
-    start = rows_ptr + row * (2 + 2 * C)
-    low = tl.load(start, mask=row < W, other=0).to(tl.float64)
-    return low + tl.load(start + 1, mask=row < W, other=0).to(tl.float64) * LOW_BITS
+def _packed_rows(
+    rows_ptr: tl.tensor,
+    start: tl.tensor,
+    W: tl.tensor,
+    C: tl.tensor,
+    ROWS: tl.constexpr,
+    K: tl.constexpr,
+) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
+    """Counts `(ROWS, 1)`, means and M2s `(ROWS, K)` of packed moments from row `start` on, in float64; 0 beyond W."""
+    channel, known = own_channels(C, K)
+    row = (start + tl.arange(0, ROWS))[:, None]
+    live = (row < W) & known[None, :]
+    place = rows_ptr + row * (2 + 2 * C)
+    low = tl.load(place, mask=row < W, other=0).to(tl.float64)
+    count = low + tl.load(place + 1, mask=row < W, other=0).to(tl.float64) * LOW_BITS
+    place += 2 + channel[None, :]
+    mean = tl.load(place, mask=live, other=0).to(tl.float64)
+    return count, mean, tl.load(place + C, mask=live, other=0).to(tl.float64)
 
 
 @triton.jit
 def merged(
-    rows_ptr: tl.tensor, W: tl.tensor, C: tl.tensor, ROWS: tl.constexpr, K: tl.constexpr
+    rows_ptr: tl.tensor,
+    W: tl.tensor,
+    C: tl.tensor,
+    ROWS: tl.constexpr,
+    K: tl.constexpr,
+    ONCE: tl.constexpr,
 ) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
-    """`syncbn.norm.moments.merge` of W rows of packed moments, for this program's channels, in float64."""
-    channel, known = own_channels(C, K)
-    total = tl.full((), 0, tl.float64)
+    """`syncbn.norm.moments.merge` of W rows of packed moments, for this program's channels, in float64.
+
+    ONCE says that ROWS are no fewer than W: then they are read once, and stay in registers.
+    """
+    total = tl.full((1,), 0, tl.float64)
     mean = tl.zeros((K,), tl.float64)
     M2 = tl.zeros((K,), tl.float64)
-    for start in range(0, W, ROWS):
-        row = start + tl.arange(0, ROWS)
-        live = (row < W)[:, None] & known[None, :]
-        count = _row_counts(rows_ptr, row, W, C)
-        place = rows_ptr + row[:, None] * (2 + 2 * C) + 2 + channel[None, :]
-        total += tl.sum(count, 0)
-        mean += tl.sum(count[:, None] * tl.load(place, mask=live, other=0).to(tl.float64), 0)
-    mean = mean / tl.maximum(total, 1.0)
-    for start in range(0, W, ROWS):
-        row = start + tl.arange(0, ROWS)
-        live = (row < W)[:, None] & known[None, :]
-        count = _row_counts(rows_ptr, row, W, C)
-        place = rows_ptr + row[:, None] * (2 + 2 * C) + 2 + channel[None, :]
-        between = tl.load(place, mask=live, other=0).to(tl.float64) - mean[None, :]
-        within = tl.load(place + C, mask=live, other=0).to(tl.float64)
-        M2 += tl.sum(within + count[:, None] * between * between, 0)
-    return total, mean, M2
+    if ONCE:
+        counts, means, M2s = _packed_rows(rows_ptr, 0, W, C, ROWS, K)
+        total += tl.sum(counts, 0)
+        mean = tl.sum(counts * means, 0) / tl.maximum(total, 1.0)
+        between = means - mean[None, :]
+        M2 = tl.sum(M2s + counts * between * between, 0)
+    else:
+        for start in range(0, W, ROWS):
+            counts, means, _ = _packed_rows(rows_ptr, start, W, C, ROWS, K)
+            total += tl.sum(counts, 0)
+            mean += tl.sum(counts * means, 0)
+        mean = mean / tl.maximum(total, 1.0)
+        for start in range(0, W, ROWS):
+            counts, means, M2s = _packed_rows(rows_ptr, start, W, C, ROWS, K)
+            between = means - mean[None, :]
+            M2 += tl.sum(M2s + counts * between * between, 0)
+    return tl.sum(total, 0), mean, M2
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -156,10 +157,11 @@ def combine_moments_kernel(
     C: tl.tensor,
     ROWS: tl.constexpr,
     K: tl.constexpr,
+    ONCE: tl.constexpr,
 ) -> None:
     """Packed moments of the union of W rows."""
     channel, known = own_channels(C, K)
-    total, mean, M2 = merged(rows_ptr, W, C, ROWS, K)
+    total, mean, M2 = merged(rows_ptr, W, C, ROWS, K, ONCE)
     _store_packed(packed_ptr, total.to(tl.int64), mean, M2, channel, known, C)
 
 
@@ -174,6 +176,7 @@ def backward_sums_kernel(
     residual_ptr: tl.tensor | None,
     mask_ptr: tl.tensor | None,
     output_ptr: tl.tensor | None,
+    dz_ptr: tl.tensor | None,
     rows_ptr: tl.tensor,
     C: tl.tensor,
     S: tl.tensor,
@@ -185,7 +188,10 @@ def backward_sums_kernel(
     CHANNELS_LAST: tl.constexpr,
     ACT: tl.constexpr,
 ) -> None:
-    """One row a program: C sums of dz, then C sums of dz * xhat. What is masked is loaded as 0 and adds 0."""
+    """One row a program: C sums of dz, then C sums of dz * xhat; and dz itself, where it is wanted.
+
+    What is masked is loaded as 0 and adds 0.
+    """
     C, S = aligned(C, S, VECTOR, CHANNELS_LAST)
     first, last = own_steps(steps, steps_per_program)
     channel, known = own_channels(C, K)
@@ -193,8 +199,8 @@ def backward_sums_kernel(
     mean, invstd, scale, bias = coefficients(
         mean_ptr, invstd_ptr, weight_ptr, bias_ptr, channel, known
     )
-    sum_dz = tl.zeros((K,), mean.dtype)
-    sum_dz_centred = tl.zeros((K,), mean.dtype)
+    sum_dz = tl.zeros((K, P), mean.dtype)
+    sum_dz_centred = tl.zeros((K, P), mean.dtype)
     for step in range(first, last):
         origin, place, room = locate(step, C, S, K, P, CHANNELS_LAST)
         live = known[:, None] & kept(mask_ptr, place, room, P)[None, :]
@@ -203,11 +209,13 @@ def backward_sums_kernel(
         dz = before_act(
             dy, centred, scale, bias, residual_ptr, output_ptr, origin, offsets, live, ACT
         )
-        sum_dz += tl.sum(dz, 1)
-        sum_dz_centred += tl.sum(dz * centred, 1)
+        sum_dz += dz
+        sum_dz_centred += dz * centred
+        if dz_ptr is not None:
+            store_tile(dz_ptr + origin, offsets, dz, known, room, P)
     row_ptr = rows_ptr + tl.program_id(1) * 2 * C + channel
-    tl.store(row_ptr, sum_dz, mask=known)
-    tl.store(row_ptr + C, sum_dz_centred * tl.sum(invstd, 1), mask=known)
+    tl.store(row_ptr, tl.sum(sum_dz, 1), mask=known)
+    tl.store(row_ptr + C, tl.sum(sum_dz_centred, 1) * tl.sum(invstd, 1), mask=known)
 
 
 @triton.jit(do_not_specialize=SIZES)

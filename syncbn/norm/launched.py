@@ -1,0 +1,72 @@
+"""A whole pass by kernels that are launched, in as few launches as there can be.
+
+Between its exchange and the next layer a pass on a GPU is short; what takes long is the host, which spends more on each
+launch and each allocation than most layers' kernels do on the device. So what comes before the exchange is one
+reduction, and all that follows it one kernel, which merges ranks itself. What is rare is left to the steps: replays,
+empty batches, one value per channel.
+"""
+
+import torch
+from torch import Tensor
+
+from syncbn.norm import kernels
+from syncbn.norm.kernels import Affine, Fused
+from syncbn.norm.kernels.call import plain_kind
+from syncbn.norm.replay import Found, Remembered, replaying
+from syncbn.norm.steps import Call, addends_over_ranks, check, moments_over_ranks
+
+
+def forward(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    call: Call,
+    needs_grad: bool,
+) -> tuple[Tensor, Remembered] | None:
+    """The output and what it was normalised with, running statistics updated; None where this way does not serve."""
+    kernel = kernels.pick(x)
+    finish = getattr(kernel, "finish", None)
+    if finish is None or replaying() or x.numel() <= x.shape[1] or not plain_kind(x):
+        return None
+    own = kernel.moments(x, call.mask)
+    packed = moments_over_ranks(own, x, call, needs_grad)
+    fused = Fused(call.act, residual, call.mask)
+    y, statistics = finish(x, packed, call.eps, weight, bias, fused, call.running)
+    if call.mask is not None:
+        check(packed, statistics, call, x)
+    found = Remembered(own, statistics)
+    if call.replays is not None:
+        call.replays.keep(found)
+    return y, found
+
+
+def backward(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    fused: Fused,
+    found: Found,
+    call: Call,
+    needs_residual: bool,
+) -> tuple[Tensor, Tensor, Tensor | None] | None:
+    """dx, this rank's `backward_sums`, and the residual's gradient where it is needed; None as in `forward`.
+
+    Where that gradient is a tensor of its own, the reduction writes it too, and the second kernel reads it in the
+    place of all that it was computed from.
+    """
+    kernel = kernels.pick(x)
+    if not hasattr(kernel, "finish") or not x.numel() or not plain_kind(x):
+        return None
+    total, mean, _, invstd = found.statistics
+    affine = Affine(mean, invstd, weight, bias)
+    dz = None
+    if needs_residual and (fused.act is not None or fused.mask is not None):
+        dz = torch.empty_like(x, dtype=dy.dtype)
+    sums = kernel.backward_sums(dy, x, affine, fused, dz)
+    rows = addends_over_ranks(sums, x, call)
+    if dz is not None:
+        dy, fused = dz, Fused(mask=fused.mask)
+    dx = kernel.backward_input(dy, x, affine, fused, rows, total)
+    return dx, sums, dy if needs_residual else None
