@@ -1,8 +1,9 @@
 """Markers for tests that run in processes of their own.
 
 `world_size`: one test function, run plainly in each rank of a gloo group. `triton_interpreter`: run where Triton's
-kernels run on the CPU, which is settled once a process, by its environment. `layer`: given to every test that may run a
-line of the layer, by what its module imports; these alone are run under coverage, which costs half their time again.
+kernels run on the CPU, which is settled once a process, by its environment; both may be asked for. `layer`: given to
+every test that may run a line of the layer, by what its module imports; these alone are run under coverage, which costs
+half their time again.
 """
 
 import functools
@@ -56,9 +57,9 @@ def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
         return None
     names = inspect.signature(pyfuncitem.obj).parameters
     kwargs = {name: pyfuncitem.funcargs[name] for name in names}
-    pool, world_size = (
-        (_interpreter, 1) if interpreted else (_pool, pyfuncitem.callspec.params["world_size"])
-    )
+    callspec = getattr(pyfuncitem, "callspec", None)
+    world_size = 1 if callspec is None else callspec.params.get("world_size", 1)
+    pool = _interpreter if interpreted else _pool
     pool.run(pyfuncitem.module.__name__, pyfuncitem.originalname, kwargs, world_size)
     return True
 
