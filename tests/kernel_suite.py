@@ -123,8 +123,8 @@ def check_moments(kernels: Kernels, case: Case, device: str = "cpu") -> None:
 
 def check_normalize(kernels: Kernels, case: Case, device: str = "cpu") -> None:
     """act((x - mean) * invstd * weight + bias + residual), in the dtype and layout of x."""
-    given = inputs(case, device)
-    y = kernels.normalize(given.x, given.affine, Fused(case.act, given.residual, given.mask))
+    given, fused = forward_inputs(case, device)
+    y = kernels.normalize(given.x, given.affine, fused)
     truth = TRUTH.normalize(given.x.double(), *_double(given, case, None))
     _assert_like(y, given.x)
     terms = [t for t in (truth, given.affine.bias, given.residual) if t is not None and t.numel()]
@@ -156,6 +156,12 @@ def check_backward(kernels: Kernels, case: Case, device: str = "cpu") -> None:
         _assert_like(dresidual, given.dy)
         largest = given.dy.double().abs().amax() if dx.numel() else None
         close(dresidual, TRUTH.backward_residual(*wide), ROUNDING[case.dtype], largest)
+
+
+def forward_inputs(case: Case, device: str = "cpu") -> tuple[Inputs, Fused]:
+    """The case, and what the layer hands to forward for it."""
+    given = inputs(case, device)
+    return given, Fused(case.act, given.residual, given.mask)
 
 
 def backward_inputs(case: Case, device: str = "cpu") -> tuple[Inputs, Fused]:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from syncbn.norm import kernels, launched, whole
 from syncbn.norm.kernels import ACTIVATIONS, Affine, Fused
+from syncbn.norm.kernels.bits import unpacked
 from syncbn.norm.kernels.call import plain
 from syncbn.norm.replay import Found, Remembered
 from syncbn.norm.steps import Call, forward_statistics, sums_over_ranks
@@ -40,15 +41,19 @@ class SyncBatchNormFunction(torch.autograd.Function):
     ) -> Tensor:
         """Normalise; keep what backward needs and no more."""
         ctx.call, needs_grad = call, ctx.needs_input_grad[0]
-        y, ctx.found = forward(x, weight, bias, residual, call, needs_grad)
-        ctx.save_for_backward(x, weight, bias, *to_keep(call.act, residual, y))
+        bits = None
+        if any(ctx.needs_input_grad):
+            bits = kernels.room_for_bits(x, call.act, residual)
+        fused = Fused(call.act, residual, call.mask, bits=bits)
+        y, ctx.found = forward(x, weight, bias, fused, call, needs_grad)
+        ctx.save_for_backward(x, weight, bias, *to_keep(fused, y), bits)
         return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> Gradients:
         """The gradients of x, weight, bias and residual."""
-        x, weight, bias, residual, output = ctx.saved_tensors
-        fused = Fused(ctx.call.act, residual, ctx.call.mask, output)
+        x, weight, bias, residual, output, bits = ctx.saved_tensors
+        fused = Fused(ctx.call.act, residual, ctx.call.mask, output, bits)
         needs = ctx.needs_input_grad
         if torch.is_grad_enabled():
             total = ctx.found.statistics.total
@@ -60,12 +65,12 @@ def forward(
     x: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
-    residual: Tensor | None,
+    fused: Fused,
     call: Call,
     needs_grad: bool,
 ) -> tuple[Tensor, Found]:
     """y, and what it was normalised with, the shortest way there is."""
-    operands = (x, weight, bias, residual, call, needs_grad)
+    operands = (x, weight, bias, fused, call, needs_grad)
     return launched.forward(*operands) or whole.forward(*operands) or step_by_step(*operands)
 
 
@@ -73,7 +78,7 @@ def step_by_step(
     x: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
-    residual: Tensor | None,
+    fused: Fused,
     call: Call,
     needs_grad: bool,
 ) -> tuple[Tensor, Remembered]:
@@ -81,14 +86,13 @@ def step_by_step(
     kernel = kernels.pick(x)
     found = forward_statistics(x, kernel, call, needs_grad)
     affine = Affine(found.statistics.mean, found.statistics.invstd, weight, bias)
-    return kernel.normalize(x, affine, Fused(call.act, residual, call.mask)), found
+    return kernel.normalize(x, affine, fused), found
 
 
-def to_keep(
-    act: str | None, residual: Tensor | None, y: Tensor
-) -> tuple[Tensor | None, Tensor | None]:
+def to_keep(fused: Fused, y: Tensor) -> tuple[Tensor | None, Tensor | None]:
     """Residual and output, as far as backward needs them: z is computed again from x where that is enough."""
-    if act is None or residual is None:
+    act, residual = fused.act, fused.residual
+    if act is None or residual is None or fused.bits is not None:
         return None, None
     return (None, y) if ACTIVATIONS[act].from_output else (residual, None)
 
@@ -200,7 +204,7 @@ def differentiable_gradients(
     scale = 1 if weight is None else weight.view(shape)
     dz = dy.to(wide.dtype)
     if fused.act is not None:
-        z = fused.output
+        z = fused.output if fused.bits is None else unpacked(fused.bits, x)
         if z is None:
             z = xhat * scale if bias is None else xhat * scale + bias.view(shape)
             z = z if fused.residual is None else z + fused.residual

@@ -15,7 +15,8 @@ from torch.distributed.distributed_c10d import (
     _resolve_process_group as resolve_process_group,  # pyright: ignore[reportPrivateImportUsage]
 )
 
-from syncbn.norm.autograd import forward, gradients, to_keep
+from syncbn.norm import launched
+from syncbn.norm.autograd import gradients, step_by_step, to_keep
 from syncbn.norm.exchange import exchange_of
 from syncbn.norm.groups import GroupSpec, resolve
 from syncbn.norm.kernels import EagerKernels, Fused, Running
@@ -55,7 +56,9 @@ def _forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """y, and the statistics it was normalised with."""
     call = _call(eps, act, mask, group, name)
-    y, found = forward(x, weight, bias, residual, call, needs_grad)
+    operands = (x, weight, bias, Fused(call.act, residual, mask), call, needs_grad)
+    # the library's whole pass puts all statistics in one tensor, and an operator's results may share none
+    y, found = launched.forward(*operands) or step_by_step(*operands)
     total, mean, var, invstd = found.statistics
     return y, total, mean, var, invstd
 
@@ -126,7 +129,7 @@ def _remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> 
     ctx.mark_non_differentiable(*output[1:])
     ctx.has_residual = residual is not None
     ctx.rest = (eps, act, group, name)
-    kept = to_keep(act or None, residual, y)
+    kept = to_keep(Fused(act or None, residual), y)
     ctx.save_for_backward(x, weight, bias, *kept, mask, *statistics)
 
 

@@ -91,17 +91,7 @@ class Exchange:
         self._serials = Serials()
         self._calls = 0
 
-    def gather(
-        self,
-        values: Tensor,
-        *,
-        kind: int,
-        layer: str,
-        channels: int,
-        dtype: torch.dtype,
-        needs_grad: bool,
-        serial: int = NAMED,
-    ) -> Tensor:
+    def gather(self, values: Tensor, *, kind: int, **place: Unpack[Place]) -> Tensor:
         """Every rank's `values` `(k,)` as `(W, k)`, after comparing what the ranks are doing (CPU).
 
         Raises:
@@ -111,13 +101,10 @@ class Exchange:
         if values.is_cuda:
             return self._wire.all_gather(values)
         payload = values.contiguous()
-        place = Place(
-            layer=layer, channels=channels, dtype=dtype, needs_grad=needs_grad, serial=serial
-        )
         header, number = self.announce(kind, payload.nbytes, **place)
         transport = self._transport or self._connect(header)
         gathered = transport.gather(header, number, payload)
-        self.met(serial)
+        self.met(place.get("serial", NAMED))
         return gathered
 
     def announce(
@@ -159,11 +146,12 @@ class Exchange:
         return sums.in_order(self.addends(values, **place)).view_as(values)
 
     def addends(self, values: Tensor, **place: Unpack[Place]) -> Tensor:
-        """What adds up, in order, to the `sums` of all ranks: their `values`, `(W, 2C)`, or one row for all."""
+        """Rows that `sums` adds up in order: every rank's values, `(W, 2C)`, or their sum, `(1, 2C)`."""
+        values = values.flatten()
         if not self._too_wide(values):
-            return self.gather(values.flatten(), kind=BACKWARD, **place)
+            return self.gather(values, kind=BACKWARD, **place)
         self._agree(values, BACKWARD, place)
-        return self._wire.all_reduce(values.to(torch.float64)).to(values.dtype).view(1, -1)
+        return self._wire.all_reduce(values.to(torch.float64)).to(values.dtype).unsqueeze(0)
 
     def fail(self, message: str) -> None:
         """Tell the ranks that wait in the next exchange, on a CPU group, that this one cannot take part."""

@@ -20,7 +20,7 @@ def forward(
     x: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
-    residual: Tensor | None,
+    fused: Fused,
     call: Call,
     needs_grad: bool,
 ) -> tuple[Tensor, Remembered] | None:
@@ -31,7 +31,6 @@ def forward(
         return None
     own = kernel.moments(x, call.mask)
     packed = moments_over_ranks(own, x, call, needs_grad)
-    fused = Fused(call.act, residual, call.mask)
     y, statistics = finish(x, packed, call.eps, weight, bias, fused, call.running)
     if call.mask is not None:
         check(packed, statistics, call, x)

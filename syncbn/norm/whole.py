@@ -61,7 +61,7 @@ def forward(
     x: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
-    residual: Tensor | None,
+    fused: Fused,
     call: Call,
     needs_grad: bool,
 ) -> tuple[Tensor, Block] | None:
@@ -71,7 +71,7 @@ def forward(
         NonFiniteStatistics, ValueError: see `steps.forward_statistics`.
     """
     form = form_of(x.shape, x.stride(), x.dtype, call.act)
-    again, running = replaying(), call.running
+    again, running, residual = replaying(), call.running, fused.residual
     if (
         form is None
         or not _serves(x, form, call, residual)

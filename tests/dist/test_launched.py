@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from oracle import assert_close, batch_norm, own_part
+from torch.autograd import gradcheck, gradgradcheck
 from torch.nn.functional import hardswish, leaky_relu, relu, relu6, silu
 from torch.utils.checkpoint import checkpoint
 
@@ -46,7 +47,7 @@ def launches():
         chosen.cache_clear()
 
 
-def _layers(channels=6, **options):
+def _layers(channels, **options):
     layer = batch_norm(channels, **options).double()
     return syncbn.convert_sync_batchnorm(batch_norm(channels, **options).double()), layer
 
@@ -54,17 +55,18 @@ def _layers(channels=6, **options):
 @pytest.mark.world_size(1, 2, 3)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize(
-    ("act", "masked", "momentum"),
-    [(act, False, 0.3) for act in (None, *ACTS)]
-    + [(None, True, 0.3), ("relu", True, None), (None, False, None)],
+    ("act", "shape", "masked", "momentum"),
+    [(act, (6, 5, 4), False, 0.3) for act in (None, *ACTS)]
+    + [(act, (8, 4, 4), False, 0.3) for act in ("relu", "relu6", "leaky_relu")]
+    + [(None, (6, 5, 4), True, 0.3), ("relu", (8, 4, 4), True, None), (None, (6, 5, 4), False, None)],
 )
-def test_ranks_give_the_numbers_of_one(world_size, layout, act, masked, momentum):
+def test_ranks_give_the_numbers_of_one(world_size, layout, act, shape, masked, momentum):
     generator = torch.Generator().manual_seed(0)
     whole, residual, dy = (
-        torch.randn(7, 6, 5, 4, generator=generator, dtype=torch.float64) for _ in range(3)
+        torch.randn(7, *shape, generator=generator, dtype=torch.float64) for _ in range(3)
     )
-    mask = torch.rand(7, 1, 5, 4, generator=generator) < (0.6 if masked else 2)
-    ours, oracle = _layers(momentum=momentum)
+    mask = torch.rand(7, 1, *shape[1:], generator=generator) < (0.6 if masked else 2)
+    ours, oracle = _layers(shape[0], momentum=momentum)
     ours.act = act
     expected_x, expected_residual = (t.clone().requires_grad_() for t in (whole, residual))
     kept = mask.expand_as(whole).transpose(0, 1).flatten(1)[0]
@@ -73,7 +75,7 @@ def test_ranks_give_the_numbers_of_one(world_size, layout, act, masked, momentum
     normalised = normalised.masked_scatter(
         kept.expand_as(normalised), oracle(values.t()[..., None, None]).squeeze().t()
     )
-    z = normalised.view(6, 7, 5, 4).transpose(0, 1) + expected_residual
+    z = normalised.view(shape[0], 7, *shape[1:]).transpose(0, 1) + expected_residual
     y = (z if act is None else ACTS[act](z)).masked_fill(~mask, 0)
     y.backward(dy)
 
@@ -119,6 +121,24 @@ def test_a_replay_counts_nothing_and_repeats_the_numbers(world_size):
 
 
 @pytest.mark.world_size(1)
+@pytest.mark.parametrize("act", ["relu", "leaky_relu", "silu"])
+def test_second_derivatives_are_those_of_differences(world_size, act):
+    generator = torch.Generator().manual_seed(1)
+    x, residual = (
+        torch.randn(3, 8, generator=generator, dtype=torch.float64).requires_grad_()
+        for _ in range(2)
+    )
+    ours = syncbn.SyncBatchNorm(8, act=act).double()
+
+    def layer(x, residual):
+        return ours(x, residual=residual)
+
+    with launches():
+        assert gradcheck(layer, (x, residual), fast_mode=True)
+        assert gradgradcheck(layer, (x, residual), fast_mode=True)
+
+
+@pytest.mark.world_size(1)
 def test_what_follows_the_exchange_has_the_bits_of_the_steps(world_size):
     from syncbn.norm.kernels import Affine, Fused, Running
     from syncbn.norm.kernels.triton import TritonKernels
@@ -147,18 +167,18 @@ def test_what_follows_the_exchange_has_the_bits_of_the_steps(world_size):
 def test_many_programs_may_share_a_channel(world_size, channels_last):
     import kernel_suite as suite
 
-    from syncbn.norm.kernels import triton_tiles as tiles
+    from syncbn.norm.kernels import triton_forms as forms
     from syncbn.norm.kernels.triton import TritonKernels
 
-    real = tiles.multiprocessors
-    tiles.multiprocessors = lambda device: 40
-    tiles._form.cache_clear()
+    real = forms.multiprocessors
+    forms.multiprocessors = lambda device: 20
+    forms._form.cache_clear()
     try:
-        case = suite.Case((90, 5, 11, 13), channels_last=channels_last, act="relu")
-        form = tiles.form_of(suite.inputs(case).x)
+        case = suite.Case((40, 5, 9, 11), channels_last=channels_last, act="relu")
+        form = forms.form_of(suite.inputs(case).x)
         assert form.reduction.grid[1] > 4
         suite.check_moments(TritonKernels(), case)
         suite.check_backward(TritonKernels(), case)
     finally:
-        tiles.multiprocessors = real
-        tiles._form.cache_clear()
+        forms.multiprocessors = real
+        forms._form.cache_clear()

@@ -10,6 +10,7 @@ from kernel_suite import Case
 
 from syncbn.norm.kernels import ACTIVATIONS, Affine, EagerKernels, Fused, Running
 from syncbn.norm.kernels.activations import apply_act
+from syncbn.norm.kernels.bits import unpacked
 
 pytestmark = [
     pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="no triton"),
@@ -89,6 +90,57 @@ def test_derivatives_at_kinks_are_those_of_the_table(act: str):
     torch.testing.assert_close(slope, expected, equal_nan=True)
     y = kernels().normalize(z, affine, Fused(act))
     torch.testing.assert_close(y, apply_act(act, z), equal_nan=True)
+
+
+@interpreted
+@pytest.mark.parametrize("masked", [False, True], ids=["whole", "masked"])
+@pytest.mark.parametrize("act", [name for name, act in ACTIVATIONS.items() if act.from_output])
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case((3, 5, 8, 9), residual=True),
+        Case((2, 3, 1096), residual=True),
+        Case((3, 24, 5, 3), residual=True, channels_last=True),
+        Case((20, 136, 3, 3), torch.float64, residual=True, channels_last=True),
+        Case((2, 16, 2, 4), torch.bfloat16, residual=True),
+    ],
+    ids=str,
+)
+def test_bits_take_the_place_of_the_output(case: Case, act: str, masked: bool):
+    case = case._replace(act=act, masked=masked)
+    given, forward = suite.forward_inputs(case)
+    bits = kernels().room_for_bits(given.x, act)
+    assert bits.nbytes == given.x.numel() // 8
+    bits.fill_(0xAA)
+    y = kernels().normalize(given.x, given.affine, forward._replace(bits=bits))
+    of_output = Fused(act, mask=given.mask, output=y)
+    of_bits = Fused(act, mask=given.mask, bits=bits)
+    slope = ACTIVATIONS[act].derivative(unpacked(bits, given.x))
+    kept = torch.ones(()) if given.mask is None else given.mask
+    assert torch.equal(slope * kept, ACTIVATIONS[act].derivative(y) * kept)
+    total = torch.full((), 7.0, dtype=torch.float64)
+    found = []
+    for fused in (of_output, of_bits):
+        operands = (given.dy, given.x, given.affine, fused)
+        dz = torch.empty_like(given.x)
+        sums = kernels().backward_sums(*operands, dz)
+        dx = kernels().backward_input(*operands, sums, total)
+        found.append((sums, dz, dx, kernels().backward_residual(*operands)))
+    for expected, ours in zip(*found, strict=True):
+        assert torch.equal(expected, ours)
+    assert torch.equal(found[0][1], found[0][3])
+
+
+@interpreted
+def test_bits_are_kept_where_a_byte_belongs_to_one_row():
+    planes, last = torch.empty(2, 6, 4, 4), torch.empty(2, 8, 5, 3)
+    last = last.to(memory_format=torch.channels_last)
+    assert kernels().room_for_bits(planes, "relu") is not None
+    assert kernels().room_for_bits(last, "relu") is not None
+    assert kernels().room_for_bits(planes, "silu") is None
+    assert kernels().room_for_bits(planes[:, :, :, :3], "relu") is None
+    assert kernels().room_for_bits(last[:, :6].contiguous(), "relu") is None
+    assert kernels().room_for_bits(planes[:0], "relu") is None
 
 
 @interpreted

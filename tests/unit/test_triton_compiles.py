@@ -23,7 +23,7 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
 from syncbn.norm.kernels import triton as module  # noqa: E402
-from syncbn.norm.kernels.triton_tiles import MAP, REDUCTION, Kind, tile  # noqa: E402
+from syncbn.norm.kernels.triton_forms import MAP, REDUCTION, Kind, tile  # noqa: E402
 
 HOPPER = GPUTarget("cuda", 90, 32)
 POINTERS = {

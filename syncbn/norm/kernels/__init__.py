@@ -27,6 +27,7 @@ __all__ = [
     "check_act",
     "faster_alone",
     "pick",
+    "room_for_bits",
 ]
 
 
@@ -74,6 +75,17 @@ class Kernels(Protocol):
     def backward_residual(self, dy: Tensor, x: Tensor, affine: Affine, fused: Fused) -> Tensor:
         """The gradient of the residual: dz, in the dtype of `dy`."""
         ...
+
+
+def room_for_bits(x: Tensor, act: str | None, residual: Tensor | None) -> Tensor | None:
+    """Room for `Fused.bits`, where the kernels that serve `x` can do with them; None elsewhere.
+
+    Without a residual z follows from x, which is kept in any case.
+    """
+    if act is None or residual is None:
+        return None
+    room = getattr(pick(x), "room_for_bits", None)
+    return None if room is None else room(x, act)
 
 
 def pick(x: Tensor) -> Kernels:

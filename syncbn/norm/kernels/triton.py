@@ -21,8 +21,8 @@ from syncbn.norm.kernels import triton_statistics as per_channel
 from syncbn.norm.kernels.activations import ACTIVATIONS
 from syncbn.norm.kernels.eager import EagerKernels, stats_dtype
 from syncbn.norm.kernels.operands import Affine, Fused, Running
+from syncbn.norm.kernels.triton_forms import Form, Tiling, form_of
 from syncbn.norm.kernels.triton_launch import launch
-from syncbn.norm.kernels.triton_tiles import Form, Tiling, form_of
 from syncbn.norm.moments import Statistics
 
 WARPS = 4
@@ -95,13 +95,26 @@ class TritonKernels:
         )
         _written(running)
 
+    def room_for_bits(self, x: Tensor, act: str | None) -> Tensor | None:
+        """Where `normalize` may note the side of its kink that each value of z is on; None where it keeps no bits.
+
+        They spare backward the reading of y, and nobody keeps y for its sake. Eight values in memory must belong to
+        one row of a plane, or to one position in channels_last.
+        """
+        if act is None or not ACTIVATIONS[act].from_output or x.numel() == 0:
+            return None
+        if form_of(x).map.vector % 8:
+            return None
+        return torch.empty(x.numel() // 8, dtype=torch.uint8, device=x.device)
+
     def normalize(self, x: Tensor, affine: Affine, fused: Fused) -> Tensor:
         """act((x - mean) * invstd * weight + bias + residual)."""
         if x.numel() == 0:
             return torch.empty_like(x)
         form = form_of(x)
         x = _dense(x, form)
-        operands = (x, *_affine(affine), _like(fused.residual, form), _bytes(fused.mask))
+        residual = _like(fused.residual, form)
+        operands = (x, *_affine(affine), residual, _bytes(fused.mask), fused.bits)
         return _map(maps.normalize_kernel, operands, torch.empty_like(x), form.map, fused.act)
 
     def finish(
@@ -129,6 +142,7 @@ class TritonKernels:
             _plain(bias),
             _like(fused.residual, form),
             _bytes(fused.mask),
+            fused.bits,
             y,
         )
         momentum = 0.0 if here is None or here.momentum is None else here.momentum
@@ -223,7 +237,7 @@ def _backward_operands(
 ) -> tuple[Any, ...]:
     residual, output = _like(fused.residual, form), _like(fused.output, form)
     operands = (_like(dy, form), _dense(x, form), *_affine(affine), residual)
-    return *operands, _bytes(fused.mask), output
+    return *operands, _bytes(fused.mask), output, fused.bits
 
 
 def _dense(x: Tensor, form: Form) -> Tensor:

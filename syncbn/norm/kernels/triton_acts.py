@@ -49,3 +49,19 @@ def slope(z: tl.tensor, ACT: tl.constexpr) -> tl.tensor:
         tl.static_assert(ACT == _HARDSWISH)
         derivative = tl.where(z < -3, 0.0, tl.where(z <= 3, z / 3 + 0.5, 1.0))
     return derivative
+
+
+@triton.jit
+def upper(z: tl.tensor, ACT: tl.constexpr) -> tl.tensor:
+    """Of an activation whose derivative takes two values: where it is 1."""
+    above = z > 0
+    if ACT == _RELU6:
+        above = above & (z < 6)
+    return above
+
+
+@triton.jit
+def slope_where(above: tl.tensor, dtype: tl.constexpr, ACT: tl.constexpr) -> tl.tensor:
+    """f'(z), of `upper(z)`."""
+    below: tl.constexpr = _LEAK if ACT == _LEAKY_RELU else 0.0
+    return tl.where(above, tl.full(above.shape, 1.0, dtype), below)

@@ -1,9 +1,9 @@
 """Launches of Triton kernels that cost the host little.
 
 Triton looks at every argument of every launch to find the code compiled for the like of them, and calls hooks for
-profilers even where there are none: 23 us a launch on the host of an H100, of which CUDA's part is less than half. Here
-what decides is known beforehand: dtypes, and the statics of the call. What was compiled once is found by them and handed
-plain addresses.
+profilers even where there are none: 23 us a launch on the host of an H100, of which CUDA's part is less than half.
+Here what decides is known beforehand: dtypes, and the statics of the call. What was compiled once is found by them and
+handed plain addresses.
 """
 
 from typing import Any

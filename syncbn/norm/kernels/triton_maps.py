@@ -8,7 +8,8 @@ in the L2 cache. (Awaits measurement on a GPU.) Values read for the last time in
 import triton
 import triton.language as tl
 
-from syncbn.norm.kernels.triton_acts import activate, slope
+from syncbn.norm.kernels.triton_acts import activate, slope, slope_where, upper
+from syncbn.norm.kernels.triton_bits import load_bits, store_bits
 from syncbn.norm.kernels.triton_tiles import (
     SIZES,
     aligned,
@@ -32,14 +33,18 @@ def before_act(
     bias: tl.tensor,
     residual_ptr: tl.tensor | None,
     output_ptr: tl.tensor | None,
+    bits_ptr: tl.tensor | None,
     origin: tl.tensor,
     offsets: tl.tensor,
     live: tl.tensor,
     ACT: tl.constexpr,
 ) -> tl.tensor:
-    """The gradient of z: dz = dy * act'(z), with z as forward computed it, or y in its place where y was kept."""
+    """The gradient of z: dz = dy * act'(z), with z as forward computed it, or y or its bits where those were kept."""
     if ACT == 0:
         dz = dy
+    elif bits_ptr is not None:
+        above = load_bits(bits_ptr, origin, offsets, live)
+        dz = dy * slope_where(above, dy.dtype, ACT)
     else:
         if output_ptr is not None:
             z = load_tile(output_ptr + origin, offsets, live, dy.dtype, False)
@@ -60,6 +65,7 @@ def normalize_kernel(
     bias_ptr: tl.tensor | None,
     residual_ptr: tl.tensor | None,
     mask_ptr: tl.tensor | None,
+    bits_ptr: tl.tensor | None,
     y_ptr: tl.tensor,
     C: tl.tensor,
     S: tl.tensor,
@@ -83,6 +89,7 @@ def normalize_kernel(
         bias,
         residual_ptr,
         mask_ptr,
+        bits_ptr,
         y_ptr,
         C,
         S,
@@ -104,6 +111,7 @@ def normalize_steps(
     bias: tl.tensor,
     residual_ptr: tl.tensor | None,
     mask_ptr: tl.tensor | None,
+    bits_ptr: tl.tensor | None,
     y_ptr: tl.tensor,
     C: tl.tensor,
     S: tl.tensor,
@@ -123,6 +131,9 @@ def normalize_steps(
         z = (load_tile(x_ptr + origin, offsets, live, mean.dtype, True) - mean) * scale + bias
         if residual_ptr is not None:
             z += load_tile(residual_ptr + origin, offsets, live, mean.dtype, True)
+        if bits_ptr is not None:
+            above = upper(z, ACT)
+            store_bits(bits_ptr, origin, above, C, S, known, room, K, P, CHANNELS_LAST)
         y = tl.where(live, activate(z, ACT), 0.0)
         store_tile(y_ptr + origin, offsets, y, known, room, P)
 
@@ -138,6 +149,7 @@ def backward_input_kernel(
     residual_ptr: tl.tensor | None,
     mask_ptr: tl.tensor | None,
     output_ptr: tl.tensor | None,
+    bits_ptr: tl.tensor | None,
     sums_ptr: tl.tensor,
     total_ptr: tl.tensor,
     dx_ptr: tl.tensor,
@@ -173,7 +185,17 @@ def backward_input_kernel(
         dy = load_tile(dy_ptr + origin, offsets, live, mean.dtype, True)
         centred = load_tile(x_ptr + origin, offsets, live, mean.dtype, True) - mean
         dz = before_act(
-            dy, centred, scale, bias, residual_ptr, output_ptr, origin, offsets, live, ACT
+            dy,
+            centred,
+            scale,
+            bias,
+            residual_ptr,
+            output_ptr,
+            bits_ptr,
+            origin,
+            offsets,
+            live,
+            ACT,
         )
         dx = tl.where(live, (dz - mean_dz - centred * tilt) * scale, 0.0)
         store_tile(dx_ptr + origin, offsets, dx, known, room, P)
@@ -190,6 +212,7 @@ def backward_residual_kernel(
     residual_ptr: tl.tensor | None,
     mask_ptr: tl.tensor | None,
     output_ptr: tl.tensor | None,
+    bits_ptr: tl.tensor | None,
     dz_ptr: tl.tensor,
     C: tl.tensor,
     S: tl.tensor,
@@ -213,6 +236,16 @@ def backward_residual_kernel(
         dy = load_tile(dy_ptr + origin, offsets, live, mean.dtype, False)
         centred = load_tile(x_ptr + origin, offsets, live, mean.dtype, False) - mean
         dz = before_act(
-            dy, centred, scale, bias, residual_ptr, output_ptr, origin, offsets, live, ACT
+            dy,
+            centred,
+            scale,
+            bias,
+            residual_ptr,
+            output_ptr,
+            bits_ptr,
+            origin,
+            offsets,
+            live,
+            ACT,
         )
         store_tile(dz_ptr + origin, offsets, dz, known, room, P)

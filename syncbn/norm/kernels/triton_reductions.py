@@ -176,6 +176,7 @@ def backward_sums_kernel(
     residual_ptr: tl.tensor | None,
     mask_ptr: tl.tensor | None,
     output_ptr: tl.tensor | None,
+    bits_ptr: tl.tensor | None,
     dz_ptr: tl.tensor | None,
     rows_ptr: tl.tensor,
     C: tl.tensor,
@@ -207,7 +208,17 @@ def backward_sums_kernel(
         dy = load_tile(dy_ptr + origin, offsets, live, mean.dtype, False)
         centred = load_tile(x_ptr + origin, offsets, live, mean.dtype, False) - mean
         dz = before_act(
-            dy, centred, scale, bias, residual_ptr, output_ptr, origin, offsets, live, ACT
+            dy,
+            centred,
+            scale,
+            bias,
+            residual_ptr,
+            output_ptr,
+            bits_ptr,
+            origin,
+            offsets,
+            live,
+            ACT,
         )
         sum_dz += dz
         sum_dz_centred += dz * centred
