@@ -9,6 +9,7 @@ its kernels. Torch's synchronised path cannot be replayed: what its kernels take
 """
 
 import argparse
+import datetime
 import json
 import random
 import statistics
@@ -249,17 +250,22 @@ def line(row: Mapping[str, Any]) -> str:
 
 def measure(group: ProcessGroup) -> dict[str, Any]:
     """Everything, printed as it comes."""
+    import triton
+
     device = torch.cuda.get_device_properties(0)
     rate = copy_rate()
     print(f"{device.name}, torch {torch.__version__}, copies at {rate / 1e12:.2f} TB/s")
     found: dict[str, Any] = {
+        "date": datetime.date.today().isoformat(),
         "device": device.name,
         "torch": torch.__version__,
+        "triton": triton.__version__,
         "copy_bytes_per_s": rate,
         "world_size": group.size(),
         "layers": [],
         "large": [],
         "fused": [],
+        "fused_large": [],
     }
     for case in all_cases():
         found["layers"].append(layer_row(case, rate))
@@ -267,9 +273,10 @@ def measure(group: ProcessGroup) -> dict[str, Any]:
     for case in all_cases(LARGE):
         found["large"].append(layer_row(case, rate))
         print(line(found["large"][-1]), flush=True)
-    for case in all_cases((*SHAPES, *LARGE)):
-        found["fused"].append(fused_row(case))
-        print(line(found["fused"][-1]), flush=True)
+    for section, shapes in (("fused", SHAPES), ("fused_large", LARGE)):
+        for case in all_cases(shapes):
+            found[section].append(fused_row(case))
+            print(line(found[section][-1]), flush=True)
     found["network"] = network_row()
     print(line(found["network"]))
     return found

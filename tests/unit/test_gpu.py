@@ -15,6 +15,7 @@ from torch.nn.modules._functions import SyncBatchNorm as TorchsFunction
 import syncbn
 from syncbn.norm import kernels as chosen
 from syncbn.norm.kernels import EagerKernels, Kernels
+from syncbn.norm.kernels.activations import apply_act
 
 pytestmark = [
     pytest.mark.gpu,
@@ -104,9 +105,9 @@ def nccl(tmp_path):
 
 
 def synchronised(group, **fused: object) -> Callable[[Tensor], Tensor]:
-    """The path of several ranks in a group of one, with parameters and buffers of its own."""
-    parameters = [torch.rand(6, device="cuda", requires_grad=True) for _ in range(2)]
-    buffers = torch.zeros(6, device="cuda"), torch.ones(6, device="cuda")
+    """The path of several ranks in a group of one, over 8 channels, with parameters and buffers of its own."""
+    parameters = [torch.rand(8, device="cuda", requires_grad=True) for _ in range(2)]
+    buffers = torch.zeros(8, device="cuda"), torch.ones(8, device="cuda")
     count = torch.zeros((), dtype=torch.int64, device="cuda")
 
     def layer(x: Tensor) -> Tensor:
@@ -166,7 +167,7 @@ def operands(ways: dict[str, object], x: Tensor) -> dict[str, object]:
 
 @each_way
 def test_nothing_waits_for_the_device(nccl, ways: dict[str, object]):
-    x = torch.randn(8, 6, 5, 5, device="cuda", requires_grad=True)
+    x = torch.randn(8, 8, 4, 4, device="cuda", requires_grad=True)
     layer = synchronised(nccl, **operands(ways, x.detach()))
     layer(x).square().sum().backward()  # the first call compiles, and sets NCCL up
     torch.cuda.set_sync_debug_mode("error")
@@ -178,7 +179,7 @@ def test_nothing_waits_for_the_device(nccl, ways: dict[str, object]):
 
 @each_way
 def test_forward_and_backward_are_captured_in_a_graph(nccl, ways: dict[str, object]):
-    x = torch.randn(8, 6, 5, 5, device="cuda", requires_grad=True)
+    x = torch.randn(8, 8, 4, 4, device="cuda", requires_grad=True)
     dy = torch.randn_like(x)
     layer = synchronised(nccl, **operands(ways, x.detach()))
 
@@ -199,6 +200,30 @@ def test_forward_and_backward_are_captured_in_a_graph(nccl, ways: dict[str, obje
     graph.replay()
     for replayed, expected in zip(captured, step(), strict=True):
         assert torch.equal(replayed, expected)
+
+
+@each_layout
+@pytest.mark.parametrize("act", ["relu", "relu6", "leaky_relu", "silu"])
+def test_fused_gradients_are_those_of_float64(nccl, act: str, layout: torch.memory_format):
+    """Of a residual too, whose gradient the reduction writes, from bits where a derivative has but two values."""
+    whole, residual, dy = (torch.randn(4, 16, 24, 8) for _ in range(3))
+    oracle = nn.BatchNorm2d(16, affine=False).double()
+    operands = [t.double().requires_grad_() for t in (whole, residual)]
+    expected = apply_act(act, oracle(operands[0]) + operands[1])
+    expected_gradients = torch.autograd.grad(expected, operands, dy.double())
+    x, r = (t.cuda().to(memory_format=layout).requires_grad_() for t in (whole, residual))
+    y = syncbn.sync_batch_norm(x, residual=r, act=act, process_group=nccl)
+    gradients = torch.autograd.grad(y, [x, r], dy.cuda())
+    assert_close(y.cpu(), expected, 1e-5, "output")
+    for ours, theirs in zip(gradients, expected_gradients, strict=True):
+        assert_close(ours.cpu(), theirs, 1e-5, "gradient")
+
+
+def test_programs_that_share_channels_give_the_same_bits_every_time():
+    x = torch.randn(32, 64, 56, 56, device="cuda").to(memory_format=torch.channels_last)
+    expected = kernels().moments(x)
+    for _ in range(200):
+        assert torch.equal(kernels().moments(x), expected)
 
 
 def test_a_compiled_layer_has_no_graph_break(nccl):

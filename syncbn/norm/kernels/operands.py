@@ -29,8 +29,7 @@ class Fused(NamedTuple):
         residual: in the shape of x, any floating dtype. In backward it is there only where z is computed again.
         mask: bool, `(N, 1, *)` with the trailing sizes of x, contiguous; None keeps every position.
         output: y, in backward only, where act has a residual and its derivative follows from y.
-        bits: in the place of `output`, in forward to be filled: whether act' is 1, a bit a value, uint8; the values
-            in memory order, the first of each 8 in the lowest bit. See `Kernels.room_for_bits`.
+        bits: in the place of `output`, in forward to be filled: whether act' is 1, a bit a value; see `bits`.
     """
 
     act: str | None = None

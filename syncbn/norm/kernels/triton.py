@@ -19,6 +19,7 @@ from syncbn.norm.kernels import triton_maps as maps
 from syncbn.norm.kernels import triton_reductions as reductions
 from syncbn.norm.kernels import triton_statistics as per_channel
 from syncbn.norm.kernels.activations import ACTIVATIONS
+from syncbn.norm.kernels.bits import room_for_bits
 from syncbn.norm.kernels.eager import EagerKernels, stats_dtype
 from syncbn.norm.kernels.operands import Affine, Fused, Running
 from syncbn.norm.kernels.triton_forms import Form, Tiling, form_of
@@ -98,14 +99,11 @@ class TritonKernels:
     def room_for_bits(self, x: Tensor, act: str | None) -> Tensor | None:
         """Where `normalize` may note the side of its kink that each value of z is on; None where it keeps no bits.
 
-        They spare backward the reading of y, and nobody keeps y for its sake. Eight values in memory must belong to
-        one row of a plane, or to one position in channels_last.
+        They spare backward the reading of y, and nobody keeps y for its sake; see `bits`.
         """
         if act is None or not ACTIVATIONS[act].from_output or x.numel() == 0:
             return None
-        if form_of(x).map.vector % 8:
-            return None
-        return torch.empty(x.numel() // 8, dtype=torch.uint8, device=x.device)
+        return room_for_bits(x)
 
     def normalize(self, x: Tensor, affine: Affine, fused: Fused) -> Tensor:
         """act((x - mean) * invstd * weight + bias + residual)."""

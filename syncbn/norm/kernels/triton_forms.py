@@ -14,6 +14,8 @@ import torch
 import triton
 from torch import Tensor
 
+from syncbn.norm.kernels.formats import channels_follow, memory_format
+
 
 class Kind(NamedTuple):
     """How the launches of one kind of kernel are cut.
@@ -61,11 +63,6 @@ class Tiling(NamedTuple):
     shape: tuple[int, int, int, bool]
     num_warps: int
 
-    @property
-    def vector(self) -> int:
-        """What the length of a row in memory is divisible by, up to 16."""
-        return self.shape[2]
-
 
 class Form(NamedTuple):
     """How inputs of one shape, layout and device are read.
@@ -97,7 +94,7 @@ def _form(shape: torch.Size, stride: tuple[int, ...], itemsize: int, device: tor
     dense = like.contiguous(memory_format=layout)
     num_images, num_channels = shape[:2]
     num_positions = like.numel() // (num_images * num_channels)
-    channels_last = num_positions == 1 or not dense.is_contiguous()
+    channels_last = channels_follow(like)
     if channels_last:
         num_images, num_positions = 1, num_images * num_positions
     sizes = (num_images, num_channels, num_positions, channels_last)
@@ -110,15 +107,6 @@ def _form(shape: torch.Size, stride: tuple[int, ...], itemsize: int, device: tor
         reduction=tile(*sizes, reduction, multiprocessors(device)),
         map=tile(*sizes, MAP, multiprocessors(device)),
     )
-
-
-def memory_format(x: Tensor) -> torch.memory_format:
-    """The layout that the kernels read `x` in: channels_last where `x` is that and not contiguous."""
-    if x.dim() in (4, 5) and not x.is_contiguous():
-        last = torch.channels_last if x.dim() == 4 else torch.channels_last_3d
-        if x.is_contiguous(memory_format=last):
-            return last
-    return torch.contiguous_format
 
 
 def tile(

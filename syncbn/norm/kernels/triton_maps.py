@@ -37,13 +37,20 @@ def before_act(
     origin: tl.tensor,
     offsets: tl.tensor,
     live: tl.tensor,
+    row: tl.tensor,
+    room: tl.tensor,
+    C: tl.tensor,
+    S: tl.tensor,
+    K: tl.constexpr,
+    P: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr,
     ACT: tl.constexpr,
 ) -> tl.tensor:
     """The gradient of z: dz = dy * act'(z), with z as forward computed it, or y or its bits where those were kept."""
     if ACT == 0:
         dz = dy
     elif bits_ptr is not None:
-        above = load_bits(bits_ptr, origin, offsets, live)
+        above = load_bits(bits_ptr, live, origin, row, room, C, S, K, P, CHANNELS_LAST)
         dz = dy * slope_where(above, dy.dtype, ACT)
     else:
         if output_ptr is not None:
@@ -126,14 +133,14 @@ def normalize_steps(
     """A program's own steps of y, the last one first."""
     offsets = tile_offsets(C, S, K, P, CHANNELS_LAST)
     for done in range(last - first):
-        origin, place, room = locate(last - 1 - done, C, S, K, P, CHANNELS_LAST)
+        origin, place, room, row = locate(last - 1 - done, C, S, K, P, CHANNELS_LAST)
         live = known[:, None] & kept(mask_ptr, place, room, P)[None, :]
         z = (load_tile(x_ptr + origin, offsets, live, mean.dtype, True) - mean) * scale + bias
         if residual_ptr is not None:
             z += load_tile(residual_ptr + origin, offsets, live, mean.dtype, True)
         if bits_ptr is not None:
             above = upper(z, ACT)
-            store_bits(bits_ptr, origin, above, C, S, known, room, K, P, CHANNELS_LAST)
+            store_bits(bits_ptr, above, origin, row, room, known, C, S, K, P, CHANNELS_LAST)
         y = tl.where(live, activate(z, ACT), 0.0)
         store_tile(y_ptr + origin, offsets, y, known, room, P)
 
@@ -180,7 +187,7 @@ def backward_input_kernel(
         sum_dz_xhat += coefficient(sums_ptr + rank * 2 * C + C, channel, known, 0.0, mean.dtype)
     mean_dz, tilt = sum_dz / total, sum_dz_xhat / total * invstd
     for done in range(last - first):
-        origin, place, room = locate(last - 1 - done, C, S, K, P, CHANNELS_LAST)
+        origin, place, room, row = locate(last - 1 - done, C, S, K, P, CHANNELS_LAST)
         live = known[:, None] & kept(mask_ptr, place, room, P)[None, :]
         dy = load_tile(dy_ptr + origin, offsets, live, mean.dtype, True)
         centred = load_tile(x_ptr + origin, offsets, live, mean.dtype, True) - mean
@@ -195,6 +202,13 @@ def backward_input_kernel(
             origin,
             offsets,
             live,
+            row,
+            room,
+            C,
+            S,
+            K,
+            P,
+            CHANNELS_LAST,
             ACT,
         )
         dx = tl.where(live, (dz - mean_dz - centred * tilt) * scale, 0.0)
@@ -231,7 +245,7 @@ def backward_residual_kernel(
     offsets = tile_offsets(C, S, K, P, CHANNELS_LAST)
     mean, _, scale, bias = coefficients(mean_ptr, invstd_ptr, weight_ptr, bias_ptr, channel, known)
     for done in range(last - first):
-        origin, place, room = locate(last - 1 - done, C, S, K, P, CHANNELS_LAST)
+        origin, place, room, row = locate(last - 1 - done, C, S, K, P, CHANNELS_LAST)
         live = known[:, None] & kept(mask_ptr, place, room, P)[None, :]
         dy = load_tile(dy_ptr + origin, offsets, live, mean.dtype, False)
         centred = load_tile(x_ptr + origin, offsets, live, mean.dtype, False) - mean
@@ -246,6 +260,13 @@ def backward_residual_kernel(
             origin,
             offsets,
             live,
+            row,
+            room,
+            C,
+            S,
+            K,
+            P,
+            CHANNELS_LAST,
             ACT,
         )
         store_tile(dz_ptr + origin, offsets, dz, known, room, P)

@@ -56,7 +56,7 @@ def moments_kernel(
     sums = tl.zeros((K, P), DTYPE)
     squares = tl.zeros((K, P), DTYPE)
     for step in range(first, last):
-        origin, place, room = locate(step, C, S, K, P, CHANNELS_LAST)
+        origin, place, room, _ = locate(step, C, S, K, P, CHANNELS_LAST)
         keep = kept(mask_ptr, place, room, P)
         live = known[:, None] & keep[None, :]
         x = load_tile(x_ptr + origin, offsets, live, DTYPE, False)
@@ -203,7 +203,7 @@ def backward_sums_kernel(
     sum_dz = tl.zeros((K, P), mean.dtype)
     sum_dz_centred = tl.zeros((K, P), mean.dtype)
     for step in range(first, last):
-        origin, place, room = locate(step, C, S, K, P, CHANNELS_LAST)
+        origin, place, room, row = locate(step, C, S, K, P, CHANNELS_LAST)
         live = known[:, None] & kept(mask_ptr, place, room, P)[None, :]
         dy = load_tile(dy_ptr + origin, offsets, live, mean.dtype, False)
         centred = load_tile(x_ptr + origin, offsets, live, mean.dtype, False) - mean
@@ -218,6 +218,13 @@ def backward_sums_kernel(
             origin,
             offsets,
             live,
+            row,
+            room,
+            C,
+            S,
+            K,
+            P,
+            CHANNELS_LAST,
             ACT,
         )
         sum_dz += dz

@@ -1,5 +1,5 @@
 # pyright: reportArgumentType=false
-"""How a Triton program walks its tiles, each of channels x positions, whatever the memory layout; see `triton_forms`."""
+"""How a Triton program walks its tiles of channels x positions, whatever the memory layout; see `triton_forms`."""
 
 import triton
 import triton.language as tl
@@ -46,8 +46,11 @@ def locate(
     K: tl.constexpr,
     P: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
-) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
-    """Of a step: its first value, its first position over the batch, positions from there to the image's end."""
+) -> tuple[tl.tensor, tl.tensor, tl.tensor, tl.tensor]:
+    """Of a step: its first value, its first position over the batch, positions from there to the image's end, its row.
+
+    That is the first of its planes, counted over the batch.
+    """
     chunks = tl.cdiv(S, P)
     image = step // chunks
     start = (step - image * chunks) * P
@@ -56,7 +59,8 @@ def locate(
     origin = channel * (1 if CHANNELS_LAST else S) + start.to(tl.int64) * (
         C if CHANNELS_LAST else 1
     )
-    return origin + image.to(tl.int64) * S * C, place, S - start
+    row = image.to(tl.int64) * C + channel
+    return origin + image.to(tl.int64) * S * C, place, S - start, row
 
 
 @triton.jit

@@ -1,0 +1,18 @@
+"""The memory formats that kernels read inputs in."""
+
+import torch
+from torch import Tensor
+
+
+def memory_format(x: Tensor) -> torch.memory_format:
+    """The layout that `x` is read in: channels_last where `x` is that and not contiguous."""
+    if x.dim() in (4, 5) and not x.is_contiguous():
+        last = torch.channels_last if x.dim() == 4 else torch.channels_last_3d
+        if x.is_contiguous(memory_format=last):
+            return last
+    return torch.contiguous_format
+
+
+def channels_follow(x: Tensor) -> bool:
+    """Whether the channels of a position follow each other in memory, once `x` `(N, C, *)` is in its memory format."""
+    return x[0, 0].numel() == 1 or memory_format(x) != torch.contiguous_format
