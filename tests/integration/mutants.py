@@ -8,6 +8,7 @@ ONE_BATCH = f"{EQUIVALENCE}::test_any_split_matches_one_big_batch_in_float64[2-r
 LARGE_MEAN = f"{EQUIVALENCE}::test_float32_stays_within_its_bound_even_at_a_large_mean[2-ranks-100.0-0.01-0.001]"
 TRAINING = f"{DIST}/test_train_on_ranks.py::test_synchronised_ranks_train_as_one_process_on_the_whole_batch"
 EVERY_CUT = f"{UNIT}/test_cpu_kernels.py::test_every_cut_counts_each_value_once"
+LAUNCHED = f"{DIST}/test_launched.py"
 TRITON_CUT = f"{UNIT}/test_triton.py::test_every_value_counts_once_however_the_input_is_cut"
 
 
@@ -315,8 +316,15 @@ KERNELS = [
     Mutant(
         "Triton: pieces merged without their distance",
         f"{NORM}/kernels/triton_reductions.py",
-        "M2 += tl.sum(within + count[:, None] * between * between, 0)",
-        "M2 += tl.sum(within, 0)",
+        "        M2 = tl.sum(M2s + counts * between * between, 0)",
+        "        M2 = tl.sum(M2s, 0)",
+        f"{UNIT}/test_triton.py::test_moments_of_ranks_merge",
+    ),
+    Mutant(
+        "Triton: pieces merged without their distance, in turns",
+        f"{NORM}/kernels/triton_reductions.py",
+        "M2 += tl.sum(M2s + counts * between * between, 0)",
+        "M2 += tl.sum(M2s, 0)",
         f"{UNIT}/test_triton.py::test_moments_of_ranks_merge",
     ),
     Mutant(
@@ -343,9 +351,44 @@ KERNELS = [
     Mutant(
         "Triton: Bessel's correction left out",
         f"{NORM}/kernels/triton_statistics.py",
-        "bessel = total / tl.maximum(total - 1, 1.0)",
-        "bessel = 1.0",
+        "return total / tl.maximum(total - 1, 1.0)",
+        "return total / tl.maximum(total, 1.0)",
         f"{UNIT}/test_triton.py::test_running_statistics_move",
+    ),
+    Mutant(
+        "Triton: moments counted from 0",
+        f"{NORM}/kernels/triton_reductions.py",
+        "shift = tl.sum(x, 1) / tl.maximum(new, 1).to(DTYPE)",
+        "shift = tl.zeros((K,), DTYPE)",
+        f"{UNIT}/test_triton.py::test_a_mean_large_against_the_spread_leaves_the_variance",
+    ),
+    Mutant(
+        "Triton: running statistics moved by every program",
+        f"{NORM}/kernels/triton_statistics.py",
+        "if tl.program_id(1) == 0:",
+        "if tl.program_id(1) >= 0:",
+        f"{LAUNCHED}::test_what_follows_the_exchange_has_the_bits_of_the_steps",
+    ),
+    Mutant(
+        "Triton: the first rank's sums taken for those of all",
+        f"{NORM}/kernels/triton_maps.py",
+        "for rank in range(1, W):",
+        "for rank in range(1, 1):",
+        f"{LAUNCHED}::test_ranks_give_the_numbers_of_one",
+    ),
+    Mutant(
+        "Triton: the last bits of a row not stored",
+        f"{NORM}/kernels/triton_bits.py",
+        "exists = known[:, None] & (chunk * 64 < room)[None, :]",
+        "exists = known[:, None] & (chunk * 64 + 64 <= room)[None, :]",
+        f"{UNIT}/test_triton.py::test_bits_take_the_place_of_the_output",
+    ),
+    Mutant(
+        "Triton: bits of the wrong side",
+        f"{NORM}/kernels/triton_acts.py",
+        "above = above & (z < 6)",
+        "above = above & (z < 7)",
+        f"{UNIT}/test_triton.py::test_bits_take_the_place_of_the_output",
     ),
 ]
 

@@ -51,7 +51,9 @@ def test_layers_of_a_network_are_those_of_float64(shape, channels_last: bool, dt
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("counts", [[5], [2**27 + 3, 7, 0], [0, 0], list(range(300))])
+@pytest.mark.parametrize(
+    "counts", [[5], [2**27 + 3, 7, 0], [0, 0], list(range(300)), list(range(1100))]
+)
 def test_moments_of_ranks_merge(counts: list[int], dtype: torch.dtype):
     suite.check_merge(kernels(), counts, 9, dtype, "cuda")
 

@@ -165,7 +165,9 @@ def test_what_is_masked_may_hold_anything():
 
 @interpreted
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("counts", [[5], [2**27 + 3, 7, 0], [0, 0], list(range(300))])
+@pytest.mark.parametrize(
+    "counts", [[5], [2**27 + 3, 7, 0], [0, 0], list(range(300)), list(range(1100))]
+)
 def test_moments_of_ranks_merge(counts, dtype):
     suite.check_merge(kernels(), counts, 9, dtype)
 

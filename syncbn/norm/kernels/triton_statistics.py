@@ -117,7 +117,7 @@ def finish_kernel(
                 tl.store(num_batches_tracked_ptr, batches)
         if running_mean_ptr is not None:
             factor = seen * momentum_high + seen * momentum_low
-            bessel = total / tl.maximum(total - 1, 1.0)
+            bessel = _bessel(total)
             _move(running_mean_ptr + channel, mean.to(tl.float64), factor, known)
             unbiased = var.to(dtype).to(tl.float64) * bessel
             _move(running_var_ptr + channel, unbiased, factor, known)
@@ -167,7 +167,7 @@ def update_kernel(
         tl.store(num_batches_tracked_ptr, batches)
         if CUMULATIVE:
             factor = seen / tl.maximum(batches, 1).to(tl.float64)
-    bessel = total / tl.maximum(total - 1, 1.0)
+    bessel = _bessel(total)
     for start in range(0, C, K):
         channel = start + tl.arange(0, K)
         known = channel < C
@@ -175,6 +175,12 @@ def update_kernel(
         var = tl.load(var_ptr + channel, mask=known, other=0).to(tl.float64) * bessel
         _move(running_mean_ptr + channel, mean, factor, known)
         _move(running_var_ptr + channel, var, factor, known)
+
+
+@triton.jit
+def _bessel(total: tl.tensor) -> tl.tensor:
+    """N / (N - 1); 1 for fewer than two values."""
+    return total / tl.maximum(total - 1, 1.0)
 
 
 @triton.jit
