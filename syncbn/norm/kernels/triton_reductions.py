@@ -204,7 +204,10 @@ def backward_sums_kernel(
     )
     sum_dz = tl.zeros((K, P), mean.dtype)
     sum_dz_centred = tl.zeros((K, P), mean.dtype)
-    for step in tl.range(first, last, loop_unroll_factor=UNROLL):
+    TILES: tl.constexpr = (
+        UNROLL if ACT == 0 else 1
+    )  # a residual's bits and gradient need the registers
+    for step in tl.range(first, last, loop_unroll_factor=TILES):
         origin, place, room, row = locate(step, C, S, K, P, CHANNELS_LAST)
         live = known[:, None] & kept(mask_ptr, place, room, P)[None, :]
         dy = load_tile(dy_ptr + origin, offsets, live, mean.dtype, False)
