@@ -10,6 +10,7 @@ its kernels. Torch's synchronised path cannot be replayed: what its kernels take
 
 import argparse
 import datetime
+import functools
 import json
 import random
 import statistics
@@ -262,20 +263,14 @@ def measure(group: ProcessGroup) -> dict[str, Any]:
         "triton": triton.__version__,
         "copy_bytes_per_s": rate,
         "world_size": group.size(),
-        "layers": [],
-        "large": [],
-        "fused": [],
-        "fused_large": [],
     }
-    for case in all_cases():
-        found["layers"].append(layer_row(case, rate))
-        print(line(found["layers"][-1]), flush=True)
-    for case in all_cases(LARGE):
-        found["large"].append(layer_row(case, rate))
-        print(line(found["large"][-1]), flush=True)
-    for section, shapes in (("fused", SHAPES), ("fused_large", LARGE)):
+    layer = functools.partial(layer_row, bytes_per_s=rate)
+    fused = {"fused": (fused_row, SHAPES), "fused_large": (fused_row, LARGE)}
+    sections = {"layers": (layer, SHAPES), "large": (layer, LARGE), **fused}
+    for section, (measured, shapes) in sections.items():
+        found[section] = []
         for case in all_cases(shapes):
-            found[section].append(fused_row(case))
+            found[section].append(measured(case))
             print(line(found[section][-1]), flush=True)
     found["network"] = network_row()
     print(line(found["network"]))

@@ -54,9 +54,9 @@ class Bound(NamedTuple):
         """The mean over `rows`, and what the bound says of it."""
         mean = geometric_mean(self.ratios(rows))
         if self.value is None:
-            return f"{mean:.2f}"
+            return f"{mean:.3f}"
         met = mean >= self.value if self.at_least else mean <= self.value
-        return f"{mean:.2f} met" if met else f"**{mean:.2f} NOT met**"
+        return f"{mean:.3f} met" if met else f"**{mean:.3f} NOT met**"
 
 
 def taken(how: str, numerator: str, denominator: str) -> Callable[[Sequence[Row]], list[float]]:
@@ -176,10 +176,15 @@ def _step(ms: dict[str, float], name: str) -> str:
     return f"{ms[name]:.2f} ({ms[name] / ms['local']:.2f} of local)" if name in ms else "-"
 
 
+def newest() -> Path:
+    """The results that the docs quote: the last by date."""
+    return max(RESULTS.glob("*.json"))
+
+
 def main() -> None:
     """Write what is generated into docs/performance.md."""
     given = [Path(argument) for argument in sys.argv[1:]]
-    result = given[0] if given else max(RESULTS.glob("*.json"))
+    result = given[0] if given else newest()
     page = ROOT / "docs/performance.md"
     text = generated(json.loads(result.read_text()))
     page.write_text(insert(page.read_text(), BEGIN, END, text))

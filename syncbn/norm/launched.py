@@ -9,8 +9,7 @@ empty batches, one value per channel.
 import torch
 from torch import Tensor
 
-from syncbn.norm import kernels
-from syncbn.norm.kernels import Affine, Fused
+from syncbn.norm.kernels import Affine, Fused, launched_kernels
 from syncbn.norm.kernels.call import plain_kind
 from syncbn.norm.replay import Found, Remembered, replaying
 from syncbn.norm.steps import Call, addends_over_ranks, check, moments_over_ranks
@@ -25,13 +24,12 @@ def forward(
     needs_grad: bool,
 ) -> tuple[Tensor, Remembered] | None:
     """The output and what it was normalised with, running statistics updated; None where this way does not serve."""
-    kernel = kernels.pick(x)
-    finish = getattr(kernel, "finish", None)
-    if finish is None or replaying() or x.numel() <= x.shape[1] or not plain_kind(x):
+    kernel = launched_kernels(x)
+    if kernel is None or replaying() or x.numel() <= x.shape[1] or not plain_kind(x):
         return None
     own = kernel.moments(x, call.mask)
     packed = moments_over_ranks(own, x, call, needs_grad)
-    y, statistics = finish(x, packed, call.eps, weight, bias, fused, call.running)
+    y, statistics = kernel.finish(x, packed, call.eps, weight, bias, fused, call.running)
     if call.mask is not None:
         check(packed, statistics, call, x)
     found = Remembered(own, statistics)
@@ -55,8 +53,8 @@ def backward(
     Where that gradient is a tensor of its own, the reduction writes it too, and the second kernel reads it in the
     place of all that it was computed from.
     """
-    kernel = kernels.pick(x)
-    if not hasattr(kernel, "finish") or not x.numel() or not plain_kind(x):
+    kernel = launched_kernels(x)
+    if kernel is None or not x.numel() or not plain_kind(x):
         return None
     total, mean, _, invstd = found.statistics
     affine = Affine(mean, invstd, weight, bias)

@@ -4,7 +4,7 @@ Every implementation gives the same results within rounding and passes the same 
 tensor. Nothing here knows of other ranks, and nothing here waits for a GPU.
 """
 
-from typing import Protocol
+from typing import Protocol, cast
 
 import torch
 from torch import Tensor
@@ -23,9 +23,11 @@ __all__ = [
     "EagerKernels",
     "Fused",
     "Kernels",
+    "LaunchedKernels",
     "Running",
     "check_act",
     "faster_alone",
+    "launched_kernels",
     "pick",
     "room_for_bits",
 ]
@@ -77,6 +79,39 @@ class Kernels(Protocol):
         ...
 
 
+class LaunchedKernels(Kernels, Protocol):
+    """Kernels that are launched on a device: what the host does for a pass takes longer than most of them run."""
+
+    def room_for_bits(self, x: Tensor, act: str | None) -> Tensor | None:
+        """Where `normalize` and `finish` note `Fused.bits`; None where they keep none."""
+        ...
+
+    def finish(
+        self,
+        x: Tensor,
+        packed: Tensor,
+        eps: float,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        fused: Fused,
+        running: Running | None,
+    ) -> tuple[Tensor, Statistics]:
+        """`merge`, `update` and `normalize` in one launch, to the same bits; `x` is not empty."""
+        ...
+
+    def backward_sums(
+        self, dy: Tensor, x: Tensor, affine: Affine, fused: Fused, dz: Tensor | None = None
+    ) -> Tensor:
+        """As of `Kernels`; and dz itself, in the memory format of `x`, where it is given."""
+        ...
+
+
+def launched_kernels(x: Tensor) -> LaunchedKernels | None:
+    """The kernels that serve `x`, if they are launched."""
+    kernels = pick(x)
+    return cast(LaunchedKernels, kernels) if hasattr(kernels, "finish") else None
+
+
 def room_for_bits(x: Tensor, act: str | None, residual: Tensor | None) -> Tensor | None:
     """Room for `Fused.bits`, where the kernels that serve `x` can do with them; None elsewhere.
 
@@ -84,8 +119,8 @@ def room_for_bits(x: Tensor, act: str | None, residual: Tensor | None) -> Tensor
     """
     if act is None or residual is None:
         return None
-    room = getattr(pick(x), "room_for_bits", None)
-    return None if room is None else room(x, act)
+    kernels = launched_kernels(x)
+    return None if kernels is None else kernels.room_for_bits(x, act)
 
 
 def pick(x: Tensor) -> Kernels:

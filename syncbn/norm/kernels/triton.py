@@ -127,7 +127,7 @@ class TritonKernels:
     ) -> tuple[Tensor, Statistics]:
         """`merge`, `update` and `normalize` in one launch, to the same bits; `x` is not empty."""
         form = form_of(x)
-        x, tiling, packed = _dense(x, form), form.map, _plain(packed)
+        x, tiling, packed = _dense(x, form), form.map, packed.contiguous()
         num_rows, num_channels = packed.shape[0], x.shape[1]
         y, statistics = torch.empty_like(x), _statistics(num_channels, packed)
         here = running if running is not None and _moves_here(running) else None
@@ -163,7 +163,7 @@ class TritonKernels:
         if x.numel() == 0:
             return torch.zeros((2, num_channels), dtype=dtype, device=x.device)
         form = form_of(x)
-        tiling = form.reduction
+        x, tiling = _dense(x, form), form.reduction
         sums = torch.empty((2, num_channels), dtype=dtype, device=x.device)
         num_rows = tiling.grid[1]
         rows = sums if num_rows == 1 else sums.new_empty(num_rows * 2 * num_channels)
@@ -183,8 +183,9 @@ class TritonKernels:
         if x.numel() == 0:
             return torch.empty_like(x)
         form = form_of(x)
+        x, ranks = _dense(x, form), sums.numel() // (2 * x.shape[1])
         operands = (*_backward_operands(dy, x, affine, fused, form), _plain(sums), total)
-        dx, ranks = torch.empty_like(operands[1]), sums.numel() // (2 * x.shape[1])
+        dx = torch.empty_like(x)
         return _map(maps.backward_input_kernel, operands, dx, form.map, fused.act, ranks)
 
     def backward_residual(self, dy: Tensor, x: Tensor, affine: Affine, fused: Fused) -> Tensor:
@@ -194,8 +195,9 @@ class TritonKernels:
         if x.numel() == 0:
             return torch.empty_like(x, dtype=dy.dtype)
         form = form_of(x)
+        x = _dense(x, form)
         operands = _backward_operands(dy, x, affine, fused, form)
-        dz = torch.empty_like(operands[1], dtype=dy.dtype)
+        dz = torch.empty_like(x, dtype=dy.dtype)
         return _map(maps.backward_residual_kernel, operands, dz, form.map, fused.act)
 
 
@@ -232,9 +234,9 @@ def _written(running: Running) -> None:
 
 def _backward_operands(
     dy: Tensor, x: Tensor, affine: Affine, fused: Fused, form: Form
-) -> tuple[Any, ...]:
+) -> tuple[Tensor | None, ...]:
     residual, output = _like(fused.residual, form), _like(fused.output, form)
-    operands = (_like(dy, form), _dense(x, form), *_affine(affine), residual)
+    operands = (_like(dy, form), x, *_affine(affine), residual)
     return *operands, _bytes(fused.mask), output, fused.bits
 
 

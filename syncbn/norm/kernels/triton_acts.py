@@ -1,3 +1,4 @@
+# pyright: reportAssignmentType=false
 """The activations and their derivatives inside Triton kernels, by the codes of `activations.ACTIVATIONS`.
 
 Comparisons are written so that NaN passes through functions, and derivatives agree with the table at its kinks.

@@ -1,4 +1,4 @@
-# pyright: reportArgumentType=false
+# pyright: reportArgumentType=false, reportAssignmentType=false, reportOperatorIssue=false
 """A bit a value in Triton, for what takes two values only, laid out as `bits` says."""
 
 import triton

@@ -59,7 +59,8 @@ def launch(
     if code is None:
         _compiled[key] = _find_and_launch(kernel, grid, tensors, numbers, statics)
         return
-    place = (*grid, 1, driver.active.get_current_stream(device))
+    stream = driver.active.get_current_stream(device)  # pyright: ignore[reportAttributeAccessIssue]
+    place = (*grid, 1, stream)
     hooks = (None, None, None)
     code.run(
         *place, code.function, code.packed_metadata, *hooks, *addresses, *numbers, *statics[:-1]

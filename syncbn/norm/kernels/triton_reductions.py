@@ -1,4 +1,4 @@
-# pyright: reportArgumentType=false
+# pyright: reportArgumentType=false, reportAssignmentType=false, reportGeneralTypeIssues=false, reportReturnType=false
 """Reductions over an input in Triton: moments forward, two sums backward.
 
 Each program brings its share of the positions down to one row of a table, and a second small kernel

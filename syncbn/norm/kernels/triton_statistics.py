@@ -1,4 +1,4 @@
-# pyright: reportArgumentType=false
+# pyright: reportArgumentType=false, reportAttributeAccessIssue=false
 """What is done once a channel, in Triton: merging ranks, and moving running statistics; one launch each, or all in one.
 
 `eps` and `momentum` come as two float32, a value and what that leaves over, because Triton passes a Python
