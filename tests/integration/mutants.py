@@ -384,6 +384,13 @@ KERNELS = [
         f"{UNIT}/test_triton.py::test_bits_take_the_place_of_the_output",
     ),
     Mutant(
+        "Triton: code for aligned addresses run on others",
+        f"{NORM}/kernels/triton_launch.py",
+        "usual = together % ALIGNMENT == 0 and max(numbers) < 2**31",
+        "usual = max(numbers) < 2**31",
+        f"{UNIT}/test_triton_launch.py",
+    ),
+    Mutant(
         "Triton: bits of the wrong side",
         f"{NORM}/kernels/triton_acts.py",
         "above = above & (z < 6)",
