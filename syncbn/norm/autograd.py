@@ -19,6 +19,7 @@ from syncbn.norm import kernels, launched, whole
 from syncbn.norm.kernels import ACTIVATIONS, Affine, Fused
 from syncbn.norm.kernels.bits import unpacked
 from syncbn.norm.kernels.call import plain
+from syncbn.norm.kernels.formats import memory_format
 from syncbn.norm.replay import Found, Remembered
 from syncbn.norm.steps import Call, forward_statistics, sums_over_ranks
 
@@ -44,6 +45,8 @@ class SyncBatchNormFunction(torch.autograd.Function):
         bits = None
         if any(ctx.needs_input_grad):
             bits = kernels.room_for_bits(x, call.act, residual)
+            # how bits lie follows from that, and hooks on saved tensors may bring x back in another one
+            ctx.memory_format = memory_format(x)
         fused = Fused(call.act, residual, call.mask, bits=bits)
         y, ctx.found = forward(x, weight, bias, fused, call, needs_grad)
         ctx.save_for_backward(x, weight, bias, *to_keep(fused, y), bits)
@@ -53,6 +56,8 @@ class SyncBatchNormFunction(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> Gradients:
         """The gradients of x, weight, bias and residual."""
         x, weight, bias, residual, output, bits = ctx.saved_tensors
+        if bits is not None:
+            x = x.contiguous(memory_format=ctx.memory_format)
         fused = Fused(ctx.call.act, residual, ctx.call.mask, output, bits)
         needs = ctx.needs_input_grad
         if torch.is_grad_enabled():
@@ -70,8 +75,11 @@ def forward(
     needs_grad: bool,
 ) -> tuple[Tensor, Found]:
     """y, and what it was normalised with, the shortest way there is."""
-    operands = (x, weight, bias, fused, call, needs_grad)
-    return launched.forward(*operands) or whole.forward(*operands) or step_by_step(*operands)
+    return (
+        launched.forward(x, weight, bias, fused, call, needs_grad)
+        or whole.forward(x, weight, bias, fused.residual, call, needs_grad)
+        or step_by_step(x, weight, bias, fused, call, needs_grad)
+    )
 
 
 def step_by_step(

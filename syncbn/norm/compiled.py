@@ -108,7 +108,8 @@ def _backward(
         return x.new_empty(0) if gradient is None else gradient.clone()
 
     dx = x.new_empty(0) if dx is None else dx
-    return dx, own(dweight), own(dbias), own(dresidual)
+    dresidual = own(dresidual) if dresidual is None or dresidual is dy else dresidual
+    return dx, own(dweight), own(dbias), dresidual
 
 
 @_backward.register_fake

@@ -115,6 +115,9 @@ def complaint(
         return ValueError(
             f"expected a residual of shape {tuple(input.shape)}, got {tuple(residual.shape)}"
         )
+    for name, operand in (("residual", residual), ("mask", mask)):
+        if operand is not None and operand.device != input.device:
+            return ValueError(f"expected a {name} on {input.device}, got {operand.device}")
     return None if mask is None else _complaint_of_mask(mask, input)
 
 

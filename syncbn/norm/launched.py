@@ -29,9 +29,13 @@ def forward(
         return None
     own = kernel.moments(x, call.mask)
     packed = moments_over_ranks(own, x, call, needs_grad)
-    y, statistics = kernel.finish(x, packed, call.eps, weight, bias, fused, call.running)
-    if call.mask is not None:
+    looks = call.mask is not None  # how much it leaves is seen only now
+    running = None if looks else call.running
+    y, statistics = kernel.finish(x, packed, call.eps, weight, bias, fused, running)
+    if looks:
         check(packed, statistics, call, x)
+        if call.running is not None:
+            kernel.update(call.running, statistics)
     found = Remembered(own, statistics)
     if call.replays is not None:
         call.replays.keep(found)
@@ -56,6 +60,7 @@ def backward(
     kernel = launched_kernels(x)
     if kernel is None or not x.numel() or not plain_kind(x):
         return None
+    x = kernel.dense(x)
     total, mean, _, invstd = found.statistics
     affine = Affine(mean, invstd, weight, bias)
     dz = None

@@ -61,7 +61,7 @@ def forward(
     x: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
-    fused: Fused,
+    residual: Tensor | None,
     call: Call,
     needs_grad: bool,
 ) -> tuple[Tensor, Block] | None:
@@ -71,7 +71,7 @@ def forward(
         NonFiniteStatistics, ValueError: see `steps.forward_statistics`.
     """
     form = form_of(x.shape, x.stride(), x.dtype, call.act)
-    again, running, residual = replaying(), call.running, fused.residual
+    again, running = replaying(), call.running
     if (
         form is None
         or not _serves(x, form, call, residual)

@@ -2,13 +2,14 @@
 
 import importlib.util
 import os
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import pytest
 import torch
 import torch.distributed as dist
 from oracle import assert_close, batch_norm, own_part
 from torch.autograd import gradcheck, gradgradcheck
+from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.functional import hardswish, leaky_relu, relu, relu6, silu
 from torch.utils.checkpoint import checkpoint
 
@@ -47,9 +48,9 @@ def launches():
         chosen.cache_clear()
 
 
-def _layers(channels, **options):
-    layer = batch_norm(channels, **options).double()
-    return syncbn.convert_sync_batchnorm(batch_norm(channels, **options).double()), layer
+def _layers(channels, dims=4, **options):
+    layer = batch_norm(channels, dims, **options).double()
+    return syncbn.convert_sync_batchnorm(batch_norm(channels, dims, **options).double()), layer
 
 
 @pytest.mark.world_size(1, 2, 3)
@@ -101,6 +102,63 @@ def test_ranks_give_the_numbers_of_one(world_size, layout, act, shape, masked, m
         gradient = getattr(ours, name).grad
         dist.all_reduce(gradient)
         assert_close(gradient, parameter.grad, 1e-10, name)
+
+
+VIEWS = {
+    "sequence": lambda: torch.randn(4, 9, 8).transpose(1, 2),
+    "transposed": lambda: torch.randn(8, 6).t(),
+    "images behind channels": lambda: torch.randn(8, 3, 4, 4).transpose(0, 1),
+    "channels of channels_last": lambda: _last(torch.randn(3, 16, 4, 4))[:, :8],
+    "channels_last": lambda: _last(torch.randn(3, 8, 3, 3)),
+    "expanded": lambda: torch.randn(1, 8, 4, 4).expand(3, 8, 4, 4),
+}
+
+
+def _last(x):
+    return x.to(memory_format=torch.channels_last)
+
+
+@contextmanager
+def _saved_tensors_come_back_contiguous():
+    with saved_tensors_hooks(lambda t: t, lambda t: t.contiguous()):
+        yield
+
+
+@pytest.mark.world_size(1)
+@pytest.mark.parametrize("view", VIEWS)
+@pytest.mark.parametrize("act", ["relu", "silu"])
+@pytest.mark.parametrize("around", [nullcontext, _saved_tensors_come_back_contiguous])
+def test_inputs_of_any_strides_get_their_gradients(world_size, view, act, around):
+    torch.manual_seed(0)
+    whole = VIEWS[view]().double()
+    residual, dy, ddx = (torch.randn_like(whole) for _ in range(3))
+    ours, oracle = _layers(8, whole.dim())
+    ours.act = act
+    found = []
+    for layer in (ours, oracle):
+        x, r, g = (t.detach().clone(memory_format=torch.preserve_format) for t in (whole, residual, dy))
+        if view == "expanded":
+            x = whole.detach()
+        x, r, g = x.requires_grad_(), r.requires_grad_(), g.requires_grad_()
+        with launches() if layer is ours else nullcontext(), around():
+            y = ours(x, residual=r) if layer is ours else ACTS[act](oracle(x) + r)
+            first = torch.autograd.grad(y, [x, r], g, retain_graph=True)
+            dx, dr = torch.autograd.grad(y, [x, r], g, create_graph=True)
+            second = torch.autograd.grad((dx * ddx).sum(), [x, g])
+        found.append([y, *first, dx, dr, *second])
+    for mine, theirs in zip(*found, strict=True):
+        assert_close(mine, theirs, 1e-9)
+
+
+@pytest.mark.world_size(1)
+def test_a_mask_that_leaves_one_value_changes_nothing(world_size):
+    ours = syncbn.SyncBatchNorm(3)
+    mask = torch.zeros(2, 1, 4, dtype=torch.bool)
+    mask[0, 0, 2] = True
+    with launches(), pytest.raises(ValueError, match="more than 1 value"):
+        ours(torch.randn(2, 3, 4), mask=mask)
+    assert ours.num_batches_tracked == 0
+    assert torch.equal(ours.running_mean, torch.zeros(3))
 
 
 @pytest.mark.world_size(2)

@@ -356,11 +356,11 @@ KERNELS = [
         f"{UNIT}/test_triton.py::test_running_statistics_move",
     ),
     Mutant(
-        "Triton: moments counted from 0",
+        "Triton: moments counted from a poor shift",
         f"{NORM}/kernels/triton_reductions.py",
-        "shift = tl.sum(x, 1) / tl.maximum(new, 1).to(DTYPE)",
-        "shift = tl.zeros((K,), DTYPE)",
-        f"{UNIT}/test_triton.py::test_a_mean_large_against_the_spread_leaves_the_variance",
+        "if tl.sum((poor & known).to(tl.int32), 0) > 0:",
+        "if tl.sum((poor & known).to(tl.int32), 0) > K:",
+        f"{UNIT}/test_triton.py::test_a_first_tile_unlike_the_rest_leaves_the_variance",
     ),
     Mutant(
         "Triton: running statistics moved by every program",
@@ -386,9 +386,16 @@ KERNELS = [
     Mutant(
         "Triton: code for aligned addresses run on others",
         f"{NORM}/kernels/triton_launch.py",
-        "usual = together % ALIGNMENT == 0 and max(numbers) < 2**31",
-        "usual = max(numbers) < 2**31",
+        "usual = usual and together % ALIGNMENT == 0 and max(numbers) < 2**31",
+        "usual = usual and max(numbers) < 2**31",
         f"{UNIT}/test_triton_launch.py",
+    ),
+    Mutant(
+        "Triton: the residual's gradient in the strides of x",
+        f"{NORM}/launched.py",
+        "x = kernel.dense(x)",
+        "kernel.dense(x)",
+        f"{LAUNCHED}::test_inputs_of_any_strides_get_their_gradients",
     ),
     Mutant(
         "Triton: bits of the wrong side",

@@ -124,6 +124,8 @@ def test_evaluation_does_the_same_with_running_statistics(act):
         ({"mask": torch.ones(4, 1, dtype=torch.bool)}, ValueError, r"got \(4, 1\)"),
         ({"mask": torch.ones(4, 1, 5)}, TypeError, "torch.bool, got torch.float32"),
         ({"residual": torch.ones(4, 3)}, ValueError, r"residual of shape \(4, 3, 5\)"),
+        ({"residual": torch.ones(4, 3, 5, device="meta")}, ValueError, "residual on cpu, got meta"),
+        ({"mask": torch.ones(4, 1, 5, device="meta") > 0}, ValueError, "mask on cpu, got meta"),
     ],
     ids=str,
 )

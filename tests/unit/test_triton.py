@@ -164,6 +164,26 @@ def test_what_is_masked_may_hold_anything():
 
 
 @interpreted
+@pytest.mark.parametrize("outlier", [100.0, 1e4])
+@pytest.mark.parametrize("masked", [False, True], ids=["short", "masked"])
+def test_a_first_tile_unlike_the_rest_leaves_the_variance(outlier: float, masked: bool):
+    """One that holds a single value, of a plane's end or of what the mask keeps."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(40, 1, 513, generator=generator)
+    mask = None
+    if masked:
+        mask = torch.ones(40, 1, 513, dtype=torch.bool)
+        mask[0] = mask[1] = False
+        mask[0, 0, 5] = True
+        x[0, 0, 5] = outlier
+    else:
+        x[10:13, :, 512] = outlier
+    packed = kernels().moments(x, mask)
+    expected = EagerKernels().moments(x.double(), mask)
+    assert ((packed[3:] / expected[3:]) - 1).abs().max() < 2e-6
+
+
+@interpreted
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize(
     "counts", [[5], [2**27 + 3, 7, 0], [0, 0], list(range(300)), list(range(1100))]

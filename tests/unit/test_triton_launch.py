@@ -43,7 +43,8 @@ class Kernel:
 def tensor(address: int, dtype: torch.dtype = torch.float32, device: int = 0):
     """As far as a launch looks at a tensor of a GPU."""
     place = SimpleNamespace(index=device, type="cuda")
-    return SimpleNamespace(device=place, dtype=dtype, data_ptr=lambda: address)
+    methods = {"data_ptr": lambda: address, "get_device": lambda: device}
+    return SimpleNamespace(device=place, dtype=dtype, **methods)
 
 
 @pytest.fixture
@@ -82,8 +83,9 @@ def test_the_first_launch_is_tritons_and_the_second_runs_what_it_compiled(kernel
         {"tensors": [tensor(32), None, tensor(48)], "statics": (64, True, 8)},
         {"tensors": [tensor(32), None, tensor(52)]},
         {"tensors": [tensor(32), None, tensor(48)], "numbers": (2**31, 0.5)},
+        {"tensors": [tensor(32), None, tensor(48, device=-1)]},
     ],
-    ids=["dtype", "operands", "static", "warps", "alignment", "wide number"],
+    ids=["dtype", "operands", "static", "warps", "alignment", "wide number", "on the CPU"],
 )
 def test_what_another_launch_needs_other_code_for_is_left_to_triton(kernel: Kernel, other: dict):
     launch(kernel, [tensor(32), None, tensor(48)])
@@ -112,8 +114,9 @@ def test_on_another_device_triton_launches_there(kernel: Kernel, monkeypatch: py
     assert len(kernel.launches) == 2
 
 
-def test_a_profiler_that_wants_to_know_of_launches_is_told(kernel: Kernel):
-    hooks = module.knobs.runtime.launch_enter_hook
+@pytest.mark.parametrize("hook", ["launch_enter_hook", "launch_exit_hook"])
+def test_a_profiler_that_wants_to_know_of_launches_is_told(kernel: Kernel, hook: str):
+    hooks = getattr(module.knobs.runtime, hook)
     launch(kernel, [tensor(32)])
     hooks.add(print)
     try:

@@ -99,10 +99,14 @@ class LaunchedKernels(Kernels, Protocol):
         """`merge`, `update` and `normalize` in one launch, to the same bits; `x` is not empty."""
         ...
 
+    def dense(self, x: Tensor) -> Tensor:
+        """`x` as the kernels read it: contiguous in its memory format, usually itself."""
+        ...
+
     def backward_sums(
         self, dy: Tensor, x: Tensor, affine: Affine, fused: Fused, dz: Tensor | None = None
     ) -> Tensor:
-        """As of `Kernels`; and dz itself, in the memory format of `x`, where it is given."""
+        """As of `Kernels`; and dz itself, where it is given, with the strides of `x` as the kernels read it."""
         ...
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from syncbn.norm.kernels.formats import channels_follow
 
 
-def room_for_bits(x: Tensor) -> Tensor | None:
+def room(x: Tensor) -> Tensor | None:
     """Memory for a bit a value of `x` `(N, C, *)`, not empty; None where 8 values would not share a byte."""
     values = x.numel()
     if channels_follow(x):
@@ -23,12 +23,14 @@ def room_for_bits(x: Tensor) -> Tensor | None:
 
 
 def unpacked(bits: Tensor, x: Tensor) -> Tensor:
-    """`bits` as 0 and 1 in the shape and dtype of `x`: values on the same side of their kink as y."""
+    """`bits` as 0 and 1 in the shape and dtype of `x`: values on the same side of their kink as y.
+
+    `x` is as kernels read it: contiguous in its memory format.
+    """
     place = torch.arange(8, dtype=torch.uint8, device=bits.device)
     if channels_follow(x):
         values = (bits.unsqueeze(1) >> place) & 1
-        like = torch.empty_like(x)
-        return values.to(x.dtype).flatten().as_strided(x.shape, like.stride())
+        return values.to(x.dtype).flatten().as_strided(x.shape, x.stride())
     rows = x.shape[0] * x.shape[1]
     values = (bits.view(rows, -1, 1, 8) >> place.unsqueeze(1)) & 1
     return values.to(x.dtype).view(rows, -1)[:, : x[0, 0].numel()].reshape(x.shape)

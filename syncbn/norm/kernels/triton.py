@@ -19,7 +19,7 @@ from syncbn.norm.kernels import triton_maps as maps
 from syncbn.norm.kernels import triton_reductions as reductions
 from syncbn.norm.kernels import triton_statistics as per_channel
 from syncbn.norm.kernels.activations import ACTIVATIONS
-from syncbn.norm.kernels.bits import room_for_bits
+from syncbn.norm.kernels.bits import room
 from syncbn.norm.kernels.eager import EagerKernels, stats_dtype
 from syncbn.norm.kernels.operands import Affine, Fused, Running
 from syncbn.norm.kernels.triton_forms import Form, Tiling, form_of
@@ -51,7 +51,9 @@ class TritonKernels:
         packed = torch.empty(width, dtype=dtype, device=x.device)
         num_rows = tiling.grid[1]
         rows = (
-            packed if num_rows == 1 else torch.empty(num_rows * width, dtype=dtype, device=x.device)
+            packed
+            if num_rows == 1
+            else torch.empty(num_rows * width, dtype=torch.float64, device=x.device)
         )
         statics = (
             *tiling.shape,
@@ -103,7 +105,7 @@ class TritonKernels:
         """
         if act is None or not ACTIVATIONS[act].from_output or x.numel() == 0:
             return None
-        return room_for_bits(x)
+        return room(x)
 
     def normalize(self, x: Tensor, affine: Affine, fused: Fused) -> Tensor:
         """act((x - mean) * invstd * weight + bias + residual)."""
@@ -154,6 +156,10 @@ class TritonKernels:
         elif running is not None:
             self.update(running, statistics)
         return y, statistics
+
+    def dense(self, x: Tensor) -> Tensor:
+        """`x` as the kernels read it, usually itself."""
+        return _dense(x, form_of(x))
 
     def backward_sums(
         self, dy: Tensor, x: Tensor, affine: Affine, fused: Fused, dz: Tensor | None = None

@@ -46,12 +46,17 @@ def launch(
             _find_and_launch(kernel, grid, tensors, numbers, statics)
         return
     addresses, together = [], 0
+    usual = True
     for tensor in tensors:
-        address = 0 if tensor is None else tensor.data_ptr()
-        together |= address
+        address = 0
+        if tensor is not None:
+            address = tensor.data_ptr()
+            together |= address
+            usual = usual and tensor.get_device() == device  # else Triton has its say
         addresses.append(address)
-    usual = together % ALIGNMENT == 0 and max(numbers) < 2**31
-    if not usual or knobs.runtime.launch_enter_hook.calls:
+    usual = usual and together % ALIGNMENT == 0 and max(numbers) < 2**31
+    watched = knobs.runtime.launch_enter_hook.calls or knobs.runtime.launch_exit_hook.calls
+    if not usual or watched:
         _find_and_launch(kernel, grid, tensors, numbers, statics)
         return
     key = (kernel.fn, device, statics, *[None if t is None else t.dtype for t in tensors])

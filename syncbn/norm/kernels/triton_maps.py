@@ -1,8 +1,8 @@
 # pyright: reportArgumentType=false
 """Element-wise maps over an input in Triton: normalise forward, the input's and the residual's gradient backward.
 
-Programs cover the same steps as the reductions' but walk them backwards: what the reduction read last is still
-in the L2 cache. (Awaits measurement on a GPU.) Values read for the last time in a pass are marked evict_first.
+Programs walk their steps backwards: what a reduction read last is still in the L2 cache. Values read for the last time
+in a pass are marked evict_first.
 """
 
 import triton
