@@ -7,8 +7,11 @@ import sys
 from pathlib import Path
 
 import pytest
-from mutants import MUTANTS, Mutant
+from mutants import MUTANTS as OTHERS
+from mutants import Mutant
+from triton_mutants import TRITON
 
+MUTANTS = [*OTHERS, *TRITON]
 ROOT = Path(__file__).parents[2]
 BUILD = [sys.executable, "-c", "import setuptools; setuptools.setup()", "build_ext", "--inplace"]
 

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from syncbn.norm.kernels import triton_maps as maps
 from syncbn.norm.kernels import triton_reductions as reductions
+from syncbn.norm.kernels import triton_rows as rows_of
 from syncbn.norm.kernels import triton_statistics as per_channel
 from syncbn.norm.kernels.activations import ACTIVATIONS
 from syncbn.norm.kernels.bits import room
@@ -65,7 +66,7 @@ class TritonKernels:
         if num_rows > 1:
             block, grid = _merge_shape(num_rows, x.shape[1])
             sizes = (num_rows, x.shape[1])
-            launch(reductions.combine_moments_kernel, grid, (rows, packed), sizes, block)
+            launch(rows_of.combine_moments_kernel, grid, (rows, packed), sizes, block)
         return packed
 
     def merge(self, packed: Tensor, eps: float) -> Statistics:
@@ -179,7 +180,7 @@ class TritonKernels:
         if num_rows > 1:
             (*at_once, _, warps), grid = _merge_shape(num_rows, 2 * num_channels)
             sizes = (num_rows, 2 * num_channels)
-            launch(reductions.add_rows_kernel, grid, (rows, sums), sizes, (*at_once, warps))
+            launch(rows_of.add_rows_kernel, grid, (rows, sums), sizes, (*at_once, warps))
         return sums
 
     def backward_input(

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from syncbn.norm.kernels.triton_maps import normalize_steps
-from syncbn.norm.kernels.triton_reductions import merged
+from syncbn.norm.kernels.triton_rows import merged
 from syncbn.norm.kernels.triton_tiles import (
     SIZES,
     aligned,
