@@ -43,8 +43,8 @@ class SyncBatchNormFunction(torch.autograd.Function):
         """Normalise; keep what backward needs and no more."""
         ctx.call, needs_grad = call, ctx.needs_input_grad[0]
         bits = None
-        if any(ctx.needs_input_grad):
-            bits = kernels.room_for_bits(x, call.act, residual)
+        if residual is not None and any(ctx.needs_input_grad):
+            bits = kernels.room_for_bits(x, call.act)
             # how bits lie follows from that, and hooks on saved tensors may bring x back in another one
             ctx.memory_format = memory_format(x)
         fused = Fused(call.act, residual, call.mask, bits=bits)
@@ -75,11 +75,11 @@ def forward(
     needs_grad: bool,
 ) -> tuple[Tensor, Found]:
     """y, and what it was normalised with, the shortest way there is."""
-    return (
-        launched.forward(x, weight, bias, fused, call, needs_grad)
-        or whole.forward(x, weight, bias, fused.residual, call, needs_grad)
-        or step_by_step(x, weight, bias, fused, call, needs_grad)
-    )
+    if kernels.launched_kernels(x) is None:
+        done = whole.forward(x, weight, bias, fused.residual, call, needs_grad)
+    else:
+        done = launched.forward(x, weight, bias, fused, call, needs_grad)
+    return done or step_by_step(x, weight, bias, fused, call, needs_grad)
 
 
 def step_by_step(
@@ -117,7 +117,7 @@ def gradients(
 ) -> Gradients:
     """dx, dweight, dbias and the residual's gradient, by the kernels."""
     dx = dweight = dbias = dresidual = None
-    if needs[0]:
+    if needs[0] and kernels.launched_kernels(x) is not None:
         done = launched.backward(dy, x, weight, bias, fused, found, call, needs[3])
         if done is not None:
             dx, sums, dresidual = done

@@ -115,13 +115,14 @@ def complaint(
         return ValueError(
             f"expected a residual of shape {tuple(input.shape)}, got {tuple(residual.shape)}"
         )
-    for name, operand in (("residual", residual), ("mask", mask)):
-        if operand is not None and operand.device != input.device:
-            return ValueError(f"expected a {name} on {input.device}, got {operand.device}")
+    if residual is not None and residual.device != input.device:
+        return ValueError(f"expected a residual on {input.device}, got {residual.device}")
     return None if mask is None else _complaint_of_mask(mask, input)
 
 
 def _complaint_of_mask(mask: Tensor, input: Tensor) -> Exception | None:
+    if mask.device != input.device:
+        return ValueError(f"expected a mask on {input.device}, got {mask.device}")
     if mask.dtype != torch.bool:
         return TypeError(f"expected a mask of dtype torch.bool, got {mask.dtype}")
     expected = (input.shape[0], 1, *input.shape[2:])

@@ -42,7 +42,12 @@ class Kernels(Protocol):
 
     Per-channel tensors are `(C,)` in float32, or float64 for float64 input. Element-wise results have the
     dtype and memory format of `x`. An empty `x` gives zero sums and empty results.
+
+    Attributes:
+        launched: whether they are `LaunchedKernels`.
     """
+
+    launched: bool
 
     def moments(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """The packed moments (see `syncbn.norm.moments`) of the values where `mask` is true, `(2 + 2C,)`."""
@@ -112,17 +117,12 @@ class LaunchedKernels(Kernels, Protocol):
 
 def launched_kernels(x: Tensor) -> LaunchedKernels | None:
     """The kernels that serve `x`, if they are launched."""
-    kernels = pick(x)
-    return cast(LaunchedKernels, kernels) if hasattr(kernels, "finish") else None
+    kernels = chosen(x.device.type)
+    return cast(LaunchedKernels, kernels) if kernels.launched else None
 
 
-def room_for_bits(x: Tensor, act: str | None, residual: Tensor | None) -> Tensor | None:
-    """Room for `Fused.bits`, where the kernels that serve `x` can do with them; None elsewhere.
-
-    Without a residual z follows from x, which is kept in any case.
-    """
-    if act is None or residual is None:
-        return None
+def room_for_bits(x: Tensor, act: str | None) -> Tensor | None:
+    """Room for `Fused.bits` beside a residual, where the kernels that serve `x` can do with them; None elsewhere."""
     kernels = launched_kernels(x)
     return None if kernels is None else kernels.room_for_bits(x, act)
 

@@ -44,6 +44,8 @@ class CpuKernels:
         RuntimeError: there is no library.
     """
 
+    launched = False
+
     def __init__(self) -> None:
         self._library = _declared()
         self._eager = EagerKernels()

@@ -29,6 +29,8 @@ def _per_channel(values: Tensor, x: Tensor) -> Tensor:
 class EagerKernels:
     """`Kernels` in plain ATen operations."""
 
+    launched = False
+
     def moments(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """Count, mean and M2 per channel, in two passes."""
         x = x.to(stats_dtype(x.dtype))

@@ -42,6 +42,8 @@ _EAGER = EagerKernels()
 class TritonKernels:
     """`Kernels` in Triton; with `TRITON_INTERPRET=1` they run on CPU tensors, slowly."""
 
+    launched = True
+
     def moments(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """Packed moments in one pass over `x`, one more launch where several programs share a channel."""
         dtype, width = stats_dtype(x.dtype), 2 + 2 * x.shape[1]
