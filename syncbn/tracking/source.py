@@ -96,6 +96,8 @@ class RunSource:
         self._artifacts = artifacts
         self._closing_words = closing_words
         self.remote: RemoteRun | None = None
+        self._first: Mapping[str, Any] = {}
+        self._unsure = False
         self.last_ms = 0
         self.complete = False
 
@@ -116,7 +118,12 @@ class RunSource:
         if chunk.records:
             if self.remote is None or chunk.starts_over:
                 self._end_open_run(sink)
-                self.remote = self._open(sink, chunk.records[0])
+                self._first = chunk.records[0]
+                self.remote = self._open(sink, self._first)
+            elif (
+                self._unsure
+            ):  # what was sent last may have been taken: the service is asked how far it is
+                self.remote = self._open(sink, self._first)
             self._send(sink, self.remote, fold(chunk.records))
             self.last_ms = int(chunk.records[-1].get("time", 0) * 1000)
         self._tail.done(chunk)
@@ -146,7 +153,9 @@ class RunSource:
         update.points = unseen(update.points, remote.last_steps)
         if remote.has_params:
             update.params = {}
+        self._unsure = True
         sink.send(remote.run_id, update)
+        self._unsure = False
         for point in update.points:
             remote.last_steps[point.key] = max(point.step, remote.last_steps.get(point.key, -1))
         remote.has_params = remote.has_params or bool(update.params)

@@ -300,6 +300,21 @@ def test_the_journal_alone_ships_nothing():
     assert NoShipper().close() == 0
 
 
+def test_a_lost_answer_before_a_resume_leaves_each_step_once(tmp_path):
+    service, followed = Service(), source(tmp_path)
+    journal = begin(tmp_path)
+    followed.pump(service)
+    train(journal, 1, 5)
+    service.fail_after_taking = True
+    with pytest.raises(TimeoutError):
+        followed.pump(service)
+    time.sleep(0.005)  # so that steps done again have another time
+    journal.begin(2, config={"seed": 1})
+    train(journal, 3, 7)
+    followed.pump(service)
+    assert set(service.values()) == {("loss", step) for step in range(1, 8)}
+
+
 ACTIONS = st.lists(
     st.sampled_from(["train", "train", "pump", "fail", "lose answer", "other process", "resume"]),
     max_size=30,
