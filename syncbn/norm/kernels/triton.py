@@ -52,17 +52,11 @@ class TritonKernels:
         form = form_of(x)
         x, tiling = _dense(x, form), form.reduction
         packed = torch.empty(width, dtype=dtype, device=x.device)
-        num_rows = tiling.grid[1]
-        rows = (
-            packed
-            if num_rows == 1
-            else torch.empty(num_rows * width, dtype=torch.float64, device=x.device)
-        )
-        statics = (
-            *tiling.shape,
-            tl.float64 if dtype == torch.float64 else tl.float32,
-            tiling.num_warps,
-        )
+        num_rows, rows = tiling.grid[1], packed
+        if num_rows > 1:
+            rows = torch.empty(num_rows * width, dtype=torch.float64, device=x.device)
+        kind = tl.float64 if dtype == torch.float64 else tl.float32
+        statics = (*tiling.shape, kind, tiling.num_warps)
         tensors = (x, _bytes(mask), rows)
         launch(reductions.moments_kernel, tiling.grid, tensors, tiling.sizes, statics)
         if num_rows > 1:
@@ -167,7 +161,7 @@ class TritonKernels:
     def backward_sums(
         self, dy: Tensor, x: Tensor, affine: Affine, fused: Fused, dz: Tensor | None = None
     ) -> Tensor:
-        """Sum of dz, and sum of dz * xhat, per channel; and dz, in the memory format of `x`, where it is given."""
+        """Sum of dz, and sum of dz * xhat, per channel; and dz, where it is given, with the strides of `dense(x)`."""
         dtype, num_channels = affine.mean.dtype, x.shape[1]
         if x.numel() == 0:
             return torch.zeros((2, num_channels), dtype=dtype, device=x.device)
