@@ -9,10 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from syncbn.norm import (
+        BegunNorm,
         Conversion,
         NonFiniteStatistics,
         RanksDisagree,
         SyncBatchNorm,
+        begin_norms,
         convert_sync_batchnorm,
         ddp_buffers_to_ignore,
         in_lockstep,
@@ -24,10 +26,12 @@ if TYPE_CHECKING:
     )
 
 __all__ = [
+    "BegunNorm",
     "Conversion",
     "NonFiniteStatistics",
     "RanksDisagree",
     "SyncBatchNorm",
+    "begin_norms",
     "convert_sync_batchnorm",
     "ddp_buffers_to_ignore",
     "in_lockstep",

@@ -4,6 +4,7 @@ Values flow through it in one direction: `module` and `functional` order the par
 arithmetic, `moments` merges ranks, and only `exchange` talks to a process group.
 """
 
+from syncbn.norm.begun import BegunNorm, begin_norms
 from syncbn.norm.convert import Conversion, convert_sync_batchnorm, revert_sync_batchnorm
 from syncbn.norm.ddp import ddp_buffers_to_ignore
 from syncbn.norm.exchange import RanksDisagree
@@ -15,10 +16,12 @@ from syncbn.norm.module import SyncBatchNorm
 from syncbn.norm.recalibrate import recalibrate
 
 __all__ = [
+    "BegunNorm",
     "Conversion",
     "NonFiniteStatistics",
     "RanksDisagree",
     "SyncBatchNorm",
+    "begin_norms",
     "convert_sync_batchnorm",
     "ddp_buffers_to_ignore",
     "in_lockstep",

@@ -21,7 +21,14 @@ from syncbn.norm.kernels.bits import unpacked
 from syncbn.norm.kernels.call import plain
 from syncbn.norm.kernels.formats import memory_format
 from syncbn.norm.replay import Found, Remembered
-from syncbn.norm.steps import Call, forward_statistics, sums_over_ranks
+from syncbn.norm.steps import (
+    Call,
+    Reduced,
+    addends_over_ranks,
+    forward_statistics,
+    sums_over_ranks,
+)
+from syncbn.norm.sums import in_order
 
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, None]
 Needs = tuple[bool, ...]
@@ -41,29 +48,46 @@ class SyncBatchNormFunction(torch.autograd.Function):
         call: Call,
     ) -> Tensor:
         """Normalise; keep what backward needs and no more."""
-        ctx.call, needs_grad = call, ctx.needs_input_grad[0]
-        bits = None
-        if residual is not None and any(ctx.needs_input_grad):
-            bits = kernels.room_for_bits(x, call.act)
-            # how bits lie follows from that, and hooks on saved tensors may bring x back in another one
-            ctx.memory_format = memory_format(x)
-        fused = Fused(call.act, residual, call.mask, bits=bits)
-        y, ctx.found = forward(x, weight, bias, fused, call, needs_grad)
-        ctx.save_for_backward(x, weight, bias, *to_keep(fused, y), bits)
+        ctx.call = call
+        fused = room(ctx, x, residual)
+        y, ctx.found = forward(x, weight, bias, fused, call, ctx.needs_input_grad[0])
+        keep(ctx, x, weight, bias, fused, y)
         return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> Gradients:
         """The gradients of x, weight, bias and residual."""
-        x, weight, bias, residual, output, bits = ctx.saved_tensors
-        if bits is not None:
-            x = x.contiguous(memory_format=ctx.memory_format)
-        fused = Fused(ctx.call.act, residual, ctx.call.mask, output, bits)
+        x, weight, bias, fused = kept(ctx)
         needs = ctx.needs_input_grad
         if torch.is_grad_enabled():
             total = ctx.found.statistics.total
             return differentiable_gradients(dy, x, weight, bias, fused, total, ctx.call, needs)
         return gradients(dy, x, weight, bias, fused, ctx.found, ctx.call, needs)
+
+
+def room(ctx: Any, x: Tensor, residual: Tensor | None) -> Fused:
+    """What `ctx.call` fuses, with room for the bits that backward will need."""
+    bits = None
+    if residual is not None and any(ctx.needs_input_grad):
+        bits = kernels.room_for_bits(x, ctx.call.act)
+        # how bits lie follows from that, and hooks on saved tensors may bring x back in another one
+        ctx.memory_format = memory_format(x)
+    return Fused(ctx.call.act, residual, ctx.call.mask, bits=bits)
+
+
+def keep(
+    ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, fused: Fused, y: Tensor
+) -> None:
+    """Save what backward needs and no more."""
+    ctx.save_for_backward(x, weight, bias, *to_keep(fused, y), fused.bits)
+
+
+def kept(ctx: Any) -> tuple[Tensor, Tensor | None, Tensor | None, Fused]:
+    """x, weight, bias and what was fused, as saved."""
+    x, weight, bias, residual, output, bits = ctx.saved_tensors
+    if bits is not None:
+        x = x.contiguous(memory_format=ctx.memory_format)
+    return x, weight, bias, Fused(ctx.call.act, residual, ctx.call.mask, output, bits)
 
 
 def forward(
@@ -118,22 +142,17 @@ def gradients(
     """dx, dweight, dbias and the residual's gradient, by the kernels."""
     dx = dweight = dbias = dresidual = None
     if needs[0] and kernels.launched_kernels(x) is not None:
-        done = launched.backward(dy, x, weight, bias, fused, found, call, needs[3])
-        if done is not None:
-            dx, sums, dresidual = done
-            dweight, dbias = _parameters(sums, weight, bias, needs)
-            return dx, dweight, dbias, dresidual, None
+        half = reduced(dy, x, weight, bias, fused, found, needs[3])
+        dx = half.finish(addends_over_ranks(half.sums, x, call))
+        dweight, dbias = parameters(half.sums, weight, bias, needs)
+        return dx, dweight, dbias, half.dresidual, None
     if needs[3]:
-        # dz is wanted in any case: from here on it takes the place of dy, and nothing is left to undo
+        dy, fused = undone(dy, x, weight, bias, fused, found)
         dresidual = dy
-        if fused.act is not None or fused.mask is not None:
-            affine = Affine(found.statistics.mean, found.statistics.invstd, weight, bias)
-            dresidual = kernels.pick(x).backward_residual(dy, x, affine, fused)
-        dy, fused = dresidual, Fused(mask=fused.mask)
     if any(needs[:3]):
         done = whole.backward(dy, x, weight, bias, fused, found, call) if needs[0] else None
         dx, sums = done or _summed(dy, x, weight, bias, fused, found, call, needs[0])
-        dweight, dbias = _parameters(sums, weight, bias, needs)
+        dweight, dbias = parameters(sums, weight, bias, needs)
     return dx, dweight, dbias, dresidual, None
 
 
@@ -148,16 +167,53 @@ def _summed(
     needs_dx: bool,
 ) -> tuple[Tensor | None, Tensor]:
     """dx, where it is needed, and the sums of this rank, by any kernels and any exchange."""
+    half = reduced(dy, x, weight, bias, fused, found, needs_residual=False)
+    dx = half.finish(addends_over_ranks(half.sums, x, call)) if needs_dx else None
+    return dx, half.sums
+
+
+def undone(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    fused: Fused,
+    found: Found,
+) -> tuple[Tensor, Fused]:
+    """The residual's gradient: wanted in any case, it takes the place of dy, and nothing is left to undo."""
+    if fused.act is not None or fused.mask is not None:
+        affine = Affine(found.statistics.mean, found.statistics.invstd, weight, bias)
+        dy = kernels.pick(x).backward_residual(dy, x, affine, fused)
+    return dy, Fused(mask=fused.mask)
+
+
+def reduced(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    fused: Fused,
+    found: Found,
+    needs_residual: bool,
+) -> Reduced:
+    """The first half of a backward pass, by any kernels."""
+    done = launched.reduced(dy, x, weight, bias, fused, found, needs_residual)
+    if done is not None:
+        return done
+    if needs_residual:
+        dy, fused = undone(dy, x, weight, bias, fused, found)
     kernel, (total, mean, _, invstd) = kernels.pick(x), found.statistics
     affine = Affine(mean, invstd, weight, bias)
     sums = kernel.backward_sums(dy, x, affine, fused)
-    if not needs_dx:
-        return None, sums
-    everyones = sums_over_ranks(sums, x, call)
-    return kernel.backward_input(dy, x, affine, fused, everyones, total), sums
+
+    def finish(rows: Tensor) -> Tensor:
+        everyones = in_order(rows).view_as(sums)
+        return kernel.backward_input(dy, x, affine, fused, everyones, total)
+
+    return Reduced(sums, dy if needs_residual else None, finish)
 
 
-def _parameters(
+def parameters(
     sums: Tensor, weight: Tensor | None, bias: Tensor | None, needs: Needs
 ) -> tuple[Tensor | None, Tensor | None]:
     """The gradients of weight and bias: this rank's sums of dz * xhat and of dz, in that order."""
@@ -200,7 +256,7 @@ def differentiable_gradients(
     total = total.clamp(min=1)
 
     def over_ranks(*values: Tensor) -> list[Tensor]:
-        sums = torch.stack([_kept(v, fused.mask).sum(dims) for v in values])
+        sums = torch.stack([_masked(v, fused.mask).sum(dims) for v in values])
         rows = _SumOverRanks.apply(sums, x.detach(), call) / total.to(sums.dtype)
         return [row.view(shape) for row in rows]
 
@@ -217,13 +273,17 @@ def differentiable_gradients(
             z = xhat * scale if bias is None else xhat * scale + bias.view(shape)
             z = z if fused.residual is None else z + fused.residual
         dz = dz * ACTIVATIONS[fused.act].derivative(z.to(wide.dtype))
-    dz = _kept(dz, fused.mask)
+    dz = _masked(dz, fused.mask)
     mean_dz, mean_dz_xhat = over_ranks(dz, dz * xhat)
-    dx = _kept(scale * invstd * (dz - mean_dz - xhat * mean_dz_xhat), fused.mask)
+    dx = _masked(scale * invstd * (dz - mean_dz - xhat * mean_dz_xhat), fused.mask)
     sums = torch.stack([dz.sum(dims), (dz * xhat).sum(dims)])
-    parameters = _parameters(sums, weight, bias, needs)
-    return dx.to(x.dtype), *parameters, dz.to(dy.dtype) if needs[3] else None, None
+    return (
+        dx.to(x.dtype),
+        *parameters(sums, weight, bias, needs),
+        dz.to(dy.dtype) if needs[3] else None,
+        None,
+    )
 
 
-def _kept(values: Tensor, mask: Tensor | None) -> Tensor:
+def _masked(values: Tensor, mask: Tensor | None) -> Tensor:
     return values if mask is None else values.masked_fill(~mask, 0)

@@ -14,14 +14,14 @@ Decisions:
 * **A rank that cannot take part says so in its frame**, so that the others raise instead of waiting; one that does
   not come is missed soon where it shares memory with the others (`patrol`), else at the group's time limit; one
   that ended, at once.
+* **An exchange may be begun and waited for later**, once what does not depend on it is done. On CPU groups one is under
+  way at a time: the next waits for it first, on every rank alike.
 * On CUDA the values alone are exchanged, at their exact size: comparing headers on the host would stall it.
-* **Whoever wants to know what it costs is told** (`observe`); while nobody does, it costs one test a layer.
+* **Whoever wants to know what it costs is told** (`observed`); while nobody does, it costs one test a layer.
 """
 
-import os
-import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import NotRequired, TypedDict, Unpack
 
@@ -39,17 +39,16 @@ from syncbn.norm.header import (
     TEXT_BYTES,
     RankLost,
     RanksDisagree,
+    Serial,
     Serials,
     packed,
 )
-from syncbn.norm.mesh import MESH_RANKS, Mesh
+from syncbn.norm.pending import Pending
 from syncbn.norm.shared import Ring, SharedMemory, ring_of
+from syncbn.norm.ways import ways
 from syncbn.norm.wire import Transport, Wire
 
-__all__ = ["BACKWARD", "FORWARD", "Exchange", "RankLost", "RanksDisagree", "exchange_of", "observe"]
-
-Observer = Callable[[str, int, int, float], None]
-"""Told of a layer's exchange: the layer, FORWARD or BACKWARD, the bytes of this rank's values, and the seconds."""
+__all__ = ["BACKWARD", "FORWARD", "Exchange", "RankLost", "RanksDisagree", "exchange_of", "show"]
 
 _NOTHING = torch.empty(0, dtype=torch.uint8)
 
@@ -63,14 +62,14 @@ class Place(TypedDict):
         dtype: of the layer's input.
         needs_grad: whether a backward pass may follow.
         serial: of a layer without a name, its place in the order in which this process built layers; -1 for
-            one with a name.
+            one with a name. Of several that meet together, all of theirs, unless all have names.
     """
 
     layer: str
     channels: int
     dtype: torch.dtype
     needs_grad: bool
-    serial: NotRequired[int]
+    serial: NotRequired[Serial]
 
 
 class Exchange:
@@ -90,6 +89,7 @@ class Exchange:
         """What a native call must know of the group, once its ranks have met."""
         self._serials = Serials()
         self._calls = 0
+        self._under_way: Pending[Tensor] | None = None
 
     def gather(self, values: Tensor, *, kind: int, **place: Unpack[Place]) -> Tensor:
         """Every rank's `values` `(k,)` as `(W, k)`, after comparing what the ranks are doing (CPU).
@@ -98,14 +98,25 @@ class Exchange:
             RanksDisagree: on every rank, when any two ranks' headers differ; where a rank does not come.
             RankLost: a rank has ended.
         """
+        return self._begin(values, kind, False, place).result()
+
+    def _begin(self, values: Tensor, kind: int, overlap: bool, place: Place) -> Pending[Tensor]:
+        """`gather`, begun; on CUDA at once complete to the host, and with `overlap` the stream goes on too."""
         if values.is_cuda:
-            return self._wire.all_gather(values)
+            return Pending(self._wire.begin_gather(values, overlap))
         payload = values.contiguous()
         header, number = self.announce(kind, payload.nbytes, **place)
         transport = self._transport or self._connect(header)
-        gathered = transport.gather(header, number, payload)
-        self.met(place.get("serial", NAMED))
-        return gathered
+        finish = transport.begin(header, number, payload)
+
+        def end() -> Tensor:
+            self._under_way = None
+            gathered = finish()
+            self.met(place.get("serial", NAMED))
+            return gathered
+
+        self._under_way = Pending(end)
+        return self._under_way
 
     def announce(
         self,
@@ -116,14 +127,16 @@ class Exchange:
         channels: int,
         dtype: torch.dtype,
         needs_grad: bool,
-        serial: int = NAMED,
+        serial: Serial = NAMED,
     ) -> tuple[bytes, int]:
         """The header of an exchange of `size` bytes that takes place next (CPU), and its number."""
+        if self._under_way is not None:
+            self._under_way.result()
         code = self._serials.code(serial)
         self._calls += 1
         return packed(kind, code, channels, dtype, needs_grad, size, layer), self._calls
 
-    def met(self, serial: int) -> None:
+    def met(self, serial: Serial) -> None:
         """Note that the exchange announced last has taken place, with all ranks in one layer."""
         self._serials.keep(serial)
         if self.memory is not None:
@@ -136,10 +149,24 @@ class Exchange:
             packed: this rank's, `(2 + 2C,)`, see `syncbn.norm.moments`.
             **place: see `Place`; errors as in `gather`.
         """
-        if not self._too_wide(packed):
-            return self.gather(packed, kind=FORWARD, **place)
-        self._agree(packed, FORWARD, place)
-        return sums.to_packed(self._wire.all_reduce(sums.of_packed(packed))).to(packed.dtype)
+        return self.begin_moments([packed], overlap=False, **place).result()[0]
+
+    def begin_moments(
+        self, packed: Sequence[Tensor], overlap: bool = True, **place: Unpack[Place]
+    ) -> Pending[Sequence[Tensor]]:
+        """`moments` of several layers in one exchange, begun; `place` is that of all of them together."""
+        values = _joined(packed)
+        if not self._too_wide(values):
+            gathered = self._begin(values, FORWARD, overlap, place)
+            return gathered.then(lambda rows: _parted(rows, packed))
+        self._agree(values, FORWARD, place)
+        own = [sums.of_packed(one) for one in packed]
+        reduced = Pending(self._wire.begin_reduction(_joined(own), overlap))
+        return reduced.then(
+            lambda row: [
+                sums.to_packed(one[0]).to(values.dtype) for one in _parted(row.unsqueeze(0), own)
+            ]
+        )
 
     def sums(self, values: Tensor, **place: Unpack[Place]) -> Tensor:
         """The sum of every rank's `values` `(2, C)`; the same bits on each. For `place` and errors see `gather`."""
@@ -147,11 +174,21 @@ class Exchange:
 
     def addends(self, values: Tensor, **place: Unpack[Place]) -> Tensor:
         """Rows that `sums` adds up in order: every rank's values, `(W, 2C)`, or their sum, `(1, 2C)`."""
-        values = values.flatten()
+        return self.begin_addends([values], overlap=False, **place).result()[0]
+
+    def begin_addends(
+        self, parts: Sequence[Tensor], overlap: bool = True, **place: Unpack[Place]
+    ) -> Pending[Sequence[Tensor]]:
+        """`addends` of several layers in one exchange, begun."""
+        parts = [values.flatten() for values in parts]
+        values = _joined(parts)
         if not self._too_wide(values):
-            return self.gather(values, kind=BACKWARD, **place)
-        self._agree(values, BACKWARD, place)
-        return self._wire.all_reduce(values.to(torch.float64)).to(values.dtype).unsqueeze(0)
+            rows = self._begin(values, BACKWARD, overlap, place)
+        else:
+            self._agree(values, BACKWARD, place)
+            reduced = Pending(self._wire.begin_reduction(values.to(torch.float64), overlap))
+            rows = reduced.then(lambda total: total.to(values.dtype).unsqueeze(0))
+        return rows.then(lambda rows: _parted(rows, parts))
 
     def fail(self, message: str) -> None:
         """Tell the ranks that wait in the next exchange, on a CPU group, that this one cannot take part."""
@@ -185,12 +222,12 @@ class Exchange:
         if self.memory is not None:
             return self.memory.brought(status, header, number, own)
         assert self._transport is not None, "ranks that have not met go step by step"
-        return self._transport.gather(header, number, own)
+        return self._transport.begin(header, number, own)()
 
     def _connect(self, header: bytes) -> Transport:
         """Choose the transport; collective at the first exchange."""
         self._arrival.wait(header, self._calls)
-        self.memory, mesh = _ways(self._wire)
+        self.memory, mesh = ways(self._wire)
         self._transport = self.memory or mesh or self._wire
         self.ring = self.memory.ring if self.memory else ring_of(self._wire)
         self._arrival.leave()
@@ -213,77 +250,28 @@ class Exchange:
             self.gather(_NOTHING, kind=kind, **place)
 
 
-class _Observed(Exchange):
-    """The very same exchange as another, whose layers' meetings `tell` is told of."""
-
-    in_one_call = False  # there it could not be told from the rest of the pass
-
-    def __init__(self, exchange: Exchange, tell: Observer) -> None:
-        self.__dict__ = exchange.__dict__
-        self._tell = tell
-
-    def moments(self, packed: Tensor, **place: Unpack[Place]) -> Tensor:
-        """As of `Exchange`, and timed."""
-        started = time.perf_counter()
-        everyones = super().moments(packed, **place)
-        self._tell(place["layer"], FORWARD, packed.nbytes, time.perf_counter() - started)
-        return everyones
-
-    def addends(self, values: Tensor, **place: Unpack[Place]) -> Tensor:
-        """As of `Exchange`, and timed."""
-        started = time.perf_counter()
-        rows = super().addends(values, **place)
-        self._tell(place["layer"], BACKWARD, values.nbytes, time.perf_counter() - started)
-        return rows
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts))
 
 
-WAYS = ("auto", "shared", "sockets", "gloo")
-"""What `SYNCBN_EXCHANGE` may be set to: the best there is, or one of the ways."""
-
-
-def _ways(wire: Wire) -> tuple[SharedMemory | None, Mesh | None]:
-    """What there is beside the group itself: shared memory where all ranks can map it, else connections; collective.
-
-    Raises:
-        ValueError: `SYNCBN_EXCHANGE` is not one of `WAYS`.
-        RuntimeError: it is a way that some rank cannot go.
-    """
-    choice = os.environ.get("SYNCBN_EXCHANGE", "auto")
-    if choice not in WAYS:
-        raise ValueError(f"SYNCBN_EXCHANGE={choice!r} is not allowed: one of {', '.join(WAYS)}")
-    # Every rank takes part, also one that wants neither: ranks that choose differently must agree too.
-    memory = SharedMemory.over(wire, willing=choice in ("auto", "shared"))
-    if memory is None and choice == "shared":
-        raise RuntimeError(
-            "SYNCBN_EXCHANGE=shared, but the ranks of this group cannot share memory"
-        )
-    if memory is not None:
-        return memory, None
-    mesh = Mesh.over(wire, willing=choice in ("auto", "sockets"))
-    if mesh is None and choice == "sockets":
-        raise RuntimeError(
-            f"SYNCBN_EXCHANGE=sockets, but the ranks of this group cannot connect, or are more than {MESH_RANKS}"
-        )
-    return None, mesh
+def _parted(rows: Tensor, parts: Sequence[Tensor]) -> Sequence[Tensor]:
+    """The columns of `rows` that belong to each of `parts`."""
+    return [rows] if len(parts) == 1 else rows.split([part.numel() for part in parts], dim=1)
 
 
 _exchanges: weakref.WeakKeyDictionary[ProcessGroup, Exchange] = weakref.WeakKeyDictionary()
-_observer: Observer | None = None
+_face: Callable[[Exchange], Exchange] | None = None
 
 
-def observe(tell: Observer | None) -> None:
-    """Have `tell` told of every exchange that a layer of this process begins from now on; None ends it.
-
-    A backward pass belongs to its forward pass: it is told of to whoever observed that. The seconds include the wait
-    for other ranks; on CUDA they are those of the host, which does not wait.
-    """
-    global _observer  # one test a layer is all that an exchange pays for it
-    _observer = tell
+def show(face: Callable[[Exchange], Exchange] | None) -> None:
+    """Have `exchange_of` give what `face` makes of an exchange from now on; None ends it."""
+    global _face  # one test a layer is all that an exchange pays for it
+    _face = face
 
 
 def exchange_of(group: ProcessGroup) -> Exchange:
-    """The one `Exchange` of `group` in this process, or another face of it that is observed."""
+    """The one `Exchange` of `group` in this process, or another face of it (`show`)."""
     exchange = _exchanges.get(group)
     if exchange is None:
         exchange = _exchanges[group] = Exchange(group)
-    return exchange if _observer is None else _Observed(exchange, _observer)
+    return exchange if _face is None else _face(exchange)

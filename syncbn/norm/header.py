@@ -19,6 +19,8 @@ HEADER_BYTES = CALL.size + BODY.size
 TEXT_BYTES = 136
 FORWARD, BACKWARD, FAILED = 1, 2, 3
 NAMED = -1
+Serial = int | tuple[int, ...]
+"""When a layer was built, or several that meet together."""
 _KINDS = {FORWARD: "forward", BACKWARD: "backward"}
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -148,18 +150,22 @@ class Serials:
     """
 
     def __init__(self) -> None:
-        self._codes: dict[int, int] = {NAMED: NAMED}
+        self._codes: dict[Serial, int] = {NAMED: NAMED}
         self._used: list[int] = []
 
-    def code(self, serial: int) -> int:
+    def code(self, serial: Serial) -> int:
         """The code of the layer built as number `serial`, if it is not used before it is kept; NAMED stays."""
         code = self._codes.get(serial)
         if code is None:
-            code = len(self._used) << 32 | bisect.bisect(self._used, serial)
+            code = len(self._used) << 32 | bisect.bisect(self._used, _first(serial))
         return code
 
-    def keep(self, serial: int) -> None:
+    def keep(self, serial: Serial) -> None:
         """Count the layer as used: all ranks have met in it, so that one that failed before is not behind."""
         if serial not in self._codes:
             self._codes[serial] = self.code(serial)
-            bisect.insort(self._used, serial)
+            bisect.insort(self._used, _first(serial))
+
+
+def _first(serial: Serial) -> int:
+    return serial if isinstance(serial, int) else serial[0]

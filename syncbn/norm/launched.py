@@ -9,10 +9,10 @@ empty batches, one value per channel.
 import torch
 from torch import Tensor
 
-from syncbn.norm.kernels import Affine, Fused, launched_kernels
+from syncbn.norm.kernels import Affine, Fused, LaunchedKernels, launched_kernels
 from syncbn.norm.kernels.call import plain_kind
 from syncbn.norm.replay import Found, Remembered, replaying
-from syncbn.norm.steps import Call, addends_over_ranks, check, moments_over_ranks
+from syncbn.norm.steps import Call, Reduced, check, moments_over_ranks
 
 
 def forward(
@@ -24,11 +24,32 @@ def forward(
     needs_grad: bool,
 ) -> tuple[Tensor, Remembered] | None:
     """The output and what it was normalised with, running statistics updated; None where this way does not serve."""
-    kernel = launched_kernels(x)
-    if kernel is None or replaying() or x.numel() <= x.shape[1] or not plain_kind(x):
+    kernel = kernels_of(x)
+    if kernel is None or replaying():
         return None
     own = kernel.moments(x, call.mask)
     packed = moments_over_ranks(own, x, call, needs_grad)
+    return finished(kernel, x, own, packed, weight, bias, fused, call)
+
+
+def kernels_of(x: Tensor) -> LaunchedKernels | None:
+    """The kernels that are launched over `x`; None where it has others, or is left to the steps."""
+    kernel = launched_kernels(x)
+    served = kernel is not None and x.numel() > x.shape[1] and plain_kind(x)
+    return kernel if served else None
+
+
+def finished(
+    kernel: LaunchedKernels,
+    x: Tensor,
+    own: Tensor,
+    packed: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    fused: Fused,
+    call: Call,
+) -> tuple[Tensor, Remembered]:
+    """The rest of a forward pass, from what the ranks sent."""
     looks = call.mask is not None  # how much it leaves is seen only now
     running = None if looks else call.running
     y, statistics = kernel.finish(x, packed, call.eps, weight, bias, fused, running)
@@ -42,20 +63,19 @@ def forward(
     return y, found
 
 
-def backward(
+def reduced(
     dy: Tensor,
     x: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
     fused: Fused,
     found: Found,
-    call: Call,
     needs_residual: bool,
-) -> tuple[Tensor, Tensor, Tensor | None] | None:
-    """dx, this rank's `backward_sums`, and the residual's gradient where it is needed; None as in `forward`.
+) -> Reduced | None:
+    """The first half of a backward pass; None where this way does not serve.
 
-    Where that gradient is a tensor of its own, the reduction writes it too, and the second kernel reads it in the
-    place of all that it was computed from.
+    Where the residual's gradient is a tensor of its own, the reduction writes it too, and the second kernel reads it in
+    the place of all that it was computed from.
     """
     kernel = launched_kernels(x)
     if kernel is None or not x.numel() or not plain_kind(x):
@@ -67,8 +87,10 @@ def backward(
     if needs_residual and (fused.act is not None or fused.mask is not None):
         dz = torch.empty_like(x, dtype=dy.dtype)
     sums = kernel.backward_sums(dy, x, affine, fused, dz)
-    rows = addends_over_ranks(sums, x, call)
     if dz is not None:
         dy, fused = dz, Fused(mask=fused.mask)
-    dx = kernel.backward_input(dy, x, affine, fused, rows, total)
-    return dx, sums, dy if needs_residual else None
+    return Reduced(
+        sums,
+        dy if needs_residual else None,
+        lambda rows: kernel.backward_input(dy, x, affine, fused, rows, total),
+    )

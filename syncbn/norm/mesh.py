@@ -14,7 +14,8 @@ import os
 import socket
 import struct
 import weakref
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from typing import Self
 
 from torch import Tensor
@@ -68,7 +69,7 @@ class Mesh:
         made = connect.connections(wire, willing) if wire.world_size <= MESH_RANKS else None
         return None if made is None else cls(made, wire)
 
-    def gather(self, header: bytes, call: int, payload: Tensor) -> Tensor:
+    def begin(self, header: bytes, call: int, payload: Tensor) -> Callable[[], Tensor]:
         """See `Transport`. Once a rank is lost or late it stays failed, and the others are told.
 
         Raises:
@@ -77,25 +78,36 @@ class Mesh:
         """
         if self._failure:
             raise RanksDisagree(self._failure)
+        front = CALL.pack(call) + header
+        with self._failing(header, call):
+            self._send(front + bytes_of(payload)[:CHUNK_BYTES], front)
+        return lambda: self._rest(header, call, payload)
+
+    def _rest(self, header: bytes, call: int, payload: Tensor) -> Tensor:
+        with self._failing(header, call):
+            headers, gathered = self._receive_all(CALL.pack(call) + header, payload)
+        if gathered is None:
+            raise disagreement(headers, self._rank, self._ranks)
+        return gathered
+
+    @contextmanager
+    def _failing(self, header: bytes, call: int) -> Iterator[None]:
+        """Whatever goes wrong here, the connections are out of step afterwards."""
         try:
-            headers, gathered = self._exchange(CALL.pack(call) + header, payload)
+            yield
         except BaseException as error:
             known = isinstance(error, RanksDisagree | RankLost)
             here = f"rank {self._ranks[self._rank]} {place_of(header, call)}"
             self._failure = str(error) if known else f"{here}, and was interrupted: {error!r}"
             self._hang_up()
             raise
-        if gathered is None:
-            raise disagreement(headers, self._rank, self._ranks)
-        return gathered
 
-    def _exchange(self, header: bytes, payload: Tensor) -> tuple[list[bytes], Tensor | None]:
+    def _receive_all(self, header: bytes, payload: Tensor) -> tuple[list[bytes], Tensor | None]:
         """All headers; and all payloads, None where headers differ."""
         gathered = payload.new_empty((len(self._ranks), payload.numel()))
         own, rows = bytes_of(payload), bytes_of(gathered)
         size, headers = len(own), [header] * len(self._ranks)
         rows[self._rank * size :][:size] = own
-        self._send(header + own[:CHUNK_BYTES], header)
         for rank in self._connections:
             headers[rank] = theirs = bytes(self._receive(rank, bytearray(HEADER_BYTES), header))
             if theirs == header:

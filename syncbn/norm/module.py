@@ -20,7 +20,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from syncbn.norm import kernels
 from syncbn.norm.autograd import SyncBatchNormFunction
 from syncbn.norm.compiled import compiled_batch_norm, group_text
-from syncbn.norm.exchange import exchange_of
+from syncbn.norm.exchange import Exchange, exchange_of
 from syncbn.norm.functional import complaint, fitted, tell
 from syncbn.norm.groups import GroupSpec, check_spec, known, resolve
 from syncbn.norm.header import NAMED
@@ -63,6 +63,7 @@ class SyncBatchNorm(_BatchNorm):
     act: str | None = None
     """A class attribute, so that a layer converted from torch's has it too."""
     _serial = NAMED
+    _begun: Any = None  # a `BegunNorm`, while it finishes
 
     def __init__(
         self,
@@ -134,7 +135,8 @@ class SyncBatchNorm(_BatchNorm):
         group = known(self.process_group)
         if group is None or dist.get_world_size(group) == 1 or y.is_cuda:
             return
-        exchange, layer = exchange_of(group), self._title()
+        exchange = exchange_of(group)
+        layer = self._title() if self._begun is None else self._begun.title
         exchange.pass_by(layer)
         y.register_hook(lambda _: exchange.pass_by(layer, backward=True))
 
@@ -142,6 +144,8 @@ class SyncBatchNorm(_BatchNorm):
     def _train(self, input: Tensor, mask: Tensor | None, residual: Tensor | None) -> Tensor:
         if torch.compiler.is_compiling():
             return self._train_compiled(input, mask, residual)
+        if self._begun is not None and self._begun.shares:
+            return self._begun.normalized(input, mask, residual)
         group = resolve(self.process_group)
         exchange = None if group is None else exchange_of(group)
         if exchange is not None and exchange.world_size == 1:
@@ -149,21 +153,19 @@ class SyncBatchNorm(_BatchNorm):
         self._check_input(input, mask, residual, group)
         if exchange is None and self._is_torchs(input, mask, residual):
             return self._replay_alone(input) if replaying() else super().forward(input)
-        return SyncBatchNormFunction.apply(
-            input,
-            self.weight,
-            self.bias,
-            residual,
-            Call(
-                eps=self.eps,
-                act=self._activation(),
-                mask=None if mask is None else fitted(mask, input),
-                running=self._running(),
-                exchange=exchange,
-                name=self._title(),
-                serial=NAMED if self.layer_name else self._serial,
-                replays=replays_of(self),
-            ),
+        call = self._call(input, mask, exchange)
+        return SyncBatchNormFunction.apply(input, self.weight, self.bias, residual, call)
+
+    def _call(self, input: Tensor, mask: Tensor | None, exchange: Exchange | None) -> Call:
+        return Call(
+            eps=self.eps,
+            act=self._activation(),
+            mask=None if mask is None else fitted(mask, input),
+            running=self._running(),
+            exchange=exchange,
+            name=self._title(),
+            serial=NAMED if self.layer_name else self._serial,
+            replays=replays_of(self),
         )
 
     def _replay_alone(self, input: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ import ctypes
 import functools
 import mmap
 import os
+from collections.abc import Callable
 from typing import NamedTuple, Self
 
 from torch import Tensor
@@ -96,7 +97,6 @@ class SharedMemory:
         native = _native()
         assert native is not None, "the handshake saw to it"
         self._native = native
-        self._enter = native.syncbn_exchange_enter
 
     @staticmethod
     def size(world_size: int) -> int:
@@ -110,13 +110,27 @@ class SharedMemory:
         memory = shared_over(wire, cls.size(wire.world_size), willing)
         return None if memory is None else cls(memory, wire)
 
-    def gather(self, header: bytes, call: int, payload: Tensor) -> Tensor:
-        """See `Transport`. A payload larger than a slot takes several rounds."""
+    def begin(self, header: bytes, call: int, payload: Tensor) -> Callable[[], Tensor]:
+        """See `Transport`. A payload larger than a slot takes several rounds, of which the first is begun."""
+        self._publish(header, call, payload, 0)
+        return lambda: self._rest(header, call, payload)
+
+    def _publish(self, header: bytes, call: int, payload: Tensor, offset: int) -> None:
+        """Enter a round with the bytes of `payload` from `offset` on, as many as a slot holds."""
+        size = min(payload.nbytes - offset, PAYLOAD_BYTES)
+        source = payload.data_ptr() + offset
+        if self._native.syncbn_exchange_publish(self._address, call, header, source, size):
+            raise self._board.failure()
+
+    def _rest(self, header: bytes, call: int, payload: Tensor) -> Tensor:
+        """Every rank's payload, once the first round is entered."""
         gathered = payload.new_empty((self._world_size, payload.numel()))
-        source, out, total = payload.data_ptr(), gathered.data_ptr(), payload.nbytes
+        out, total = gathered.data_ptr(), payload.nbytes
         for offset in range(0, max(total, 1), PAYLOAD_BYTES):
+            if offset:
+                self._publish(header, call, payload, offset)
             to = _Destination(min(total - offset, PAYLOAD_BYTES), out + offset, total)
-            status = self._enter(self._address, call, header, source + offset, *to, LOOK_NS)
+            status = self._native.syncbn_exchange_wait(self._address, *to, LOOK_NS, 0)
             if status:
                 self._settle(status, header, call, to)
         return gathered
@@ -214,11 +228,11 @@ class SharedMemory:
 def _native() -> ctypes.CDLL | None:
     """The native library, where it has exchanges."""
     found = library()
-    if not hasattr(found, "syncbn_exchange_enter"):
+    if not hasattr(found, "syncbn_exchange_publish"):
         return None
     assert found is not None
     to = (_INT, _POINTER, _INT)
-    found.syncbn_exchange_enter.argtypes = (_POINTER, _INT, ctypes.c_char_p, _POINTER, *to, _INT)
+    found.syncbn_exchange_publish.argtypes = (_POINTER, _INT, ctypes.c_char_p, _POINTER, _INT)
     found.syncbn_exchange_wait.argtypes = (_POINTER, *to, _INT, _INT)
     found.syncbn_exchange_fail.argtypes = (_POINTER, _INT, ctypes.c_char_p, _INT)
     return found

@@ -5,6 +5,7 @@ same bits.
 """
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -58,6 +59,20 @@ class Call(NamedTuple):
         )
 
 
+class Reduced(NamedTuple):
+    """A backward pass before it meets the other ranks.
+
+    Attributes:
+        sums: this rank's `backward_sums`, `(2, C)`.
+        dresidual: the residual's gradient, where it is needed.
+        finish: dx from what adds up to the sums of all ranks, `(W, 2C)`, row by row.
+    """
+
+    sums: Tensor
+    dresidual: Tensor | None
+    finish: Callable[[Tensor], Tensor]
+
+
 def forward_statistics(x: Tensor, kernel: Kernels, call: Call, needs_grad: bool) -> Remembered:
     """The statistics over all ranks, as a replay will find them; updates running statistics.
 
@@ -66,15 +81,23 @@ def forward_statistics(x: Tensor, kernel: Kernels, call: Call, needs_grad: bool)
         ValueError: one value per channel over all ranks.
     """
     own = kernel.moments(x, call.mask)
-    again = replaying()
-    if again and call.replays is not None:
-        known = call.replays.recall(own)
-        if known is not None:
-            return Remembered(own, known)
-    packed = moments_over_ranks(own, x, call, needs_grad)
+    known = recalled(own, call)
+    return known or merged(own, moments_over_ranks(own, x, call, needs_grad), x, kernel, call)
+
+
+def recalled(own: Tensor, call: Call) -> Remembered | None:
+    """What a pass with these moments found, if this one replays it."""
+    if not replaying() or call.replays is None:
+        return None
+    known = call.replays.recall(own)
+    return None if known is None else Remembered(own, known)
+
+
+def merged(own: Tensor, packed: Tensor, x: Tensor, kernel: Kernels, call: Call) -> Remembered:
+    """`forward_statistics` from what the ranks sent."""
     statistics = kernel.merge(packed, call.eps)
     check(packed, statistics, call, x)
-    if call.running is not None and not again:
+    if call.running is not None and not replaying():
         kernel.update(call.running, statistics)
     found = Remembered(own, statistics)
     if call.replays is not None:

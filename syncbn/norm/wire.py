@@ -8,6 +8,8 @@ group's time limit; once it has failed, it stays failed, because ranks are then 
 
 import ctypes
 import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Protocol
 
 import torch
@@ -27,10 +29,14 @@ GATHER_RANKS = 16
 
 
 class Transport(Protocol):
-    """What brings every rank's values to every rank."""
+    """What brings every rank's values to every rank: one exchange at a time, in two halves."""
 
-    def gather(self, header: bytes, call: int, payload: Tensor) -> Tensor:
-        """Every rank's `payload` `(k,)` as `(W, k)`, in rank order, after comparing headers and call numbers.
+    def begin(self, header: bytes, call: int, payload: Tensor) -> Callable[[], Tensor]:
+        """Send `payload` `(k,)` behind its header, without waiting for other ranks, as far as that goes.
+
+        Returns:
+            What waits for every rank's payload, `(W, k)` in rank order, after comparing headers and call numbers. It is
+            called before the next exchange begins.
 
         Raises:
             RanksDisagree: on every rank where they differ; or where a rank does not come.
@@ -74,22 +80,34 @@ class Wire:
 
     def all_gather(self, values: Tensor) -> Tensor:
         """Every rank's `values` `(k,)` as `(W, k)`; of one size and dtype on all ranks; itself where there is one."""
+        return self.begin_gather(values, overlap=False)()
+
+    def begin_gather(self, values: Tensor, overlap: bool) -> Callable[[], Tensor]:
+        """What waits for `all_gather`; with `overlap` the caller, or on CUDA its stream, goes on meanwhile."""
         ranks, size = self.world_size, values.numel()
         gathered = values if ranks == 1 else values.new_empty(ranks * size)
-        dist.all_gather_into_tensor(gathered, values, group=self.group)
-        return gathered.view(ranks, size)
+        work = dist.all_gather_into_tensor(gathered, values, group=self.group, async_op=overlap)
+        return lambda: _waited(work, gathered).view(ranks, size)
 
-    def all_reduce(self, values: Tensor) -> Tensor:
-        """The sum of every rank's `values`, in place; the same bits on every rank."""
-        dist.all_reduce(values, group=self.group)
-        return values
+    def begin_reduction(self, values: Tensor, overlap: bool) -> Callable[[], Tensor]:
+        """What waits for the sum of every rank's `values`, in place, the same bits on each; `overlap` as above."""
+        work = dist.all_reduce(values, group=self.group, async_op=overlap)
+        return lambda: _waited(work, values)
 
-    def gather(self, header: bytes, call: int, payload: Tensor) -> Tensor:
+    def begin(self, header: bytes, call: int, payload: Tensor) -> Callable[[], Tensor]:
         """See `Transport`; raises the group's own error where a rank is lost or late, RanksDisagree from then on."""
         if self._failure:
             raise RanksDisagree(self._failure)
+        frame = self._frame(CALL.pack(call) + header, payload)
+        with self._failing(header, call):
+            frames = self.begin_gather(frame, overlap=True)
+        return lambda: self._rest(header, call, payload, frames)
+
+    @contextmanager
+    def _failing(self, header: bytes, call: int) -> Iterator[None]:
+        """Whatever goes wrong here but a disagreement, ranks are out of step afterwards."""
         try:
-            return self._gather(CALL.pack(call) + header, payload)
+            yield
         except RanksDisagree:
             raise
         except BaseException as error:
@@ -97,12 +115,22 @@ class Wire:
             self._failure = f"{here}: the exchange failed: {error or type(error).__name__}"
             raise
 
-    def _gather(self, header: bytes, payload: Tensor) -> Tensor:
+    def _frame(self, header: bytes, payload: Tensor) -> Tensor:
         own, length = bytes_of(payload), frame_bytes(self.world_size)
         room = length - HEADER_BYTES
         frame = torch.zeros(length, dtype=torch.uint8, device="cpu")
         bytes_of(frame)[: HEADER_BYTES + len(own[:room])] = header + own[:room]
-        frames = self.all_gather(frame)
+        return frame
+
+    def _rest(
+        self, header: bytes, call: int, payload: Tensor, first: Callable[[], Tensor]
+    ) -> Tensor:
+        with self._failing(header, call):
+            return self._gathered(CALL.pack(call) + header, payload, first())
+
+    def _gathered(self, header: bytes, payload: Tensor, frames: Tensor) -> Tensor:
+        own, length = bytes_of(payload), frame_bytes(self.world_size)
+        room = length - HEADER_BYTES
         told = bytes_of(frames)
         headers = [bytes(told[at : at + HEADER_BYTES]) for at in range(0, len(told), length)]
         if any(theirs != header for theirs in headers):
@@ -114,6 +142,13 @@ class Wire:
 
     def pass_by(self, layer: str, backward: bool) -> None:
         """Nothing: a rank that does not come is noticed at the group's time limit."""
+
+
+def _waited(work: dist.Work | None, values: Tensor) -> Tensor:
+    """`values`, once they are there."""
+    if work is not None:
+        work.wait()
+    return values
 
 
 def frame_bytes(world_size: int) -> int:

@@ -104,6 +104,28 @@ def test_ranks_give_the_numbers_of_one(world_size, layout, act, shape, masked, m
         assert_close(gradient, parameter.grad, 1e-10, name)
 
 
+@pytest.mark.world_size(2)
+@pytest.mark.parametrize("act", [None, "relu", "silu"])
+def test_layers_begun_together_give_the_numbers_of_layers_called(world_size, act):
+    torch.manual_seed(0)
+    x, other, residual, *dys = (own_part(torch.randn(7, 8, 4, 4), SIZES[2]) for _ in range(5))
+    wanted = [t.requires_grad_() for t in (x, other, residual)]
+    results = []
+    with launches() as names:
+        for begin in (False, True):
+            layers = [syncbn.convert_sync_batchnorm(batch_norm(8)) for _ in range(2)]
+            layers[0].act = act
+            names.clear()
+            if begin:
+                first, second = syncbn.begin_norms((layers[0], x), (layers[1], other))
+                outputs = [first.finish(residual), second.finish()]
+            else:
+                outputs = [layers[0](x, residual=residual), layers[1](other)]
+            results.append([*outputs, *torch.autograd.grad(outputs, wanted, dys)])
+            assert names.count("finish") == names.count("backward_input") == 2
+    assert all(torch.equal(*pair) for pair in zip(*results, strict=True))
+
+
 VIEWS = {
     "sequence": lambda: torch.randn(4, 9, 8).transpose(1, 2),
     "transposed": lambda: torch.randn(8, 6).t(),

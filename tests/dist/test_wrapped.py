@@ -6,12 +6,12 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F  # noqa: N812
+from counting import counting
 from oracle import assert_close, batch_norm, own_part
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import syncbn
-from syncbn.norm.exchange import exchange_of
 
 SIZES = (2, 4)
 
@@ -28,25 +28,12 @@ def _model(norm=None):
     )
 
 
-def _counting():
-    """Count this rank's exchanges from here on."""
-    exchange, counted = exchange_of(dist.group.WORLD), []
-    original = exchange.announce
-
-    def announce(kind, *arguments, **options):
-        counted.append(kind)
-        return original(kind, *arguments, **options)
-
-    exchange.announce = announce
-    return counted
-
-
 @pytest.mark.world_size(2)
 def test_a_checkpointed_pass_neither_exchanges_nor_counts_again(world_size):
     whole = torch.randn(2, 6, 3, 5, 5)
     plain, replayed = (syncbn.convert_sync_batchnorm(_model()) for _ in range(2))
     parts = [own_part(w, SIZES) for w in whole]
-    counted = _counting()
+    counted = counting()
     for part in parts:
         plain(part).square().sum().backward()
     expected = list(counted)

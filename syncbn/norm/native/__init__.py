@@ -15,7 +15,7 @@ from pathlib import Path
 from urllib.parse import urlparse
 from urllib.request import url2pathname
 
-ABI = 5
+ABI = 6
 """What `syncbn_abi` of a library built from these sources returns; raised with every change of a signature."""
 
 

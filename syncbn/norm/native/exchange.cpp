@@ -146,32 +146,31 @@ Status await_all(const SyncbnRing* ring, int64_t limit_ns, int64_t waited_ns) {
 
 }  // namespace
 
-syncbn::Round syncbn::enter(SyncbnRing* ring, int64_t call, const char* body, const void* payload, int64_t bytes,
-                            int64_t limit_ns) {
-  if (has_failed(ring)) return {kFailed, nullptr};
+// Publish this rank's frame, unless the memory has failed.
+SYNCBN_API int syncbn_exchange_publish(SyncbnRing* ring, int64_t call, const char* body, const void* payload,
+                                       int64_t bytes) {
+  if (has_failed(ring)) return kFailed;
   ring->round += 1;
   char* own = slot(ring, ring->rank);
   std::memcpy(own, &call, CALL_BYTES);
   std::memcpy(own + CALL_BYTES, body, BODY_BYTES);
   std::memcpy(own + HEADER_BYTES, payload, bytes);
   publish(ring);
+  return kDone;
+}
+
+syncbn::Round syncbn::enter(SyncbnRing* ring, int64_t call, const char* body, const void* payload, int64_t bytes,
+                            int64_t limit_ns) {
+  if (syncbn_exchange_publish(ring, call, body, payload, bytes)) return {kFailed, nullptr};
   return {await_all(ring, limit_ns, 0), slot(ring, 0) + HEADER_BYTES};
 }
 
-// Go on waiting in the round that this rank has entered. out: payload of rank r at r * stride bytes.
+// Wait, or go on waiting, in the round that this rank has entered. out: payload of rank r at r * stride bytes.
 SYNCBN_API int syncbn_exchange_wait(const SyncbnRing* ring, int64_t bytes, char* out, int64_t stride,
                                     int64_t limit_ns, int64_t waited_ns) {
   const Status status = await_all(ring, limit_ns, waited_ns);
   if (status == kDone) collect(ring, bytes, out, stride);
   return status;
-}
-
-// Publish this rank's frame and collect the others', as far as they come within limit_ns.
-SYNCBN_API int syncbn_exchange_enter(SyncbnRing* ring, int64_t call, const char* body, const char* payload,
-                                     int64_t bytes, char* out, int64_t stride, int64_t limit_ns) {
-  const syncbn::Round round = syncbn::enter(ring, call, body, payload, bytes, limit_ns);
-  if (round.status == kDone) collect(ring, bytes, out, stride);
-  return round.status;
 }
 
 // Mark the memory as failed; the first rank to do so has its message kept.

@@ -27,7 +27,7 @@ struct SyncbnRing {
 
 namespace syncbn {
 
-// A round: its status, as syncbn_exchange_enter returns it, and where rank 0's payload lies, the next rank's
+// A round: its status, as syncbn_exchange_wait returns it, and where rank 0's payload lies, the next rank's
 // `slot_bytes` further. Payloads stay where they are until this rank enters the next round.
 struct Round {
   int status;

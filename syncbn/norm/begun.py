@@ -1,0 +1,172 @@
+"""`begin_norms`: several layers in one exchange, and other work while it is under way.
+
+Models say where their branches are siblings; the rest of a layer's life, from its hooks to its errors, is that of a
+layer which is called.
+"""
+
+from collections.abc import Hashable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+
+from syncbn.norm.exchange import exchange_of
+from syncbn.norm.groups import known, resolve
+from syncbn.norm.joint import BeginFunction, FinishFunction, Joint, joint_name
+from syncbn.norm.module import SyncBatchNorm
+
+
+class _Share(NamedTuple):
+    """One layer's part in what has been begun.
+
+    Attributes:
+        joint: what all of them share.
+        place: of this layer there.
+        handed: its input, as handed on.
+        version: of the input then; None for one that nothing may modify.
+    """
+
+    joint: Joint
+    place: int
+    handed: Tensor
+    version: int | None
+
+    def fits(self, input: Tensor) -> bool:
+        """Whether `input` has not been modified since."""
+        return self.version is None or self.version == input._version
+
+
+class BegunNorm:
+    """A norm layer whose moments are on their way; `finish` gives what calling the layer would have given."""
+
+    def __init__(self, layer: nn.Module, input: Tensor, mask: Tensor | None) -> None:
+        self._layer, self._input, self._mask = layer, input, mask
+        self._share: _Share | None = None
+        self._finished = False
+        self.title = layer._title() if isinstance(layer, SyncBatchNorm) else ""
+        """What the layer, with those that it meets the other ranks with, is called."""
+
+    def finish(self, residual: Tensor | None = None) -> Tensor:
+        """The layer's output: act(batch_norm(input) + residual), as of `SyncBatchNorm.forward`, hooks included.
+
+        Raises:
+            RuntimeError: it was finished before; since it began the input was modified in place or the layer's mode
+                changed; or a hook gives the layer another input.
+            ValueError: a residual that does not fit.
+        """
+        if self._finished:
+            raise RuntimeError(f"{self.title or 'a layer'}: finish() was called twice")
+        self._finished = True
+        layer = self._layer
+        if not isinstance(layer, SyncBatchNorm):
+            y = layer(self._input)
+            return y if residual is None else y + residual
+        operands = {"mask": self._mask, "residual": residual}
+        operands = {name: given for name, given in operands.items() if given is not None}
+        if torch.compiler.is_compiling():
+            return layer(self._input, **operands)
+        if self._share is not None and not layer.training:
+            raise RuntimeError(f"{self.title}: begun in training mode, finished in eval mode")
+        layer._begun = self
+        try:
+            return layer(self._input, **operands)
+        finally:
+            del layer._begun
+
+    def normalized(self, input: Tensor, mask: Tensor | None, residual: Tensor | None) -> Tensor:
+        """What the layer computes in training mode; it is called by the layer."""
+        layer, share = self._layer, self._share
+        assert isinstance(layer, SyncBatchNorm)
+        assert share is not None, "else the layer goes its usual way"
+        same = input is self._input and mask is self._mask
+        if not same or not share.fits(input):
+            raise RuntimeError(f"{self.title}: the input is no longer the one that was begun with")
+        layer._check_input(input, mask, residual, resolve(layer.process_group))
+        return FinishFunction.apply(
+            input, share.handed, layer.weight, layer.bias, residual, share.joint, share.place
+        )
+
+    @property
+    def shares(self) -> bool:
+        """Whether the layer has sent something."""
+        return self._share is not None
+
+
+Begin = tuple[nn.Module, Tensor] | tuple[nn.Module, Tensor, Tensor | None]
+"""A layer, its input, and its mask."""
+
+
+def begin_norms(*layers: Begin) -> tuple[BegunNorm, ...]:
+    """Begin several norm layers at once: they meet the other ranks in one exchange each way instead of one each.
+
+    For branches that are siblings, like the last norm of a residual block and that of its shortcut, and for a layer
+    whose exchange has something to overlap with::
+
+        main, side = syncbn.begin_norms((self.bn3, self.conv3(out)), (self.shortcut_bn, self.shortcut(x)))
+        ...                                                # what needs neither result
+        return main.finish(residual=side.finish())
+
+    Each `finish` gives what calling its layer would have given, to the bit where values are gathered; the backward
+    pass exchanges once too, as soon as the last of these layers has been reached, and goes on with what lies
+    between `begin_norms` and `finish` meanwhile. Layers of other classes, layers in eval mode, and those of a group
+    of one are called by `finish`, as are all of them under `torch.compile`: a model may use this whatever its norms
+    are. Layers whose groups, dtypes or devices differ have an exchange for each.
+
+    Args:
+        layers: pairs of a layer and its input `(N, C, *)`, or triples with its mask `(N, 1, *)`, the same on all ranks.
+
+    Returns:
+        One `BegunNorm` a layer, in order. Each is to be finished once; statistics move then.
+
+    Raises:
+        ValueError: a mask for a layer that takes none; inputs and masks as in `SyncBatchNorm.forward`.
+        TypeError: as there.
+    """
+    begun: list[BegunNorm] = []
+    parts: dict[tuple[ProcessGroup, Hashable], list[BegunNorm]] = {}
+    for layer, input, *rest in layers:
+        mask = rest[0] if rest else None
+        if mask is not None and not isinstance(layer, SyncBatchNorm):
+            raise ValueError(f"a mask was given for a {type(layer).__name__}, which takes none")
+        begun.append(BegunNorm(layer, input, mask))
+        group = _group(layer)
+        if group is not None:
+            parts.setdefault((group, (input.dtype, input.device)), []).append(begun[-1])
+    for (group, _), together in parts.items():
+        _begin(together, group)
+    return tuple(begun)
+
+
+def _group(layer: nn.Module) -> ProcessGroup | None:
+    """With whom `layer` is synchronised; None where it is not, or a compiler looks on."""
+    if not isinstance(layer, SyncBatchNorm) or torch.compiler.is_compiling():
+        return None
+    if not dist.is_available():
+        return None
+    group = resolve(layer.process_group) if layer.training else known(layer.process_group)
+    return None if group is None or dist.get_world_size(group) == 1 else group
+
+
+def _begin(begun: Sequence[BegunNorm], group: ProcessGroup) -> None:
+    """Begin layers of one group, dtype and device; those in eval mode are only told how others know them."""
+    training = [one for one in begun if one._layer.training]
+    name = joint_name([one.title for one in training or begun])
+    for one in training or begun:
+        one.title = name
+    if not training:
+        return
+    layers: list[Any] = [one._layer for one in training]
+    for layer, one in zip(layers, training, strict=True):
+        layer._check_input(one._input, one._mask, None, group)
+    exchange = exchange_of(group)
+    calls = [
+        layer._call(one._input, one._mask, exchange)
+        for layer, one in zip(layers, training, strict=True)
+    ]
+    joint = Joint(exchange, calls)
+    handed = BeginFunction.apply(joint, *(one._input for one in training))
+    for place, one in enumerate(training):
+        version = None if one._input.is_inference() else one._input._version
+        one._share = _Share(joint, place, handed[place], version)
