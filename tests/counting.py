@@ -1,8 +1,30 @@
-"""How often a rank exchanges."""
+"""How often a rank exchanges, and by which way."""
+
+import functools
+import os
 
 import torch.distributed as dist
 
 from syncbn.norm.exchange import exchange_of
+
+
+def by_way(way):
+    """Decorate a test: groups that meet for the first time in it go this way (see `syncbn.norm.ways`)."""
+
+    def decorate(test):
+        @functools.wraps(test)
+        def run(**arguments):
+            before = os.environ.get("SYNCBN_EXCHANGE")
+            os.environ["SYNCBN_EXCHANGE"] = way
+            try:
+                test(**arguments)
+            finally:
+                del os.environ["SYNCBN_EXCHANGE"]
+                os.environ |= {} if before is None else {"SYNCBN_EXCHANGE": before}
+
+        return run
+
+    return decorate
 
 
 def counting():

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from syncbn.norm import kernels, launched, whole
+from syncbn.norm import apart, kernels, launched, whole
 from syncbn.norm.kernels import ACTIVATIONS, Affine, Fused
 from syncbn.norm.kernels.bits import unpacked
 from syncbn.norm.kernels.call import plain
@@ -207,6 +207,9 @@ def reduced(
     sums = kernel.backward_sums(dy, x, affine, fused)
 
     def finish(rows: Tensor) -> Tensor:
+        dx = apart.input_gradient(dy, x, weight, bias, fused, found, rows)
+        if dx is not None:
+            return dx
         everyones = in_order(rows).view_as(sums)
         return kernel.backward_input(dy, x, affine, fused, everyones, total)
 

@@ -25,17 +25,11 @@ class _Share(NamedTuple):
         joint: what all of them share.
         place: of this layer there.
         handed: its input, as handed on.
-        version: of the input then; None for one that nothing may modify.
     """
 
     joint: Joint
     place: int
     handed: Tensor
-    version: int | None
-
-    def fits(self, input: Tensor) -> bool:
-        """Whether `input` has not been modified since."""
-        return self.version is None or self.version == input._version
 
 
 class BegunNorm:
@@ -45,6 +39,7 @@ class BegunNorm:
         self._layer, self._input, self._mask = layer, input, mask
         self._share: _Share | None = None
         self._finished = False
+        self._state: object = None if torch.compiler.is_compiling() else self._state_now()
         self.title = layer._title() if isinstance(layer, SyncBatchNorm) else ""
         """What the layer, with those that it meets the other ranks with, is called."""
 
@@ -67,8 +62,10 @@ class BegunNorm:
         operands = {name: given for name, given in operands.items() if given is not None}
         if torch.compiler.is_compiling():
             return layer(self._input, **operands)
-        if self._share is not None and not layer.training:
-            raise RuntimeError(f"{self.title}: begun in training mode, finished in eval mode")
+        if self._state_now() != self._state:
+            raise RuntimeError(
+                f"{self.title}: its input or its mode has changed since it was begun"
+            )
         layer._begun = self
         try:
             return layer(self._input, **operands)
@@ -80,13 +77,19 @@ class BegunNorm:
         layer, share = self._layer, self._share
         assert isinstance(layer, SyncBatchNorm)
         assert share is not None, "else the layer goes its usual way"
-        same = input is self._input and mask is self._mask
-        if not same or not share.fits(input):
-            raise RuntimeError(f"{self.title}: the input is no longer the one that was begun with")
+        if input is not self._input or mask is not self._mask:
+            raise RuntimeError(
+                f"{self.title}: a hook gives it another input than it was begun with"
+            )
         layer._check_input(input, mask, residual, resolve(layer.process_group))
         return FinishFunction.apply(
             input, share.handed, layer.weight, layer.bias, residual, share.joint, share.place
         )
+
+    def _state_now(self) -> tuple[bool, int | None]:
+        """What must not change: the layer's mode, and the input's version, which one made for inference has not."""
+        input = self._input
+        return self._layer.training, None if input.is_inference() else input._version
 
     @property
     def shares(self) -> bool:
@@ -110,9 +113,10 @@ def begin_norms(*layers: Begin) -> tuple[BegunNorm, ...]:
 
     Each `finish` gives what calling its layer would have given, to the bit where values are gathered; the backward
     pass exchanges once too, as soon as the last of these layers has been reached, and goes on with what lies
-    between `begin_norms` and `finish` meanwhile. Layers of other classes, layers in eval mode, and those of a group
-    of one are called by `finish`, as are all of them under `torch.compile`: a model may use this whatever its norms
-    are. Layers whose groups, dtypes or devices differ have an exchange for each.
+    between `begin_norms` and `finish` meanwhile. Layers whose groups, dtypes or devices differ have an exchange for
+    each. A model may use this whatever its norms are: `finish` simply calls layers of other classes, layers in eval
+    mode, all layers under `torch.compile`, and those whose ranks are one, or share memory, where an exchange costs less
+    than what it takes to share it.
 
     Args:
         layers: pairs of a layer and its input `(N, C, *)`, or triples with its mask `(N, 1, *)`, the same on all ranks.
@@ -151,6 +155,9 @@ def _group(layer: nn.Module) -> ProcessGroup | None:
 
 def _begin(begun: Sequence[BegunNorm], group: ProcessGroup) -> None:
     """Begin layers of one group, dtype and device; those in eval mode are only told how others know them."""
+    exchange = exchange_of(group)
+    if exchange.memory is not None:
+        return
     training = [one for one in begun if one._layer.training]
     name = joint_name([one.title for one in training or begun])
     for one in training or begun:
@@ -160,7 +167,6 @@ def _begin(begun: Sequence[BegunNorm], group: ProcessGroup) -> None:
     layers: list[Any] = [one._layer for one in training]
     for layer, one in zip(layers, training, strict=True):
         layer._check_input(one._input, one._mask, None, group)
-    exchange = exchange_of(group)
     calls = [
         layer._call(one._input, one._mask, exchange)
         for layer, one in zip(layers, training, strict=True)
@@ -168,5 +174,4 @@ def _begin(begun: Sequence[BegunNorm], group: ProcessGroup) -> None:
     joint = Joint(exchange, calls)
     handed = BeginFunction.apply(joint, *(one._input for one in training))
     for place, one in enumerate(training):
-        version = None if one._input.is_inference() else one._input._version
-        one._share = _Share(joint, place, handed[place], version)
+        one._share = _Share(joint, place, handed[place])

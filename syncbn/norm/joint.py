@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from syncbn.norm import kernels, launched
+from syncbn.norm import apart, kernels, launched
 from syncbn.norm.autograd import (
     differentiable_gradients,
     keep,
@@ -26,8 +26,9 @@ from syncbn.norm.exchange import Exchange, Place
 from syncbn.norm.header import NAMED
 from syncbn.norm.join import refuse_ddp_join
 from syncbn.norm.kernels import Affine, Fused
+from syncbn.norm.moments import Block
 from syncbn.norm.pending import Pending
-from syncbn.norm.replay import Remembered, replaying
+from syncbn.norm.replay import Found, Remembered, replaying
 from syncbn.norm.steps import Call, Reduced, merged, recalled
 
 Rows = Pending[Sequence[Tensor]]
@@ -45,12 +46,14 @@ class Joint:
     def __init__(self, exchange: Exchange, calls: Sequence[Call]) -> None:
         self.calls, self._exchange = calls, exchange
         self._own: list[Tensor] = []
+        self._blocks: dict[int, Block] = {}
         self._needs: Sequence[bool] = ()
         self._known: dict[int, Remembered] = {}
         self._asked: dict[
             int, int
         ] = {}  # a layer's place among those that take part in the exchange
         self._moments: Rows | None = None
+        self._backward_pass = -1
         self._halves: dict[int, Reduced] = {}
         self._sums: Rows | None = None
 
@@ -59,7 +62,10 @@ class Joint:
         self._needs = needs
         for layer, (x, call) in enumerate(zip(xs, self.calls, strict=True)):
             refuse_ddp_join(call.name)
-            own = kernels.pick(x).moments(x, call.mask)
+            block = apart.moments(x, call)
+            if block is not None:
+                self._blocks[layer] = block
+            own = kernels.pick(x).moments(x, call.mask) if block is None else block.own
             self._own.append(own)
             known = recalled(own, call)
             if known is None:
@@ -73,12 +79,18 @@ class Joint:
 
     def normalize(
         self, layer: int, x: Tensor, weight: Tensor | None, bias: Tensor | None, fused: Fused
-    ) -> tuple[Tensor, Remembered]:
+    ) -> tuple[Tensor, Found]:
         """The output of one layer and what it was normalised with; waits for the exchange."""
         kernel, found, call = kernels.pick(x), self._known.get(layer), self.calls[layer]
         if found is None:
             assert self._moments is not None, "somebody asked"
-            packed = self._moments.result()[self._asked[layer]].contiguous()
+            packed = self._moments.result()[self._asked[layer]]
+            block = self._blocks.get(layer)
+            if block is not None:
+                y = apart.finish(x, block, packed, weight, bias, fused.residual, call)
+                if y is not None:
+                    return y, block
+            packed = packed.contiguous()
             quick = None if replaying() else launched.kernels_of(x)
             if quick is not None:
                 own = self._own[layer]
@@ -89,10 +101,9 @@ class Joint:
 
     def reduce(self, layer: int, half: Reduced, dtype: torch.dtype) -> None:
         """Take one layer's half of the backward pass; the last begins the exchange."""
-        if (
-            layer in self._halves
-        ):  # of another pass over a graph that is kept, of which nobody wanted dx
-            self._halves, self._sums = {}, None
+        backward_pass = torch._C._current_graph_task_id()
+        if backward_pass != self._backward_pass:  # in the last one nobody wanted dx
+            self._halves, self._sums, self._backward_pass = {}, None, backward_pass
         self._halves[layer] = half
         if len(self._halves) == sum(self._needs):
             self._send_sums(dtype)
@@ -105,7 +116,7 @@ class Joint:
         rows = (self._sums or self._send_sums(dtype)).result()
         for layer, everyones in zip(self._waiting, rows, strict=True):
             if layer in self._halves:
-                gradients[layer] = self._halves[layer].finish(everyones.contiguous())
+                gradients[layer] = self._halves[layer].finish(everyones)
         self._halves, self._sums = {}, None
         return gradients
 

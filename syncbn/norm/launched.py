@@ -92,5 +92,5 @@ def reduced(
     return Reduced(
         sums,
         dy if needs_residual else None,
-        lambda rows: kernel.backward_input(dy, x, affine, fused, rows, total),
+        lambda rows: kernel.backward_input(dy, x, affine, fused, rows.contiguous(), total),
     )

@@ -48,13 +48,19 @@ _WHOLE = struct.Struct(CALL + "2P2qd4P3Pdq")
 """`Whole` of native/whole.cpp."""
 
 
-class _Meeting(NamedTuple):
-    """The exchange inside a pass."""
+class Meeting(NamedTuple):
+    """The exchange inside a pass.
 
-    exchange: Exchange
+    Attributes:
+        exchange: None where the caller does it.
+        ring: address of a `Ring`.
+        header: of the exchange, as is `number`.
+    """
+
+    exchange: Exchange | None
     ring: int
-    header: bytes
-    number: int
+    header: bytes = b""
+    number: int = 0
 
 
 def forward(
@@ -70,44 +76,48 @@ def forward(
     Raises:
         NonFiniteStatistics, ValueError: see `steps.forward_statistics`.
     """
-    form = form_of(x.shape, x.stride(), x.dtype, call.act)
-    again, running = replaying(), call.running
-    if (
-        form is None
-        or not _serves(x, form, call, residual)
-        or (again and call.exchange is not None)
-    ):
+    form, exchange = form_of(x.shape, x.stride(), x.dtype, call.act), call.exchange
+    if form is None or not serves(x, call.mask, residual):
         return None
-    exchange, dtype, x = call.exchange, form.dtype, aligned(x, form.layout)
-    third = None if residual is None else aligned(residual, form.layout)
-    scale, shift = plain(weight, dtype), plain(bias, dtype)
-    y, block = empty_like(x), Block(form.channels, dtype)
-    total = block.values.data_ptr()
-    own, mean = total + 8, total + 8 + form.own_bytes
-    var, invstd = mean + form.sums_bytes // 2, mean + form.sums_bytes
-    moving = NOTHING_MOVES if again or running is None else moving_words(running)
+    if exchange is not None and (replaying() or not _meets(exchange, form)):
+        return None
+    x, moving = aligned(x, form.layout), moving_of(call)
+    operands = coefficients(weight, bias, residual, form)
+    y, block = empty_like(x), Block(form.channels, form.dtype)
     meeting = _meeting(FORWARD, x, form.own_bytes, call, needs_grad)
-    affine = (mean, invstd, address(scale), address(shift))
-    role = NOTHING if third is None else RESIDUAL
-    operands = (x.data_ptr(), 0, address(third), *affine, 0, 0, y.data_ptr(), own)
-    words = _words(
-        NORMALIZE, form, role, operands, meeting, call.eps, (total, mean, var, invstd), moving
-    )
-    status, packed = _native()(words, _header(meeting)), None
+    words = forward_words(x, form, operands, y, block, call.eps, meeting, moving)
+    status, packed = native()(words, _header(meeting)), None
     if status and meeting is not None:
         packed, status = _rest(status, words, meeting, block.own)
     if exchange is not None:
         exchange.met(call.serial)
+    settle(status, packed, x, block, call, moving)
+    return y, block
+
+
+def settle(
+    status: int,
+    packed: Tensor | None,
+    x: Tensor,
+    block: Block,
+    call: Call,
+    moving: tuple[float, ...],
+) -> None:
+    """Raise where there was nothing to normalise with; else note what a forward pass found and moved."""
     if status:
         check(block.own.unsqueeze(0) if packed is None else packed, block.statistics, call, x)
-    if exchange is not None and call.replays is not None:
+    if call.exchange is not None and call.replays is not None:
         call.replays.keep(block)
-    if running is not None and not again:
+    if call.running is not None and not replaying():
         if moving is NOTHING_MOVES:
-            EagerKernels().update(running, block.statistics)
+            EagerKernels().update(call.running, block.statistics)
         else:
-            moved(running)
-    return y, block
+            moved(call.running)
+
+
+def moving_of(call: Call) -> tuple[float, ...]:
+    """The running statistics that the library moves."""
+    return NOTHING_MOVES if call.running is None or replaying() else moving_words(call.running)
 
 
 def backward(
@@ -120,35 +130,40 @@ def backward(
     call: Call,
 ) -> tuple[Tensor, Tensor] | None:
     """The gradient of x, and this rank's `backward_sums`; None where this way does not serve."""
-    form, third = form_of(x.shape, x.stride(), x.dtype, fused.act), extra(fused)
-    if form is None or dy.dtype is not x.dtype or not _serves(x, form, call, third):
+    form, exchange = form_of(x.shape, x.stride(), x.dtype, fused.act), call.exchange
+    if form is None or dy.dtype is not x.dtype or not serves(x, call.mask, extra(fused)):
         return None
-    dtype, x, dy = form.dtype, aligned(x, form.layout), aligned(dy, form.layout)
-    third = None if third is None else aligned(third, form.layout)
-    scale, shift = plain(weight, dtype), plain(bias, dtype)
-    dx, sums = empty_like(x), torch.empty(2, form.channels, dtype=dtype, device="cpu")
-    total, _, mean, _, invstd = found.addresses
+    if exchange is not None and not _meets(exchange, form):
+        return None
+    x, dy = aligned(x, form.layout), aligned(dy, form.layout)
+    operands = coefficients(weight, bias, extra(fused), form)
+    dx, sums = empty_like(x), torch.empty(2, form.channels, dtype=form.dtype, device="cpu")
     meeting = _meeting(BACKWARD, x, form.sums_bytes, call, needs_grad=True)
-    affine = (mean, invstd, address(scale), address(shift))
-    role = NOTHING if third is None else RESIDUAL if fused.output is None else OUTPUT
-    operands = (x.data_ptr(), dy.data_ptr(), address(third), *affine, 0, total, dx.data_ptr())
-    words = _words(BACKWARD_INPUT, form, role, (*operands, sums.data_ptr()), meeting)
-    status = _native()(words, _header(meeting))
+    words = backward_words(dy, x, form, operands, fused, found, dx, sums, meeting)
+    status = native()(words, _header(meeting))
     if status and meeting is not None:
         _rest(status, words, meeting, sums.view(-1))
-    if call.exchange is not None:
-        call.exchange.met(call.serial)
+    if exchange is not None:
+        exchange.met(call.serial)
     return dx, sums
 
 
-def _serves(x: Tensor, form: Form, call: Call, third: Tensor | None) -> bool:
-    """Whether the library does the whole pass, its exchange included."""
-    exotic = call.mask is not None or (third is not None and third.dtype is not x.dtype)
-    if exotic or not plain_kind(x) or not isinstance(chosen(x.device.type), CpuKernels):
-        return False
-    exchange = call.exchange
-    if exchange is None:
-        return True
+def coefficients(
+    weight: Tensor | None, bias: Tensor | None, third: Tensor | None, form: Form
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Weight, bias and a pass's third tensor as the library reads them; to be kept until it is done."""
+    third = None if third is None else aligned(third, form.layout)
+    return plain(weight, form.dtype), plain(bias, form.dtype), third
+
+
+def serves(x: Tensor, mask: Tensor | None, third: Tensor | None) -> bool:
+    """Whether the library does all of a pass, its exchange apart."""
+    exotic = mask is not None or (third is not None and third.dtype is not x.dtype)
+    return not exotic and plain_kind(x) and isinstance(chosen(x.device.type), CpuKernels)
+
+
+def _meets(exchange: Exchange, form: Form) -> bool:
+    """Whether the library does the exchange too."""
     if exchange.ring is None or not exchange.in_one_call:
         return False
     return (
@@ -158,7 +173,7 @@ def _serves(x: Tensor, form: Form, call: Call, third: Tensor | None) -> bool:
     )
 
 
-def _meeting(kind: int, x: Tensor, size: int, call: Call, needs_grad: bool) -> _Meeting | None:
+def _meeting(kind: int, x: Tensor, size: int, call: Call, needs_grad: bool) -> Meeting | None:
     """The exchange that comes next, which from here on must take place."""
     exchange = call.exchange
     if exchange is None:
@@ -176,11 +191,52 @@ def _meeting(kind: int, x: Tensor, size: int, call: Call, needs_grad: bool) -> _
         needs_grad=needs_grad,
         serial=call.serial,
     )
-    return _Meeting(exchange, ctypes.addressof(ring), header, number)
+    return Meeting(exchange, ctypes.addressof(ring), header, number)
 
 
-def _header(meeting: _Meeting | None) -> bytes:
+def _header(meeting: Meeting | None) -> bytes:
     return b"" if meeting is None else meeting.header
+
+
+def forward_words(
+    x: Tensor,
+    form: Form,
+    operands: tuple[Tensor | None, Tensor | None, Tensor | None],
+    y: Tensor | None,
+    block: Block,
+    eps: float,
+    meeting: Meeting | None,
+    moving: tuple[float, ...] = NOTHING_MOVES,
+) -> bytes:
+    """A forward pass as the library takes it."""
+    weight, bias, residual = operands
+    total = block.values.data_ptr()
+    own, mean = total + 8, total + 8 + form.own_bytes
+    var, invstd = mean + form.sums_bytes // 2, mean + form.sums_bytes
+    affine = (mean, invstd, address(weight), address(bias))
+    role = NOTHING if residual is None else RESIDUAL
+    places = (x.data_ptr(), 0, address(residual), *affine, 0, 0, address(y), own)
+    return _words(NORMALIZE, form, role, places, meeting, eps, (total, mean, var, invstd), moving)
+
+
+def backward_words(
+    dy: Tensor,
+    x: Tensor,
+    form: Form,
+    operands: tuple[Tensor | None, Tensor | None, Tensor | None],
+    fused: Fused,
+    found: Found,
+    dx: Tensor,
+    sums: Tensor | None,
+    meeting: Meeting | None,
+) -> bytes:
+    """A backward pass as the library takes it."""
+    weight, bias, third = operands
+    total, _, mean, _, invstd = found.addresses
+    affine = (mean, invstd, address(weight), address(bias))
+    role = NOTHING if third is None else RESIDUAL if fused.output is None else OUTPUT
+    places = (x.data_ptr(), dy.data_ptr(), address(third), *affine, 0, total, dx.data_ptr())
+    return _words(BACKWARD_INPUT, form, role, (*places, address(sums)), meeting)
 
 
 def _words(
@@ -188,7 +244,7 @@ def _words(
     form: Form,
     role: int,
     operands: tuple[int, ...],
-    meeting: _Meeting | None,
+    meeting: Meeting | None,
     eps: float = 0.0,
     merged: tuple[int, ...] = (0, 0, 0, 0),
     moving: tuple[float, ...] = NOTHING_MOVES,
@@ -210,15 +266,16 @@ def _words(
     return _WHOLE.pack(*static, *operands, ring, number, LOOK_NS, eps, *merged, *moving)
 
 
-def _rest(status: int, words: bytes, meeting: _Meeting, own: Tensor) -> tuple[Tensor, int]:
+def _rest(status: int, words: bytes, meeting: Meeting, own: Tensor) -> tuple[Tensor, int]:
     """Bring a pass to its end whose exchange has not ended well at once; what all ranks sent, and what is wrong."""
     exchange, _, header, number = meeting
+    assert exchange is not None
     gathered = exchange.brought(status, header, number, own)
-    return gathered, _native_rest()(words, gathered.data_ptr())
+    return gathered, native_rest()(words, gathered.data_ptr(), gathered.stride(0))
 
 
 @functools.cache
-def _native() -> Callable[[bytes, bytes], int]:
+def native() -> Callable[[bytes, bytes], int]:
     """The library's whole pass."""
     found = library()
     assert found is not None, "kernels that need it were picked"
@@ -227,9 +284,9 @@ def _native() -> Callable[[bytes, bytes], int]:
 
 
 @functools.cache
-def _native_rest() -> Callable[[bytes, int], int]:
+def native_rest() -> Callable[[bytes, int, int], int]:
     """What it leaves where its exchange has not ended well at once."""
     found = library()
     assert found is not None
-    found.syncbn_rest.argtypes = [ctypes.c_char_p, ctypes.c_void_p]
+    found.syncbn_rest.argtypes = [ctypes.c_char_p, ctypes.c_void_p, ctypes.c_int64]
     return found.syncbn_rest

@@ -1,12 +1,11 @@
 """Layers that are begun together: the numbers of layers that are called, with fewer exchanges and less waiting."""
 
-import copy
-
 import pytest
 import torch
 import torch.distributed as dist
-from counting import counting
+from counting import by_way, counting
 from oracle import assert_close, batch_norm, own_part
+from siblings import CHANNELS, inputs_of, siblings
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
@@ -16,33 +15,7 @@ from syncbn.norm import wire
 from syncbn.norm.exchange import BACKWARD, FORWARD, exchange_of
 from syncbn.norm.observed import observe
 
-SIZES = {2: (2, 4), 3: (3, 0, 2)}
-CHANNELS = (3, 5)
-
-
-def _layers(dtype=torch.float32, group=None, acts=("relu", None), names=("b.main", "b.side.1")):
-    """Two layers that could be siblings, named as a conversion names them."""
-    torch.manual_seed(1)
-    layers = []
-    for channels, act, name in zip(CHANNELS, acts, names, strict=True):
-        layer = syncbn.convert_sync_batchnorm(batch_norm(channels).to(dtype), group)
-        layer.act, layer.layer_name = act, name
-        layers.append(layer)
-    return layers
-
-
-def _inputs(world_size, dtype=torch.float32, layout=torch.contiguous_format):
-    """This rank's inputs, a residual for the first, and upstream gradients."""
-    generator = torch.Generator().manual_seed(7)
-    total = sum(SIZES[world_size])
-    wholes = [
-        torch.randn(total, channels, 4, 6, generator=generator).to(dtype, memory_format=layout)
-        for channels in (*CHANNELS, CHANNELS[0], *CHANNELS)
-    ]
-    a, b, residual, *dys = (own_part(whole, SIZES[world_size]) for whole in wholes)
-    return a.requires_grad_(), b.requires_grad_(), residual.requires_grad_(), dys
-
-
+over_sockets = by_way("sockets")  # between ranks that share memory layers are called one by one
 def _mask(x):
     generator = torch.Generator().manual_seed(int(x.shape[0]))
     return torch.rand(x.shape[0], 1, 4, 6, generator=generator) < 0.7
@@ -61,15 +34,16 @@ def _results(layers, inputs, begin, mask=None):
     return [main, side, *gradients, *(buffer for layer in layers for buffer in layer.buffers())]
 
 
+@over_sockets
 @pytest.mark.world_size(2, 3)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
 @pytest.mark.parametrize("masked", [False, True])
 def test_layers_begun_together_give_the_bits_of_layers_called(world_size, dtype, layout, masked):
-    inputs = _inputs(world_size, dtype, layout)
+    inputs = inputs_of(world_size, dtype, layout)
     mask = _mask(inputs[0]) if masked else None
-    called = _results(_layers(dtype), inputs, False, mask)
-    begun = _results(_layers(dtype), inputs, True, mask)
+    called = _results(siblings(dtype), inputs, False, mask)
+    begun = _results(siblings(dtype), inputs, True, mask)
     for number, (ours, expected) in enumerate(zip(begun, called, strict=True)):
         assert ours.dtype == expected.dtype
         assert torch.equal(ours, expected), number
@@ -80,9 +54,9 @@ def test_layers_begun_together_give_the_bits_of_layers_called(world_size, dtype,
 def test_they_do_so_whatever_brings_the_values(world_size, way):
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setenv("SYNCBN_EXCHANGE", way)
-        inputs, group = _inputs(world_size), dist.new_group(list(range(world_size)))
-        begun = _results(_layers(group=group), inputs, True)
-    called = _results(_layers(), inputs, False)
+        inputs, group = inputs_of(world_size), dist.new_group(list(range(world_size)))
+        begun = _results(siblings(group=group), inputs, True)
+    called = _results(siblings(), inputs, False)
     assert all(torch.equal(*pair) for pair in zip(begun, called, strict=True))
 
 
@@ -91,19 +65,20 @@ def test_where_sums_are_reduced_they_are_those_of_all_ranks(world_size):
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setattr(wire, "GATHER_BYTES", 64)
         monkeypatch.setenv("SYNCBN_EXCHANGE", "gloo")
-        inputs, group = _inputs(world_size), dist.new_group(list(range(world_size)))
-        begun = _results(_layers(group=group), inputs, True)
-    called = _results(_layers(), inputs, False)
+        inputs, group = inputs_of(world_size), dist.new_group(list(range(world_size)))
+        begun = _results(siblings(group=group), inputs, True)
+    called = _results(siblings(), inputs, False)
     for number, (ours, expected) in enumerate(zip(begun, called, strict=True)):
         assert_close(ours, expected, 1e-5, str(number))
 
 
+@over_sockets
 @pytest.mark.world_size(2)
 def test_they_meet_the_other_ranks_once_each_way_under_one_name(world_size):
-    inputs, told = _inputs(world_size), []
+    inputs, told = inputs_of(world_size), []
     observe(lambda *what: told.append(what))
     try:
-        _results(_layers(), inputs, True)
+        _results(siblings(), inputs, True)
     finally:
         observe(None)
     values = sum(2 + 2 * channels for channels in CHANNELS)
@@ -113,16 +88,28 @@ def test_they_meet_the_other_ranks_once_each_way_under_one_name(world_size):
         (name, BACKWARD, 4 * (values - 4)),
     ]
     counted = counting()
-    _results(_layers(), inputs, True)
+    _results(siblings(), inputs, True)
     assert counted == [FORWARD, BACKWARD]
 
 
 @pytest.mark.world_size(2)
+def test_ranks_that_share_memory_call_layers_one_by_one(world_size):
+    inputs = inputs_of(world_size)
+    expected = _results(siblings(), inputs, False)
+    assert exchange_of(dist.group.WORLD).memory is not None
+    counted = counting()
+    begun = _results(siblings(), inputs, True)
+    assert counted == [FORWARD, FORWARD, BACKWARD, BACKWARD]
+    assert all(torch.equal(*pair) for pair in zip(begun, expected, strict=True))
+
+
+@over_sockets
+@pytest.mark.world_size(2)
 def test_what_lies_between_is_done_while_the_exchange_is_under_way(world_size):
     """The exchange of the backward pass begins before, and is waited for after, what lies between in the graph."""
     happened, exchange = [], exchange_of(dist.group.WORLD)
-    a, b, residual, dys = _inputs(world_size)
-    layers = _layers()
+    a, b, residual, dys = inputs_of(world_size)
+    layers = siblings()
     _results(layers, (a, b, residual, dys), True)  # the ranks have met
     transport = exchange._transport
     begin = transport.begin
@@ -154,13 +141,14 @@ def test_what_lies_between_is_done_while_the_exchange_is_under_way(world_size):
     assert weight.grad is not None
 
 
+@over_sockets
 @pytest.mark.world_size(2, 3)
 def test_any_layer_may_exchange_while_others_are_begun(world_size):
     """Exchanges follow one another in the order in which they begin, whichever is waited for first."""
-    inputs = _inputs(world_size)
+    inputs = inputs_of(world_size)
     a, b, residual, dys = inputs
-    expected = _results(_layers(), inputs, False)
-    layers, other = _layers(), syncbn.SyncBatchNorm(3)
+    expected = _results(siblings(), inputs, False)
+    layers, other = siblings(), syncbn.SyncBatchNorm(3)
     (first,) = syncbn.begin_norms((layers[0], a))
     other(a)
     (second,) = syncbn.begin_norms((layers[1], b))
@@ -173,12 +161,13 @@ def test_any_layer_may_exchange_while_others_are_begun(world_size):
     assert all(torch.equal(*pair) for pair in zip(ours, expected, strict=True))
 
 
+@over_sockets
 @pytest.mark.world_size(2)
 def test_layers_of_other_groups_and_dtypes_exchange_apart(world_size):
-    a, b, *_ = _inputs(world_size)
-    apart = _layers()
+    a, b, *_ = inputs_of(world_size)
+    apart = siblings()
     apart[1].process_group = dist.new_group(list(range(world_size)))
-    half = [_layers()[0], _layers(torch.bfloat16)[1]]
+    half = [siblings()[0], siblings(torch.bfloat16)[1]]
     counted = counting()
     for layers, inputs, expected in ((apart, (a, b), 1), (half, (a, b.bfloat16()), 2)):
         counted.clear()
@@ -189,14 +178,15 @@ def test_layers_of_other_groups_and_dtypes_exchange_apart(world_size):
             assert torch.equal(output, layer(x))
 
 
+@over_sockets
 @pytest.mark.world_size(2)
 def test_inputs_without_gradients_and_outputs_that_nobody_uses(world_size):
-    a, b, residual, (da, db) = _inputs(world_size)
+    a, b, residual, (da, db) = inputs_of(world_size)
     fixed = b.detach()
-    expected = _layers()
+    expected = siblings()
     main = expected[0](a)
     called = torch.autograd.grad(main, (a, expected[0].weight), da)
-    layers = _layers()
+    layers = siblings()
     first, second = syncbn.begin_norms((layers[0], a), (layers[1], fixed))
     main, side = first.finish(), second.finish()
     begun = torch.autograd.grad((main, side), (a, layers[0].weight, layers[1].weight), (da, db))
@@ -212,25 +202,33 @@ def test_inputs_without_gradients_and_outputs_that_nobody_uses(world_size):
         assert not second.finish().requires_grad
 
 
+@over_sockets
 @pytest.mark.world_size(2)
 def test_a_graph_that_is_kept_gives_its_gradients_again(world_size):
-    a, b, _, dys = _inputs(world_size)
-    layers = _layers()
+    a, b, _, dys = inputs_of(world_size)
+    layers = siblings()
     begun = syncbn.begin_norms((layers[0], a), (layers[1], b))
     outputs = [one.finish() for one in begun]
     weights = [layer.weight for layer in layers]
     first = torch.autograd.grad(outputs, (a, b, *weights), dys, retain_graph=True)
     torch.autograd.grad(outputs, weights, dys, retain_graph=True)  # wants no gradient of an input
+    for used in (0, 1):
+        parts = outputs[used], (a, b), dys[used]
+        gradients = torch.autograd.grad(*parts, retain_graph=True, allow_unused=True)
+        assert torch.equal(gradients[used], first[used])
+        assert gradients[1 - used] is None
+        torch.autograd.grad(outputs[used], weights[used], dys[used], retain_graph=True)
     second = torch.autograd.grad(outputs, (a, b, *weights), dys)
     assert all(torch.equal(*pair) for pair in zip(first, second, strict=True))
 
 
+@over_sockets
 @pytest.mark.world_size(2)
 def test_second_derivatives_are_those_of_layers_called(world_size):
-    a, b, residual, dys = _inputs(world_size, torch.float64)
+    a, b, residual, dys = inputs_of(world_size, torch.float64)
     results = []
     for begin in (False, True):
-        layers = _layers(torch.float64, acts=("silu", None))
+        layers = siblings(torch.float64, acts=("silu", None))
         if begin:
             first, second = syncbn.begin_norms((layers[0], a), (layers[1], b))
             outputs = first.finish(residual), second.finish()
@@ -266,6 +264,7 @@ def _network(begin):
     return nn.Sequential(_Block(begin), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2))
 
 
+@over_sockets
 @pytest.mark.world_size(2)
 def test_ddp_steps_follow_one_process_on_the_whole_batch(world_size):
     whole, target = torch.randn(3, 6, 3, 5, 5).double(), torch.randn(3, 6, 2).double()
@@ -285,6 +284,7 @@ def test_ddp_steps_follow_one_process_on_the_whole_batch(world_size):
         assert_close(mine, expected, 1e-10, name)
 
 
+@over_sockets
 @pytest.mark.world_size(2)
 def test_a_checkpointed_pass_neither_exchanges_nor_counts_again(world_size):
     parts = [own_part(whole, (2, 4)) for whole in torch.randn(2, 6, 3, 5, 5)]
@@ -302,6 +302,7 @@ def test_a_checkpointed_pass_neither_exchanges_nor_counts_again(world_size):
         assert_close(a.grad, b.grad, 1e-6, name)
 
 
+@over_sockets
 @pytest.mark.world_size(2)
 def test_a_model_that_begins_its_norms_compiles_without_a_graph_break(world_size):
     plain, begun = (syncbn.convert_sync_batchnorm(_Block(begin)) for begin in (False, True))
@@ -312,78 +313,3 @@ def test_a_model_that_begins_its_norms_compiles_without_a_graph_break(world_size
         assert_close(outputs[1], outputs[0], 1e-6)
     for (name, a), b in zip(begun.named_buffers(), plain.buffers(), strict=True):
         assert_close(a, b, 1e-6, name)
-
-
-@pytest.mark.world_size(2)
-@pytest.mark.parametrize("second", [True, False])
-def test_ranks_that_begin_other_layers_disagree(world_size, second):
-    a, b, *_ = _inputs(world_size)
-    layers = _layers(names=("", "")) if second else _layers()
-    other = copy.deepcopy(layers[1])
-    rank = dist.get_rank()
-    if second:  # without names, at the second meeting
-        other = syncbn.SyncBatchNorm(CHANNELS[1])
-        for _ in range(2):
-            for one in syncbn.begin_norms((layers[0], a), (layers[1], b), (other, b)):
-                one.finish()
-    else:
-        other.layer_name = "elsewhere"
-    chosen = [(layers[1], other), (other, layers[1])][rank]
-    begun = syncbn.begin_norms((layers[0], a), *((layer, b) for layer in chosen))
-    with pytest.raises(syncbn.RanksDisagree, match=r"rank 0 is in.*rank 1 is in|rank 1 is.*rank 0"):
-        begun[0].finish()
-
-
-@pytest.mark.world_size(2)
-def test_bad_input_on_one_rank_is_an_error_on_all(world_size):
-    a, b, *_ = _inputs(world_size)
-    layers = _layers()
-    if dist.get_rank() == 0:
-        with pytest.raises(ValueError, match="expected 5 channels, got 3"):
-            syncbn.begin_norms((layers[0], a), (layers[1], a))
-    else:
-        begun = syncbn.begin_norms((layers[0], a), (layers[1], b))
-        with pytest.raises(syncbn.RanksDisagree, match=r"rank 0 failed in b\.side\.1: expected 5"):
-            begun[1].finish()
-
-
-@pytest.mark.world_size(2)
-def test_what_changed_since_it_began_is_refused(world_size):
-    a, b, residual, _ = _inputs(world_size)
-    layers = _layers()
-
-    def begun():
-        return syncbn.begin_norms((layers[0], a), (layers[1], b))[0]
-
-    one = begun()
-    one.finish()
-    with pytest.raises(RuntimeError, match=r"b\.\{main, side.1\}: finish\(\) was called twice"):
-        one.finish()
-    one = begun()
-    with torch.no_grad():
-        a.mul_(2)
-    with pytest.raises(RuntimeError, match="no longer the one that was begun with"):
-        one.finish()
-    one = begun()
-    hook = layers[0].register_forward_pre_hook(lambda _, args: (args[0] + 1,))
-    with pytest.raises(RuntimeError, match="no longer the one that was begun with"):
-        one.finish()
-    hook.remove()
-    one = begun()
-    layers[0].eval()
-    with pytest.raises(RuntimeError, match="begun in training mode, finished in eval mode"):
-        one.finish()
-    layers[0].train()
-    assert torch.equal(begun().finish(residual), layers[0](a, residual=residual))
-
-
-@pytest.mark.world_size(2)
-def test_hooks_of_a_layer_see_its_input_and_output(world_size):
-    a, b, *_ = _inputs(world_size)
-    layers, seen = _layers(), []
-    layers[0].register_forward_hook(lambda layer, args, y: seen.append((layer, *args, y)))
-    first, second = syncbn.begin_norms((layers[0], a), (layers[1], b))
-    y = first.finish()
-    second.finish()
-    assert [len(call) for call in seen] == [3]
-    assert all(got is given for got, given in zip(seen[0], (layers[0], a, y), strict=True))

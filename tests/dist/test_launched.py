@@ -7,6 +7,7 @@ from contextlib import contextmanager, nullcontext
 import pytest
 import torch
 import torch.distributed as dist
+from counting import by_way
 from oracle import assert_close, batch_norm, own_part
 from torch.autograd import gradcheck, gradgradcheck
 from torch.autograd.graph import saved_tensors_hooks
@@ -104,6 +105,7 @@ def test_ranks_give_the_numbers_of_one(world_size, layout, act, shape, masked, m
         assert_close(gradient, parameter.grad, 1e-10, name)
 
 
+@by_way("sockets")
 @pytest.mark.world_size(2)
 @pytest.mark.parametrize("act", [None, "relu", "silu"])
 def test_layers_begun_together_give_the_numbers_of_layers_called(world_size, act):

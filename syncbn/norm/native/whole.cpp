@@ -107,8 +107,9 @@ SYNCBN_API int syncbn_whole(const syncbn::Whole* whole, const char* body) {
   return (whole->call.dtype == syncbn::FLOAT64 ? syncbn::all<double> : syncbn::all<float>)(*whole, body);
 }
 
-// The rest of a pass whose exchange did not end in the call above, from what it brought, one rank after another.
-SYNCBN_API int syncbn_rest(const syncbn::Whole* whole, const void* gathered) {
+// The rest of a pass whose exchange did not end in the call above, from what it brought: a row a rank, `stride` values
+// apart.
+SYNCBN_API int syncbn_rest(const syncbn::Whole* whole, const void* gathered, int64_t stride) {
   const auto rest = whole->call.dtype == syncbn::FLOAT64 ? syncbn::rest<double> : syncbn::rest<float>;
-  return rest(*whole, gathered, syncbn::own_values(*whole));
+  return rest(*whole, gathered, stride);
 }
