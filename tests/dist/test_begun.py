@@ -11,10 +11,13 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 import syncbn
-from syncbn.norm import wire
+from syncbn.norm import shared, wire
 from syncbn.norm.exchange import BACKWARD, FORWARD, exchange_of
 from syncbn.norm.observed import observe
 
+needs_memory = pytest.mark.skipif(
+    shared._native() is None, reason="the native library is not built: there is no shared memory"
+)
 over_sockets = by_way("sockets")  # between ranks that share memory layers are called one by one
 def _mask(x):
     generator = torch.Generator().manual_seed(int(x.shape[0]))
@@ -50,7 +53,7 @@ def test_layers_begun_together_give_the_bits_of_layers_called(world_size, dtype,
 
 
 @pytest.mark.world_size(2, 3)
-@pytest.mark.parametrize("way", ["shared", "sockets", "gloo"])
+@pytest.mark.parametrize("way", [pytest.param("shared", marks=needs_memory), "sockets", "gloo"])
 def test_they_do_so_whatever_brings_the_values(world_size, way):
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setenv("SYNCBN_EXCHANGE", way)
@@ -92,6 +95,7 @@ def test_they_meet_the_other_ranks_once_each_way_under_one_name(world_size):
     assert counted == [FORWARD, BACKWARD]
 
 
+@needs_memory
 @pytest.mark.world_size(2)
 def test_ranks_that_share_memory_call_layers_one_by_one(world_size):
     inputs = inputs_of(world_size)
