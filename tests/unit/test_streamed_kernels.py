@@ -1,4 +1,4 @@
-"""Columns taken row by row, as those of inputs beyond the caches are: rows of 256 to 4095 bytes, from 2 MiB on."""
+"""Columns that maps take row by row, as those of inputs beyond the caches: rows of 256 to 4095 bytes, from 2 MiB on."""
 
 from collections.abc import Iterator
 

@@ -31,7 +31,7 @@ struct Job {
   Dtype dtype;
   bool planes;
   int64_t channels, size;
-  bool streamed;  // columns row by row, else four rows at a time
+  bool streamed;  // maps of columns go row by row, else four rows at a time
   bool past_cache;  // out is written past the caches; its rows are whole lines of 64 bytes
   Act act;
   Extra extra_is;

@@ -79,10 +79,19 @@ template <class Op> void map_planes(const Job& job, const Part& part, double*, d
   settle_stores();
 }
 
+// What is read so much later is fetched early. Four rows at a time are as many streams, and some processors follow
+// these badly where a row has 512 bytes or more: then the next four rows are fetched meanwhile. Shorter rows lose by
+// it, and so do those of 1024 bytes or more, whose stores are fetched already.
+template <class Op> INLINE int64_t values_ahead(const Op& op) {
+  const int64_t row_bytes = op.job.size * int64_t(sizeof(typename Op::Element));
+  if (op.job.streamed) return AHEAD / int64_t(sizeof(typename Op::Element));
+  return row_bytes < 512 || row_bytes >= 1024 ? 0 : 4 * op.job.size;
+}
+
 // ROWS rows at once, so that the coefficients of a column are loaded once for all of them.
 template <int ROWS, class Op> INLINE void map_rows(const Op& op, const Source<typename Op::A>& source, int64_t row, const Part& part) {
   constexpr int64_t lanes = Pack<typename Op::A>::lanes;
-  const int64_t size = op.job.size, ahead = values_ahead(op, 1023);
+  const int64_t size = op.job.size, ahead = values_ahead(op);
   auto* out = (typename Op::Element*)op.job.out;
   int64_t j = part.column_begin;
   if (sizeof(typename Op::Element) == 2)

@@ -58,15 +58,6 @@ template <class T, int ACT, int EXTRA> struct Pass {
   }
 };
 
-// What is read so much later is fetched early. Four rows at a time are as many streams, and some processors follow these
-// badly where a row has 512 bytes or more: then the next four rows are fetched meanwhile. Shorter rows lose by it, and so
-// do maps of longer ones, whose stores are fetched already.
-template <class Op> INLINE int64_t values_ahead(const Op& op, int64_t longest_row_bytes) {
-  if (op.job.streamed) return 4096 / int64_t(sizeof(typename Op::Element));
-  const int64_t row_bytes = op.job.size * int64_t(sizeof(typename Op::Element));
-  return row_bytes < 512 || row_bytes > longest_row_bytes ? 0 : 4 * op.job.size;
-}
-
 // ---- maps: what is written where x[i] was read ---------------------------------------------------------------
 
 template <class T, int ACT, int EXTRA> struct Normalize : Pass<T, ACT, EXTRA> {

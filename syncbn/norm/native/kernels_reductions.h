@@ -150,10 +150,19 @@ template <class A> struct ColumnState {
   Pack<A> shift[CHUNK_COLUMNS / Pack<A>::lanes + 1];
 };
 
+// What is read so many bytes later is fetched meanwhile, at least a step of ROWS rows, in the order in which it lies in
+// memory: then the processor sees one stream. Otherwise rows at a time are as many, which from memory took up to 1.4
+// times as long.
+constexpr int64_t FETCHED_AHEAD = 4096;
+// Of more columns two rows are added at a time, not four, which would leave the first cache before they are read.
+constexpr int64_t FOUR_ROWS_COLUMNS = 512;
+
 template <int ROWS, class Op> INLINE void add_rows(const Op& op, const Source<typename Op::A>& source, int64_t row,
                                                    Chunk<typename Op::A> chunk, ColumnState<typename Op::A>& state) {
   using A = typename Op::A;
-  const int64_t ahead = values_ahead(op, INT64_MAX);
+  const int64_t step = ROWS * op.job.size, least = FETCHED_AHEAD / int64_t(sizeof(typename Op::Element));
+  const int64_t next = row * op.job.size + (step > least ? step : least);
+  const bool whole = chunk.end - chunk.begin == op.job.size;
   for (int64_t p = 0; p < chunk.vectors(); ++p) {
     const int64_t column = chunk.column(p);
     const bool moments = is_moments((const Op*)nullptr);
@@ -163,7 +172,7 @@ template <int ROWS, class Op> INLINE void add_rows(const Op& op, const Source<ty
 #pragma GCC unroll 4
     for (int r = 0; r < ROWS; ++r) {
       const int64_t i = (row + r) * op.job.size + column;
-      if (ahead) op.prefetch(i + ahead);
+      op.prefetch(whole ? next + (p * ROWS + r) * Chunk<A>::lanes : i + step);
       add(r % 2 ? odd : even, op(k, i));
     }
     state.sums[p] = {even.first + odd.first, even.second + odd.second};
@@ -208,12 +217,14 @@ template <class Op> void reduce_columns(const Job& job, const Part& part, double
   const Chunk<A> chunk = {part.column_begin, part.column_end};
   Running running = {first, second, 0};
   ColumnState<A> state;
+  const bool four = job.size <= FOUR_ROWS_COLUMNS || job.size > CHUNK_COLUMNS;
   for (int64_t begin = part.row_begin; begin < part.row_end; begin += BLOCK_ROWS) {
     const int64_t end = begin + BLOCK_ROWS < part.row_end ? begin + BLOCK_ROWS : part.row_end;
     start_block(op, begin, end - begin, chunk, state);
     int64_t row = begin;
-    if (!job.streamed)
+    if (four)
       for (; row + 4 <= end; row += 4) add_rows<4>(op, source, row, chunk, state);
+    for (; row + 2 <= end; row += 2) add_rows<2>(op, source, row, chunk, state);
     for (; row < end; ++row) add_rows<1>(op, source, row, chunk, state);
     finish_block<Op>(chunk, state, running, end - begin);
     running.count += double(end - begin);
