@@ -6,7 +6,8 @@ namespace {
 
 constexpr int64_t MAX_PARTS = 32;          // of a reduction's rows
 constexpr int64_t ALONE = 32768;           // values for which waking other threads does not pay
-constexpr int64_t WINDOW_BYTES = 1 << 20;  // half of a common second cache
+constexpr int64_t WINDOW_BYTES = 1 << 19;       // half of a common second cache
+constexpr int64_t MOST_WINDOW_BYTES = 1 << 20;  // of one tile's values, where these are more
 constexpr int64_t STRETCH_BYTES = 1 << 17;
 constexpr int64_t STREAMED_BYTES = 1 << 21;  // of a tensor that is not found in a cache from one pass to the next
 constexpr int64_t FOLDED_COLUMNS = 128;    // a row of folded samples has about as many
@@ -198,9 +199,9 @@ Windows::Windows(const Plan& plan, int tensors)
     : count(1), unit_(plan.planes ? tile_channels(plan.size) : 1), width_(plan.width() / unit_), end_(plan.width()) {
   const int64_t unit_bytes = plan.samples * unit_ * plan.size * plan.item * tensors;
   // narrow columns of a long input are read at a stride, which costs more than the cache gives back
-  if (!plan.planes || width_ < 2 || unit_bytes > WINDOW_BYTES) return;
+  if (!plan.planes || width_ < 2 || unit_bytes > MOST_WINDOW_BYTES) return;
   const int64_t units = WINDOW_BYTES / unit_bytes;
-  count = divided_up(width_, units);
+  count = units > 1 ? divided_up(width_, units) : width_;
 }
 
 void each_window(const Plan& plan, int tensors, int threads, const std::function<void(Window, int)>& f) {
