@@ -61,6 +61,10 @@ template <class Op> INLINE void map_row(const Op& op, const Coefficients<typenam
   const int64_t end = begin + size;
   int64_t i = begin;
   for (; i + 2 * lanes <= end; i += 2 * lanes) store_ahead(out + i, op(k, i), op(k, i + lanes), op.job.past_cache);
+  if (sizeof(typename Op::Element) == 2 && i > begin && i + lanes < end) {
+    i = end - 2 * lanes;  // halves are rounded in pairs: one is quicker than two vectors (7x7: 0.85 of the time)
+    return store_pair(out + i, op(k, i), op(k, i + lanes));
+  }
   if (i + lanes <= end) {
     store_ahead(out + i, op(k, i), op.job.past_cache);
     i += lanes;
