@@ -26,8 +26,8 @@ LAYER = [
     Mutant(
         "no reduction in backward",
         f"{NORM}/steps.py",
-        "return call.exchange.sums(sums, **call.place(x, needs_grad=True))",
-        "return sums",
+        "return call.exchange.addends(sums, **call.place(x, needs_grad=True))",
+        "return sums.view(1, -1)",
         ONE_BATCH,
         "eager",
     ),
@@ -102,8 +102,8 @@ LAYER = [
     Mutant(
         "weight and bias gradients reduced twice",
         f"{NORM}/autograd.py",
-        "everyones, total), sums",
-        "everyones, total), everyones",
+        "return dx, half.sums",
+        "return dx, sums_over_ranks(half.sums, x, call)",
         ONE_BATCH,
         "eager",
     ),
@@ -147,7 +147,7 @@ LAYER = [
     Mutant(
         "a replayed pass counts again",
         f"{NORM}/steps.py",
-        "if call.running is not None and not again:",
+        "if call.running is not None and not replaying():",
         "if call.running is not None:",
         f"{DIST}/test_wrapped.py::test_reentrant_checkpointing_counts_once",
     ),
