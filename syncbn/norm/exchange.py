@@ -14,8 +14,8 @@ Decisions:
 * **A rank that cannot take part says so in its frame**, so that the others raise instead of waiting; one that does
   not come is missed soon where it shares memory with the others (`patrol`), else at the group's time limit; one
   that ended, at once.
-* **An exchange may be begun and waited for later**, once what does not depend on it is done. On CPU groups one is under
-  way at a time: the next waits for it first, on every rank alike.
+* **An exchange may be begun and waited for later**, once what does not depend on it is done. On CPU groups one
+  gather is under way at a time: the next exchange waits for it first, on every rank alike.
 * On CUDA the values alone are exchanged, at their exact size: comparing headers on the host would stall it.
 * **Whoever wants to know what it costs is told** (`observed`); while nobody does, it costs one test a layer.
 """
@@ -23,6 +23,7 @@ Decisions:
 import weakref
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from functools import partial
 from typing import NotRequired, TypedDict, Unpack
 
 import torch
@@ -108,13 +109,8 @@ class Exchange:
         header, number = self.announce(kind, payload.nbytes, **place)
         transport = self._transport or self._connect(header)
         finish = transport.begin(header, number, payload)
-
-        def end() -> Tensor:
-            self._under_way = None
-            gathered = finish()
-            self.met(place.get("serial", NAMED))
-            return gathered
-
+        # a group that is gone must not be kept by an exchange that nobody waits for
+        end = partial(_ended, weakref.ref(self), place.get("serial", NAMED), finish)
         self._under_way = Pending(end)
         return self._under_way
 
@@ -248,6 +244,19 @@ class Exchange:
         """Compare what the ranks are doing, in a gather of its own; on CUDA nothing is compared."""
         if not values.is_cuda:
             self.gather(_NOTHING, kind=kind, **place)
+
+
+def _ended(
+    exchange: "weakref.ref[Exchange]", serial: Serial, finish: Callable[[], Tensor]
+) -> Tensor:
+    """What `finish` waits for; the exchange that was under way is over."""
+    alive = exchange()
+    if alive is not None:
+        alive._under_way = None
+    gathered = finish()
+    if alive is not None:
+        alive.met(serial)
+    return gathered
 
 
 def _joined(parts: Sequence[Tensor]) -> Tensor:

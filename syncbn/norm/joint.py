@@ -7,6 +7,7 @@ goes the other way round: each `FinishFunction` reduces what it is given, the la
 whatever lay between the two in the forward pass lies between them again.
 """
 
+import zlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -23,7 +24,7 @@ from syncbn.norm.autograd import (
     room,
 )
 from syncbn.norm.exchange import Exchange, Place
-from syncbn.norm.header import NAMED
+from syncbn.norm.header import NAMED, TEXT_BYTES
 from syncbn.norm.join import refuse_ddp_join
 from syncbn.norm.kernels import Affine, Fused
 from syncbn.norm.moments import Block
@@ -102,8 +103,11 @@ class Joint:
     def reduce(self, layer: int, half: Reduced, dtype: torch.dtype) -> None:
         """Take one layer's half of the backward pass; the last begins the exchange."""
         backward_pass = torch._C._current_graph_task_id()
-        if backward_pass != self._backward_pass:  # in the last one nobody wanted dx
-            self._halves, self._sums, self._backward_pass = {}, None, backward_pass
+        if backward_pass != self._backward_pass:
+            self._forget()
+            self._backward_pass = backward_pass
+            # for passes in which nobody wants dx
+            torch.autograd.Variable._execution_engine.queue_callback(self._forget)  # pyright: ignore[reportAttributeAccessIssue]
         self._halves[layer] = half
         if len(self._halves) == sum(self._needs):
             self._send_sums(dtype)
@@ -111,14 +115,18 @@ class Joint:
     def input_gradients(self, dtype: torch.dtype) -> list[Tensor | None]:
         """The gradients of the inputs; waits for the exchange."""
         gradients: list[Tensor | None] = [None] * len(self.calls)
-        if not self._halves:  # the layers have gone the differentiable way
-            return gradients
+        if self._backward_pass != torch._C._current_graph_task_id():
+            return gradients  # the layers have gone the differentiable way
         rows = (self._sums or self._send_sums(dtype)).result()
         for layer, everyones in zip(self._waiting, rows, strict=True):
             if layer in self._halves:
                 gradients[layer] = self._halves[layer].finish(everyones)
-        self._halves, self._sums = {}, None
+        self._forget()
         return gradients
+
+    def _forget(self) -> None:
+        """Let go of what belongs to one backward pass."""
+        self._halves, self._sums, self._backward_pass = {}, None, -1
 
     @property
     def _waiting(self) -> list[int]:
@@ -162,7 +170,13 @@ def joint_name(names: Sequence[str]) -> str:
     while all(len(parts) > common + 1 and parts[common] == split[0][common] for parts in split):
         common += 1
     front = "".join(f"{part}." for part in split[0][:common])
-    return f"{front}{{{', '.join('.'.join(parts[common:]) for parts in split)}}}"
+    name = f"{front}{{{', '.join('.'.join(parts[common:]) for parts in split)}}}"
+    # of a longer text headers carry the end
+    return name if len(name.encode()) <= TEXT_BYTES else f"{name} {zlib.crc32(name.encode()):08x}"
+
+
+def _copied(values: Tensor | None) -> Tensor | None:
+    return None if values is None else values.detach().clone()
 
 
 class BeginFunction(torch.autograd.Function):
@@ -221,8 +235,10 @@ class FinishFunction(torch.autograd.Function):
                 dy, x, weight, bias, fused, total, ctx.call, needs
             )
             return dx, None, *others, None, None
+        # who is given the gradients may change them and the parameters before those of the inputs are made
+        weight, bias = _copied(weight), _copied(bias)
         half = reduced(dy, x, weight, bias, fused, ctx.found, needs[3])
+        gradients = parameters(half.sums.clone(), weight, bias, needs)
         if needs_handed:
             ctx.joint.reduce(ctx.layer, half, x.dtype)
-        gradients = parameters(half.sums, weight, bias, needs)
         return None, dy if needs_handed else None, *gradients, half.dresidual, None, None

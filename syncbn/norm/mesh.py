@@ -14,8 +14,9 @@ import os
 import socket
 import struct
 import weakref
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
+from functools import partial
 from typing import Self
 
 from torch import Tensor
@@ -79,28 +80,30 @@ class Mesh:
         if self._failure:
             raise RanksDisagree(self._failure)
         front = CALL.pack(call) + header
-        with self._failing(header, call):
+        try:
             self._send(front + bytes_of(payload)[:CHUNK_BYTES], front)
-        return lambda: self._rest(header, call, payload)
+        except BaseException as error:
+            self._fail(error, front)
+            raise
+        return partial(self._rest, front, payload)
 
-    def _rest(self, header: bytes, call: int, payload: Tensor) -> Tensor:
-        with self._failing(header, call):
-            headers, gathered = self._receive_all(CALL.pack(call) + header, payload)
+    def _rest(self, header: bytes, payload: Tensor) -> Tensor:
+        try:
+            headers, gathered = self._receive_all(header, payload)
+        except BaseException as error:
+            self._fail(error, header)
+            raise
         if gathered is None:
             raise disagreement(headers, self._rank, self._ranks)
         return gathered
 
-    @contextmanager
-    def _failing(self, header: bytes, call: int) -> Iterator[None]:
-        """Whatever goes wrong here, the connections are out of step afterwards."""
-        try:
-            yield
-        except BaseException as error:
-            known = isinstance(error, RanksDisagree | RankLost)
-            here = f"rank {self._ranks[self._rank]} {place_of(header, call)}"
-            self._failure = str(error) if known else f"{here}, and was interrupted: {error!r}"
-            self._hang_up()
-            raise
+    def _fail(self, error: BaseException, header: bytes) -> None:
+        """Whatever went wrong, the connections are out of step from here on."""
+        known = isinstance(error, RanksDisagree | RankLost)
+        place = place_of(header[CALL.size :], CALL.unpack_from(header)[0])
+        here = f"rank {self._ranks[self._rank]} {place}"
+        self._failure = str(error) if known else f"{here}, and was interrupted: {error!r}"
+        self._hang_up()
 
     def _receive_all(self, header: bytes, payload: Tensor) -> tuple[list[bytes], Tensor | None]:
         """All headers; and all payloads, None where headers differ."""

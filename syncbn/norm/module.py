@@ -7,6 +7,7 @@ CPU. With one rank, or none, and in eval mode, it does exactly what torch's Batc
 import copy
 import itertools
 import math
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -31,6 +32,8 @@ from syncbn.norm.steps import Call
 
 _serials = itertools.count()
 """When each layer was built: tells layers without names apart."""
+finishing: ContextVar[Any] = ContextVar("finishing", default=None)
+"""The `BegunNorm` whose layer is called to finish it."""
 
 
 class SyncBatchNorm(_BatchNorm):
@@ -63,7 +66,6 @@ class SyncBatchNorm(_BatchNorm):
     act: str | None = None
     """A class attribute, so that a layer converted from torch's has it too."""
     _serial = NAMED
-    _begun: Any = None  # a `BegunNorm`, while it finishes
 
     def __init__(
         self,
@@ -136,7 +138,8 @@ class SyncBatchNorm(_BatchNorm):
         if group is None or dist.get_world_size(group) == 1 or y.is_cuda:
             return
         exchange = exchange_of(group)
-        layer = self._title() if self._begun is None else self._begun.title
+        begun = finishing.get()
+        layer = begun.title if begun is not None and begun.layer is self else self._title()
         exchange.pass_by(layer)
         y.register_hook(lambda _: exchange.pass_by(layer, backward=True))
 
@@ -144,8 +147,9 @@ class SyncBatchNorm(_BatchNorm):
     def _train(self, input: Tensor, mask: Tensor | None, residual: Tensor | None) -> Tensor:
         if torch.compiler.is_compiling():
             return self._train_compiled(input, mask, residual)
-        if self._begun is not None and self._begun.shares:
-            return self._begun.normalized(input, mask, residual)
+        begun = finishing.get()
+        if begun is not None and begun.layer is self and begun.shares:
+            return begun.normalized(input, mask, residual)
         group = resolve(self.process_group)
         exchange = None if group is None else exchange_of(group)
         if exchange is not None and exchange.world_size == 1:

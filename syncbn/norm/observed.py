@@ -18,7 +18,8 @@ def observe(tell: Observer | None) -> None:
     """Have `tell` told of every exchange that a layer of this process begins from now on; None ends it.
 
     A backward pass belongs to its forward pass: it is told of to whoever observed that. The seconds include the wait
-    for other ranks; on CUDA they are those of the host, which does not wait.
+    for other ranks; on CUDA they are those of the host, which does not wait. Of exchanges that are begun and waited for
+    later it is told then, and the wait for one that ends because the next begins counts for the next.
     """
     show(None if tell is None else lambda exchange: Observed(exchange, tell))
 

@@ -3,6 +3,8 @@
 from collections.abc import Callable
 from typing import Generic, TypeVar
 
+from syncbn.norm.header import RanksDisagree
+
 T = TypeVar("T")
 U = TypeVar("U")
 
@@ -16,19 +18,29 @@ class Pending(Generic[T]):
 
     def __init__(self, finish: Callable[[], T]) -> None:
         self._finish: Callable[[], T] | None = finish
-        self._outcome: T | BaseException | None = None
+        self._value: list[T] = []
+        self._failure = ""
 
     def result(self) -> T:
-        """The result, waited for; the same, or the same error, whenever it is asked for again."""
+        """The result, waited for; the same whenever it is asked for again.
+
+        Raises:
+            RanksDisagree: it was asked for before, and failed; the first time whatever the wait raises.
+        """
         if self._finish is not None:
             finish, self._finish = self._finish, None
             try:
-                self._outcome = finish()
+                self._value.append(finish())
             except BaseException as error:
-                self._outcome = error
-        if isinstance(self._outcome, BaseException):
-            raise self._outcome
-        return self._outcome  # pyright: ignore[reportReturnType]
+                # the error itself would keep all frames alive that it went through, this one and its values among them
+                known = isinstance(error, RanksDisagree)
+                self._failure = (
+                    f"{'' if known else 'the exchange failed: '}{error or type(error).__name__}"
+                )
+                raise
+        if self._failure:
+            raise RanksDisagree(self._failure)
+        return self._value[0]
 
     def then(self, change: "Callable[[T], U]") -> "Pending[U]":
         """What `change` makes of the result, once that is there."""

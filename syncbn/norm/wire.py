@@ -8,8 +8,8 @@ group's time limit; once it has failed, it stays failed, because ranks are then 
 
 import ctypes
 import weakref
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -98,22 +98,13 @@ class Wire:
         """See `Transport`; raises the group's own error where a rank is lost or late, RanksDisagree from then on."""
         if self._failure:
             raise RanksDisagree(self._failure)
-        frame = self._frame(CALL.pack(call) + header, payload)
-        with self._failing(header, call):
-            frames = self.begin_gather(frame, overlap=True)
-        return lambda: self._rest(header, call, payload, frames)
-
-    @contextmanager
-    def _failing(self, header: bytes, call: int) -> Iterator[None]:
-        """Whatever goes wrong here but a disagreement, ranks are out of step afterwards."""
+        front = CALL.pack(call) + header
         try:
-            yield
-        except RanksDisagree:
-            raise
+            frames = self.begin_gather(self._frame(front, payload), overlap=True)
         except BaseException as error:
-            here = f"rank {self.ranks[self.rank]} {place_of(header, call)}"
-            self._failure = f"{here}: the exchange failed: {error or type(error).__name__}"
+            self._fail(error, front)
             raise
+        return partial(self._rest, front, payload, frames)
 
     def _frame(self, header: bytes, payload: Tensor) -> Tensor:
         own, length = bytes_of(payload), frame_bytes(self.world_size)
@@ -122,11 +113,20 @@ class Wire:
         bytes_of(frame)[: HEADER_BYTES + len(own[:room])] = header + own[:room]
         return frame
 
-    def _rest(
-        self, header: bytes, call: int, payload: Tensor, first: Callable[[], Tensor]
-    ) -> Tensor:
-        with self._failing(header, call):
-            return self._gathered(CALL.pack(call) + header, payload, first())
+    def _rest(self, header: bytes, payload: Tensor, first: Callable[[], Tensor]) -> Tensor:
+        try:
+            return self._gathered(header, payload, first())
+        except RanksDisagree:
+            raise
+        except BaseException as error:
+            self._fail(error, header)
+            raise
+
+    def _fail(self, error: BaseException, header: bytes) -> None:
+        """Whatever went wrong, ranks are out of step from here on."""
+        place = place_of(header[CALL.size :], CALL.unpack_from(header)[0])
+        here = f"rank {self.ranks[self.rank]} {place}"
+        self._failure = f"{here}: the exchange failed: {error or type(error).__name__}"
 
     def _gathered(self, header: bytes, payload: Tensor, frames: Tensor) -> Tensor:
         own, length = bytes_of(payload), frame_bytes(self.world_size)

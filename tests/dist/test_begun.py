@@ -1,5 +1,7 @@
 """Layers that are begun together: the numbers of layers that are called, with fewer exchanges and less waiting."""
 
+import weakref
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -224,6 +226,68 @@ def test_a_graph_that_is_kept_gives_its_gradients_again(world_size):
         torch.autograd.grad(outputs[used], weights[used], dys[used], retain_graph=True)
     second = torch.autograd.grad(outputs, (a, b, *weights), dys)
     assert all(torch.equal(*pair) for pair in zip(first, second, strict=True))
+
+
+@over_sockets
+@pytest.mark.world_size(2)
+@pytest.mark.parametrize("number", [1, 2])
+def test_whoever_is_given_a_gradient_may_change_it_and_its_parameter_at_once(world_size, number):
+    """As optimisers do that step within the backward pass: inputs get their gradients after that."""
+    a, b, _, dys = inputs_of(world_size)
+    results = []
+    for begin in (False, True):
+        layers = siblings()[:number]
+
+        def step(parameter):
+            with torch.no_grad():
+                parameter.sub_(parameter.grad)
+                parameter.grad.zero_()
+
+        for parameter in (p for layer in layers for p in layer.parameters()):
+            parameter.register_post_accumulate_grad_hook(step)
+        xs = [x.detach().clone().requires_grad_() for x in (a, b)[:number]]
+        if begin:
+            outputs = [one.finish() for one in syncbn.begin_norms(*zip(layers, xs, strict=True))]
+        else:
+            outputs = [layer(x) for layer, x in zip(layers, xs, strict=True)]
+        torch.autograd.backward(outputs, dys[:number])
+        results.append([x.grad for x in xs])
+    assert all(torch.equal(*pair) for pair in zip(*results, strict=True))
+
+
+@over_sockets
+@pytest.mark.world_size(2)
+def test_passes_that_want_no_input_gradient_leave_nothing_behind(world_size):
+    a, b, _, dys = inputs_of(world_size, torch.float64)
+    layers = siblings(torch.float64, acts=(None, None))
+    outputs = [one.finish() for one in syncbn.begin_norms((layers[0], a), (layers[1], b))]
+    expected = torch.autograd.grad(outputs, (a, b), dys, retain_graph=True)
+    torch.autograd.grad(outputs, [layer.weight for layer in layers], dys, retain_graph=True)
+    again = torch.autograd.grad(outputs, (a, b), dys, create_graph=True)
+    for ours, theirs in zip(again, expected, strict=True):
+        assert_close(ours, theirs, 1e-12)
+    x = a + 1
+    kept = weakref.ref(x)
+    outputs = [one.finish() for one in syncbn.begin_norms((layers[0], x), (layers[1], b))]
+    del x
+    torch.autograd.grad(outputs, [layer.weight for layer in layers], dys)
+    assert kept() is None
+
+
+@over_sockets
+@pytest.mark.world_size(2)
+@pytest.mark.parametrize("hook", ["register_full_backward_hook", "register_forward_pre_hook"])
+def test_layers_whose_hooks_look_at_inputs_or_gradients_are_called(world_size, hook):
+    a, b, *_ = inputs_of(world_size)
+    layers, seen = siblings(), []
+    getattr(layers[0], hook)(lambda layer, *given: seen.append(given))
+    expected = siblings()
+    begun = syncbn.begin_norms((layers[0], a), (layers[1], b))
+    for one, layer, x in zip(begun, expected, (a, b), strict=True):
+        y = one.finish()
+        assert torch.equal(y, layer(x))
+        y.sum().backward()
+    assert len(seen) == 1
 
 
 @over_sockets

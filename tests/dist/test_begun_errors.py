@@ -1,6 +1,9 @@
 """Layers that are begun together, where ranks or callers do it wrong."""
 
 import copy
+import re
+import weakref
+from contextlib import suppress
 
 import pytest
 import torch
@@ -9,6 +12,7 @@ from counting import by_way
 from siblings import CHANNELS, inputs_of, siblings
 
 import syncbn
+from syncbn.norm.exchange import exchange_of
 
 over_sockets = by_way("sockets")
 
@@ -32,6 +36,55 @@ def test_ranks_that_begin_other_layers_disagree(world_size, second):
     begun = syncbn.begin_norms((layers[0], a), *((layer, b) for layer in chosen))
     with pytest.raises(syncbn.RanksDisagree, match=r"rank 0 is in.*rank 1 is in|rank 1 is.*rank 0"):
         begun[0].finish()
+
+
+@over_sockets
+@pytest.mark.world_size(2)
+def test_long_names_that_end_alike_are_told_apart(world_size):
+    a, b, *_ = inputs_of(world_size)
+    block = "ab"[dist.get_rank()]
+    names = [f"{block}.{'branch' * 12}{n}.norm" for n in range(2)]
+    begun = syncbn.begin_norms(*zip(siblings(names=names), (a, b), strict=True))
+    with pytest.raises(syncbn.RanksDisagree, match="rank 0 is in"):
+        begun[0].finish()
+
+
+@over_sockets
+@pytest.mark.world_size(2)
+def test_an_exchange_that_failed_stays_failed_and_keeps_nothing_alive(world_size):
+    a, b, *_ = inputs_of(world_size)
+    layers = siblings(names=("a", f"b{dist.get_rank()}"))
+
+    def fail():
+        x = b + 1
+        with suppress(syncbn.RanksDisagree):
+            layers[1](x)
+        return weakref.ref(x)
+
+    assert fail()() is None  # nor does the error of a layer that is called
+    first, second = syncbn.begin_norms((layers[0], a), (layers[1], b))
+    with pytest.raises(syncbn.RanksDisagree) as failure:
+        layers[0](torch.randn(4, CHANNELS[0], 2, 2))  # the next exchange waits for it
+    said = str(failure.value)
+    with pytest.raises(syncbn.RanksDisagree, match=re.escape(said)):
+        second.finish()
+    with pytest.raises(syncbn.RanksDisagree, match=re.escape(said)):
+        first.finish()
+
+
+@over_sockets
+@pytest.mark.world_size(2)
+def test_connections_end_with_their_group_though_nobody_waits(world_size):
+    a, b, *_ = inputs_of(world_size)
+    group = dist.new_group(list(range(world_size)))
+    layers = siblings(group=group)
+    [one.finish() for one in syncbn.begin_norms((layers[0], a), (layers[1], b))]
+    transport = weakref.ref(exchange_of(group)._transport)
+    syncbn.begin_norms((layers[0], a), (layers[1], b))
+    del layers
+    dist.destroy_process_group(group)
+    del group
+    assert transport() is None
 
 
 @over_sockets
@@ -67,8 +120,16 @@ def test_what_changed_since_it_began_is_refused(world_size):
     with pytest.raises(RuntimeError, match="its input or its mode has changed since it was begun"):
         one.finish()
     one = begun()
+    with torch.no_grad(), pytest.raises(RuntimeError, match="its mode has changed"):
+        one.finish()
+    mask = torch.ones(len(a), 1, 4, 6, dtype=torch.bool)
+    (one,) = syncbn.begin_norms((layers[0], a, mask))
+    mask[0] = False
+    with pytest.raises(RuntimeError, match="its input or its mode has changed"):
+        one.finish()
+    one = begun()
     hook = layers[0].register_forward_pre_hook(lambda _, args: (args[0] + 1,))
-    with pytest.raises(RuntimeError, match="a hook gives it another input"):
+    with pytest.raises(RuntimeError, match="it is given another input"):
         one.finish()
     hook.remove()
     one = begun()
