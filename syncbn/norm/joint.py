@@ -50,9 +50,8 @@ class Joint:
         self._blocks: dict[int, Block] = {}
         self._needs: Sequence[bool] = ()
         self._known: dict[int, Remembered] = {}
-        self._asked: dict[
-            int, int
-        ] = {}  # a layer's place among those that take part in the exchange
+        # a layer's place among those that take part in the exchange
+        self._asked: dict[int, int] = {}
         self._moments: Rows | None = None
         self._backward_pass = -1
         self._halves: dict[int, Reduced] = {}
