@@ -8,6 +8,7 @@ import copy
 import io
 import os
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator
 
@@ -218,12 +219,15 @@ def test_shared_results_give_their_memory_back():
 
 def in_child(work: Callable[[], bool]) -> int:
     """What a forked child ends with that does `work`: 0 where it went well, a signal's number where it hung."""
+    tracer = sys.gettrace()
+    sys.settrace(None)  # coverage's has a lock, which a thread that the child lacks may hold
     child = os.fork()
     if child == 0:
         signal.signal(signal.SIGALRM, signal.SIG_DFL)
         signal.alarm(5)
         torch.set_num_threads(1)
         os._exit(0 if work() else 1)
+    sys.settrace(tracer)
     return os.waitpid(child, 0)[1]
 
 
