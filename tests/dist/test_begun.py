@@ -230,6 +230,16 @@ def test_a_graph_that_is_kept_gives_its_gradients_again(world_size):
 
 @over_sockets
 @pytest.mark.world_size(2)
+def test_a_residual_of_another_dtype_is_added_as_by_a_layer_that_is_called(world_size):
+    a, b, residual, _ = inputs_of(world_size)
+    layers, expected = siblings(), siblings()
+    first, second = syncbn.begin_norms((layers[0], a), (layers[1], b))
+    assert torch.equal(first.finish(residual.double()), expected[0](a, residual=residual.double()))
+    assert torch.equal(second.finish(), expected[1](b))
+
+
+@over_sockets
+@pytest.mark.world_size(2)
 @pytest.mark.parametrize("number", [1, 2])
 def test_whoever_is_given_a_gradient_may_change_it_and_its_parameter_at_once(world_size, number):
     """As optimisers do that step within the backward pass: inputs get their gradients after that."""

@@ -2,6 +2,8 @@
 
 import time
 
+from unittest.mock import Mock
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -106,12 +108,15 @@ def test_a_value_that_is_not_finite_on_one_rank_is_named_on_all(world_size, valu
 
 
 @pytest.mark.world_size(2)
-def test_an_exchange_through_the_group_stays_failed_once_the_group_has_failed(world_size):
+@pytest.mark.parametrize("when", ["begun", "waited for"])
+def test_an_exchange_through_the_group_stays_failed_once_the_group_has_failed(world_size, when):
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setenv("SYNCBN_EXCHANGE", "gloo")
         layer = syncbn.SyncBatchNorm(3, process_group=dist.new_group([0, 1]))
         layer(torch.randn(4, 3))
-        monkeypatch.setattr(dist, "all_gather_into_tensor", _time_out)
+        work = Mock(wait=_time_out)
+        gather = _time_out if when == "begun" else lambda *_, **__: work
+        monkeypatch.setattr(dist, "all_gather_into_tensor", gather)
         with pytest.raises(RuntimeError, match=r"^no answer"):
             layer(torch.randn(4, 3))
     with pytest.raises(syncbn.RanksDisagree, match=r"call 2.*the exchange failed: no answer"):

@@ -27,6 +27,9 @@ def test_finishing_is_calling(kind, training):
     begun, other = syncbn.begin_norms((layer, X), (nn.Identity(), X))
     assert torch.equal(begun.finish(), called(X))
     assert torch.equal(other.finish(X), X + X)
+    with torch.no_grad():
+        (again,) = syncbn.begin_norms((layer, X))
+        assert torch.equal(again.finish(), called(X))
     for ours, expected in zip(layer.buffers(), called.buffers(), strict=True):
         assert torch.equal(ours, expected)
     with pytest.raises(RuntimeError, match="called twice"):
