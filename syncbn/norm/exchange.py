@@ -102,7 +102,7 @@ class Exchange:
         return self._begin(values, kind, False, place).result()
 
     def _begin(self, values: Tensor, kind: int, overlap: bool, place: Place) -> Pending[Tensor]:
-        """`gather`, begun; on CUDA at once complete to the host, and with `overlap` the stream goes on too."""
+        """`gather`, begun; on CUDA `overlap` lets the stream go on meanwhile, on a CPU the caller always does."""
         if values.is_cuda:
             return Pending(self._wire.begin_gather(values, overlap))
         payload = values.contiguous()
