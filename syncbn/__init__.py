@@ -9,29 +9,27 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from syncbn.norm import (
-        BegunNorm,
         Conversion,
         NonFiniteStatistics,
         RanksDisagree,
         SyncBatchNorm,
-        begin_norms,
         convert_sync_batchnorm,
         ddp_buffers_to_ignore,
         in_lockstep,
-        join,
         recalibrate,
         release_memory,
         revert_sync_batchnorm,
         sync_batch_norm,
     )
+    from syncbn.norm import (
+        uneven_inputs as join,
+    )
 
 __all__ = [
-    "BegunNorm",
     "Conversion",
     "NonFiniteStatistics",
     "RanksDisagree",
     "SyncBatchNorm",
-    "begin_norms",
     "convert_sync_batchnorm",
     "ddp_buffers_to_ignore",
     "in_lockstep",

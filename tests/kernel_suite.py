@@ -10,7 +10,7 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from syncbn.norm.kernels import ACTIVATIONS, Affine, EagerKernels, Fused, Kernels, Running
+from syncbn.norm.backends import ACTIVATIONS, Affine, EagerKernels, Fused, Kernels, Running
 from syncbn.norm.moments import Moments, Statistics, pack, unpack
 
 TRUTH = EagerKernels()

@@ -12,8 +12,8 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm, _LazyNormBase
 from torch.nn.utils import parametrize
 
+from syncbn.norm.comm.groups import GroupSpec, check_spec
 from syncbn.norm.counterparts import ATTRIBUTES, counterpart, counterpart_of_class
-from syncbn.norm.groups import GroupSpec, check_spec
 from syncbn.norm.module import SyncBatchNorm
 
 _ORIGINAL = "_syncbn_original_class"

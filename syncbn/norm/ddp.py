@@ -3,7 +3,7 @@
 import torch.distributed as dist
 from torch import nn
 
-from syncbn.norm.groups import resolve
+from syncbn.norm.comm.groups import resolve
 from syncbn.norm.module import SyncBatchNorm
 
 _STATISTICS = ("running_mean", "running_var", "num_batches_tracked")

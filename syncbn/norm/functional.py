@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from syncbn.norm.autograd import SyncBatchNormFunction
-from syncbn.norm.exchange import exchange_of
-from syncbn.norm.groups import GroupSpec, resolve
-from syncbn.norm.kernels import Running, check_act
-from syncbn.norm.replay import Replays
-from syncbn.norm.steps import Call, NonFiniteStatistics
+from syncbn.norm.backends import Running, check_act
+from syncbn.norm.comm.exchange import exchange_of
+from syncbn.norm.comm.groups import GroupSpec, resolve
+from syncbn.norm.ops.autograd import SyncBatchNormFunction
+from syncbn.norm.ops.collectives import Call, NonFiniteStatistics
+from syncbn.norm.ops.recompute import Replays
 
 __all__ = ["NonFiniteStatistics", "sync_batch_norm"]
 
@@ -49,11 +49,11 @@ def sync_batch_norm(
         residual: in the shape of `input`, added before `act`.
         mask: bool, `(N, 1, *)`: positions where it is false are left out of the statistics and of N; they come out
             as 0 and get no gradient.
-        act: None, or a name in `syncbn.norm.kernels.ACTIVATIONS`.
+        act: None, or a name in `syncbn.norm.backends.ACTIVATIONS`.
         momentum: weight of the new statistics; None averages over all batches (needs num_batches_tracked).
         eps: added to the variance.
         num_batches_tracked: `()`, int64, counted up in place unless the batch is empty on all ranks.
-        process_group: see `syncbn.norm.groups.GroupSpec`.
+        process_group: see `syncbn.norm.comm.groups.GroupSpec`.
         name: what error messages call the layer.
         replays: memory of this layer's passes, so that one which activation checkpointing repeats is recognised.
 

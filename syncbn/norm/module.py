@@ -7,7 +7,6 @@ CPU. With one rank, or none, and in eval mode, it does exactly what torch's Batc
 import copy
 import itertools
 import math
-from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -18,22 +17,20 @@ from torch.jit import is_scripting  # pyright: ignore[reportPrivateImportUsage]
 from torch.nn.functional import batch_norm
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from syncbn.norm import kernels
-from syncbn.norm.autograd import SyncBatchNormFunction
-from syncbn.norm.compiled import compiled_batch_norm, group_text
-from syncbn.norm.exchange import Exchange, exchange_of
+from syncbn.norm import backends as kernels
+from syncbn.norm.backends import Running, check_act
+from syncbn.norm.backends.activations import apply_act
+from syncbn.norm.comm.exchange import Exchange, exchange_of
+from syncbn.norm.comm.fingerprint import NAMED
+from syncbn.norm.comm.groups import GroupSpec, check_spec, known, resolve
 from syncbn.norm.functional import complaint, fitted, tell
-from syncbn.norm.groups import GroupSpec, check_spec, known, resolve
-from syncbn.norm.header import NAMED
-from syncbn.norm.kernels import Running, check_act
-from syncbn.norm.kernels.activations import apply_act
-from syncbn.norm.replay import replaying, replays_of
-from syncbn.norm.steps import Call
+from syncbn.norm.ops.autograd import SyncBatchNormFunction
+from syncbn.norm.ops.collectives import Call
+from syncbn.norm.ops.custom_op import compiled_batch_norm, group_text
+from syncbn.norm.ops.recompute import replaying, replays_of
 
 _serials = itertools.count()
 """When each layer was built: tells layers without names apart."""
-finishing: ContextVar[Any] = ContextVar("finishing", default=None)
-"""The `BegunNorm` whose layer is called to finish it."""
 
 
 class SyncBatchNorm(_BatchNorm):
@@ -138,8 +135,7 @@ class SyncBatchNorm(_BatchNorm):
         if group is None or dist.get_world_size(group) == 1 or y.is_cuda:
             return
         exchange = exchange_of(group)
-        begun = finishing.get()
-        layer = begun.title if begun is not None and begun.layer is self else self._title()
+        layer = self._title()
         exchange.pass_by(layer)
         y.register_hook(lambda _: exchange.pass_by(layer, backward=True))
 
@@ -147,9 +143,6 @@ class SyncBatchNorm(_BatchNorm):
     def _train(self, input: Tensor, mask: Tensor | None, residual: Tensor | None) -> Tensor:
         if torch.compiler.is_compiling():
             return self._train_compiled(input, mask, residual)
-        begun = finishing.get()
-        if begun is not None and begun.layer is self and begun.shares:
-            return begun.normalized(input, mask, residual)
         group = resolve(self.process_group)
         exchange = None if group is None else exchange_of(group)
         if exchange is not None and exchange.world_size == 1:

@@ -14,13 +14,13 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from syncbn.norm import kernels
-from syncbn.norm.exchange import FORWARD, exchange_of
+from syncbn.norm import backends as kernels
+from syncbn.norm.comm.exchange import FORWARD, exchange_of
+from syncbn.norm.comm.groups import GroupSpec, resolve
 from syncbn.norm.functional import fitted
-from syncbn.norm.groups import GroupSpec, resolve
-from syncbn.norm.lockstep import in_lockstep
 from syncbn.norm.module import SyncBatchNorm
 from syncbn.norm.moments import Moments, merge, unpack
+from syncbn.norm.uneven_inputs_lockstep import in_lockstep
 
 
 @torch.no_grad()

@@ -15,7 +15,7 @@ from torch.nn.functional import hardswish, leaky_relu, relu, relu6, silu
 from torch.utils.checkpoint import checkpoint
 
 import syncbn
-from syncbn.norm.kernels.choice import chosen
+from syncbn.norm.backends.choice import chosen
 
 pytestmark = [
     pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="no triton"),
@@ -30,7 +30,7 @@ ACTS = {"relu": relu, "relu6": relu6, "leaky_relu": leaky_relu, "silu": silu, "h
 @contextmanager
 def launches():
     """The kernels of Triton serve the CPU; the names of those launched, as they are."""
-    from syncbn.norm.kernels import triton as module
+    from syncbn.norm.backends.triton import kernels as module
 
     names, launch = [], module.launch
 
@@ -103,29 +103,6 @@ def test_ranks_give_the_numbers_of_one(world_size, layout, act, shape, masked, m
         gradient = getattr(ours, name).grad
         dist.all_reduce(gradient)
         assert_close(gradient, parameter.grad, 1e-10, name)
-
-
-@by_way("sockets")
-@pytest.mark.world_size(2)
-@pytest.mark.parametrize("act", [None, "relu", "silu"])
-def test_layers_begun_together_give_the_numbers_of_layers_called(world_size, act):
-    torch.manual_seed(0)
-    x, other, residual, *dys = (own_part(torch.randn(7, 8, 4, 4), SIZES[2]) for _ in range(5))
-    wanted = [t.requires_grad_() for t in (x, other, residual)]
-    results = []
-    with launches() as names:
-        for begin in (False, True):
-            layers = [syncbn.convert_sync_batchnorm(batch_norm(8)) for _ in range(2)]
-            layers[0].act = act
-            names.clear()
-            if begin:
-                first, second = syncbn.begin_norms((layers[0], x), (layers[1], other))
-                outputs = [first.finish(residual), second.finish()]
-            else:
-                outputs = [layers[0](x, residual=residual), layers[1](other)]
-            results.append([*outputs, *torch.autograd.grad(outputs, wanted, dys)])
-            assert names.count("finish") == names.count("backward_input") == 2
-    assert all(torch.equal(*pair) for pair in zip(*results, strict=True))
 
 
 VIEWS = {
@@ -228,8 +205,8 @@ def test_second_derivatives_are_those_of_differences(world_size, act):
 
 @pytest.mark.world_size(1)
 def test_what_follows_the_exchange_has_the_bits_of_the_steps(world_size):
-    from syncbn.norm.kernels import Affine, Fused, Running
-    from syncbn.norm.kernels.triton import TritonKernels
+    from syncbn.norm.backends import Affine, Fused, Running
+    from syncbn.norm.backends.triton.kernels import TritonKernels
 
     kernels = TritonKernels()
     x, residual = torch.randn(5, 70, 3, 4) * 3 + 2, torch.randn(5, 70, 3, 4)
@@ -255,8 +232,8 @@ def test_what_follows_the_exchange_has_the_bits_of_the_steps(world_size):
 def test_many_programs_may_share_a_channel(world_size, channels_last):
     import kernel_suite as suite
 
-    from syncbn.norm.kernels import triton_forms as forms
-    from syncbn.norm.kernels.triton import TritonKernels
+    from syncbn.norm.backends.triton import tile_plan as forms
+    from syncbn.norm.backends.triton.kernels import TritonKernels
 
     real = forms.multiprocessors
     forms.multiprocessors = lambda device: 20

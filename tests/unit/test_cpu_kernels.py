@@ -9,12 +9,11 @@ from hypothesis import given, settings
 from kernel_suite import ROUNDING, TRUTH, Case
 from torch import Tensor
 
-from syncbn.norm import whole
-from syncbn.norm.kernels import ACTIVATIONS, Affine, EagerKernels, Fused, Running
-from syncbn.norm.kernels.cpu import CpuKernels
+from syncbn.norm.backends import ACTIVATIONS, Affine, EagerKernels, Fused, Running, whole
+from syncbn.norm.backends.cpu import CpuKernels
 from syncbn.norm.moments import Statistics
 from syncbn.norm.native import library
-from syncbn.norm.steps import Call
+from syncbn.norm.ops.collectives import Call
 
 if library() is None:
     pytest.skip("the native library was not built", allow_module_level=True)

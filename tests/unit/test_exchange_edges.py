@@ -7,11 +7,13 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from syncbn.norm import arrival, kernels, processes, shared
+from syncbn.norm import backends as kernels
+from syncbn.norm.comm import arrival, processes
+from syncbn.norm.comm.fingerprint import FORWARD, NAMED, RanksDisagree, packed
+from syncbn.norm.comm.transports import shared_memory as shared
 from syncbn.norm.functional import sync_batch_norm
-from syncbn.norm.header import FORWARD, NAMED, RanksDisagree, packed
 from syncbn.norm.moments import Statistics
-from syncbn.norm.replay import Remembered, Replays, _chosen_on_device
+from syncbn.norm.ops.recompute import Remembered, Replays, _chosen_on_device
 
 HEADER = packed(FORWARD, NAMED, 3, torch.float32, True, 32, "bn")
 

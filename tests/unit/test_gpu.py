@@ -13,10 +13,9 @@ from torch import Tensor, nn
 from torch.nn.modules._functions import SyncBatchNorm as TorchsFunction
 
 import syncbn
-from syncbn.norm import begun
-from syncbn.norm import kernels as chosen
-from syncbn.norm.kernels import EagerKernels, Kernels
-from syncbn.norm.kernels.activations import apply_act
+from syncbn.norm import backends as chosen
+from syncbn.norm.backends import EagerKernels, Kernels
+from syncbn.norm.backends.activations import apply_act
 
 pytestmark = [
     pytest.mark.gpu,
@@ -220,55 +219,6 @@ def test_fused_gradients_are_those_of_float64(nccl, act: str, layout: torch.memo
     assert_close(y.cpu(), expected, 1e-5, "output")
     for ours, theirs in zip(gradients, expected_gradients, strict=True):
         assert_close(ours.cpu(), theirs, 1e-5, "gradient")
-
-
-def test_layers_begun_together_are_captured_and_wait_for_nothing(nccl, monkeypatch):
-    monkeypatch.setattr(begun, "_group", lambda layer: nccl)
-    layers = [syncbn.SyncBatchNorm(8, act="relu", device="cuda") for _ in range(2)]
-    xs = [torch.randn(8, 8, 4, 4, device="cuda", requires_grad=True) for _ in layers]
-    dy = torch.randn_like(xs[0])
-
-    def step() -> tuple[Tensor, ...]:
-        first, second = syncbn.begin_norms(*zip(layers, xs, strict=True))
-        y = first.finish(residual=second.finish())
-        return y, *torch.autograd.grad(y, xs, dy)
-
-    beside = torch.cuda.Stream()
-    beside.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(beside):
-        step()
-    torch.cuda.current_stream().wait_stream(beside)
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        step()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-        captured = step()
-    graph.replay()
-    side = layers[1](xs[1])  # in a group of one a layer that is called meets nobody
-    called = layers[0](xs[0], residual=side)
-    for ours, expected in zip(
-        captured, (called, *torch.autograd.grad(called, xs, dy)), strict=True
-    ):
-        assert_close(ours, expected, 1e-5)
-
-
-@pytest.mark.world_size(2)
-def test_two_ranks_begin_layers_together_as_they_call_them(world_size: int):
-    torch.manual_seed(0)
-    xs = [own_part(torch.randn(7, 6, 5, 4), [5, 2]).cuda().requires_grad_() for _ in range(2)]
-    results = []
-    for begin in (False, True):
-        layers = [syncbn.SyncBatchNorm(6, device="cuda") for _ in range(2)]
-        if begin:
-            outputs = [one.finish() for one in syncbn.begin_norms(*zip(layers, xs, strict=True))]
-        else:
-            outputs = [layer(x) for layer, x in zip(layers, xs, strict=True)]
-        dys = [x.detach().cos() for x in xs]
-        results.append([*outputs, *torch.autograd.grad(outputs, xs, dys)])
-    assert all(torch.equal(*pair) for pair in zip(*results, strict=True))
 
 
 def test_programs_that_share_channels_give_the_same_bits_every_time():

@@ -14,10 +14,10 @@ import torch
 
 import syncbn
 from syncbn.norm import native as sources
-from syncbn.norm.kernels import EagerKernels, choice, pick
-from syncbn.norm.kernels import cpu as native
-from syncbn.norm.kernels.choice import chosen
-from syncbn.norm.kernels.cpu import CpuKernels
+from syncbn.norm.backends import EagerKernels, choice, pick
+from syncbn.norm.backends import cpu as native
+from syncbn.norm.backends.choice import chosen
+from syncbn.norm.backends.cpu import CpuKernels
 from syncbn.norm.native import library
 
 compiled = pytest.mark.skipif(library() is None, reason="the native library was not built")
@@ -59,9 +59,9 @@ def test_a_library_of_other_sources_or_none_is_not_used(monkeypatch: pytest.Monk
 
 
 def test_cuda_is_served_by_triton_where_it_is_installed(monkeypatch: pytest.MonkeyPatch):
-    triton = pytest.importorskip("syncbn.norm.kernels.triton")
+    triton = pytest.importorskip("syncbn.norm.backends.triton.kernels")
     assert isinstance(chosen("cuda"), triton.TritonKernels)
-    monkeypatch.setitem(sys.modules, "syncbn.norm.kernels.triton", None)
+    monkeypatch.setitem(sys.modules, "syncbn.norm.backends.triton.kernels", None)
     chosen.cache_clear()
     assert isinstance(chosen("cuda"), EagerKernels)
 
@@ -92,7 +92,7 @@ def test_native_code_that_was_not_built_is_said_to_be_missing(monkeypatch: pytes
 
 
 def test_triton_serves_a_cpu_only_as_an_interpreter(monkeypatch: pytest.MonkeyPatch):
-    triton = pytest.importorskip("syncbn.norm.kernels.triton")
+    triton = pytest.importorskip("syncbn.norm.backends.triton.kernels")
     monkeypatch.setenv("SYNCBN_KERNELS", "triton")
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     with pytest.raises(RuntimeError, match="'triton' cannot serve a tensor on 'cpu'"):
@@ -103,7 +103,7 @@ def test_triton_serves_a_cpu_only_as_an_interpreter(monkeypatch: pytest.MonkeyPa
 
 def test_triton_that_is_not_installed_is_said_to_be_missing(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("SYNCBN_KERNELS", "triton")
-    monkeypatch.setitem(sys.modules, "syncbn.norm.kernels.triton", None)
+    monkeypatch.setitem(sys.modules, "syncbn.norm.backends.triton.kernels", None)
     with pytest.raises(RuntimeError, match="needs Triton"):
         chosen("cuda")
 

@@ -6,11 +6,10 @@ import torch
 from hypothesis import given, settings
 from kernel_suite import Case
 
-from syncbn.norm import whole
-from syncbn.norm.kernels import EagerKernels, Fused, Kernels, Running
-from syncbn.norm.kernels.cpu import CpuKernels
+from syncbn.norm.backends import EagerKernels, Fused, Kernels, Running, whole
+from syncbn.norm.backends.cpu import CpuKernels
 from syncbn.norm.native import library
-from syncbn.norm.steps import Call
+from syncbn.norm.ops.collectives import Call
 
 NATIVE = library() is not None
 compiled = pytest.mark.skipif(not NATIVE, reason="the native library was not built")

@@ -10,9 +10,9 @@ from oracle import assert_close, batch_norm
 from torch import nn
 
 import syncbn
-from syncbn.norm import kernels
-from syncbn.norm.groups import check_spec, resolve
-from syncbn.norm.kernels import EagerKernels
+from syncbn.norm import backends as kernels
+from syncbn.norm.backends import EagerKernels
+from syncbn.norm.comm.groups import check_spec, resolve
 from syncbn.norm.moments import Moments, merge, unpack
 
 

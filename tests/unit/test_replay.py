@@ -3,7 +3,7 @@
 import torch
 
 from syncbn.norm.moments import Block
-from syncbn.norm.replay import Replays
+from syncbn.norm.ops.recompute import Replays
 
 
 def found(value: float) -> Block:

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 
 import syncbn
-from syncbn.norm.kernels import results
-from syncbn.norm.kernels.results import SMALLEST_BYTES, empty_like, release_memory
+from syncbn.norm.backends import result_memory as results
+from syncbn.norm.backends.result_memory import SMALLEST_BYTES, empty_like, release_memory
 from syncbn.norm.native import library
 
 if library() is None:

@@ -8,7 +8,7 @@ import torch
 from kernel_suite import ROUNDING, Case
 from test_kernels import check_at_once
 
-from syncbn.norm.kernels.cpu import CpuKernels
+from syncbn.norm.backends.cpu import CpuKernels
 from syncbn.norm.native import library
 
 if library() is None:

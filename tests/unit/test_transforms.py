@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from torch.utils.checkpoint import checkpoint
 
 import syncbn
-from syncbn.norm import kernels
+from syncbn.norm import backends as kernels
 
 
 def twins(**arguments):
@@ -54,7 +54,7 @@ def test_checkpointing_counts_every_batch_once(reentrant):
 
 
 def test_a_pass_is_forgotten_with_its_graph():
-    from syncbn.norm.replay import replays_of
+    from syncbn.norm.ops.recompute import replays_of
 
     layer = syncbn.SyncBatchNorm(3, act="relu")
     everything = torch.ones(4, 1, dtype=torch.bool)

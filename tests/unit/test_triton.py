@@ -8,9 +8,9 @@ import torch
 from hypothesis import given, settings
 from kernel_suite import Case
 
-from syncbn.norm.kernels import ACTIVATIONS, Affine, EagerKernels, Fused, Running
-from syncbn.norm.kernels.activations import apply_act
-from syncbn.norm.kernels.bits import unpacked
+from syncbn.norm.backends import ACTIVATIONS, Affine, EagerKernels, Fused, Running
+from syncbn.norm.backends.activations import apply_act
+from syncbn.norm.backends.bits import unpacked
 
 pytestmark = [
     pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="no triton"),
@@ -22,7 +22,7 @@ some = settings(max_examples=8, deadline=None)
 
 def kernels():
     """Imported late: the interpreter must be switched on before Triton is imported."""
-    from syncbn.norm.kernels.triton import TritonKernels
+    from syncbn.norm.backends.triton.kernels import TritonKernels
 
     return TritonKernels()
 

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from kernel_suite import FORMATS, Case, Inputs
 
-from syncbn.norm.kernels import Affine, Fused, Running, pick
+from syncbn.norm.backends import Affine, Fused, Running, pick
 
 triton = pytest.importorskip("triton")
 if torch.cuda.is_available():
@@ -22,8 +22,8 @@ if torch.cuda.is_available():
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
-from syncbn.norm.kernels import triton as module  # noqa: E402
-from syncbn.norm.kernels.triton_forms import MAP, REDUCTION, Kind, tile  # noqa: E402
+from syncbn.norm.backends.triton import kernels as module  # noqa: E402
+from syncbn.norm.backends.triton.tile_plan import MAP, REDUCTION, Kind, tile  # noqa: E402
 
 HOPPER = GPUTarget("cuda", 90, 32)
 POINTERS = {

@@ -7,8 +7,8 @@ import torch
 
 pytest.importorskip("triton")
 
-from syncbn.norm.kernels import triton_forms
-from syncbn.norm.kernels import triton_launch as module
+from syncbn.norm.backends.triton import launch as module
+from syncbn.norm.backends.triton import tile_plan as triton_forms
 
 
 class Compiled:
