@@ -1,4 +1,4 @@
-"""The kernels in ATen operations: any device, any floating dtype, any layout; the reference for the others.
+"""The ATen backend: any device, any floating dtype, any layout; the reference for the others.
 
 Statistics take two passes, mean first: one pass of sums and squares in float32 loses a variance of 1e-4 beside
 a mean of 100 altogether.
@@ -8,32 +8,30 @@ import torch
 from torch import Tensor
 
 from syncbn.norm.backends.activations import ACTIVATIONS, apply_act
-from syncbn.norm.backends.operands import Affine, Fused, Running
-from syncbn.norm.moments import Moments, Statistics, merge, pack, unpack
+from syncbn.norm.backends.base import Backend, NormArgs, Running
+from syncbn.norm.moments import (
+    AnyStatistics,
+    Moments,
+    Statistics,
+    add_rows,
+    merge,
+    pack,
+    stats_dtype,
+    unpack,
+)
 
 
-def stats_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of statistics over values of `dtype`: float64 for float64, else float32."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
+class AtenBackend(Backend):
+    """`Backend` in ATen operations."""
 
+    def for_pass(self, args: NormArgs, exchange: object) -> Backend:
+        """The backend of a pass: this one, whatever its operands are."""
+        del args, exchange
+        return self
 
-def _reduced(x: Tensor) -> list[int]:
-    return [dim for dim in range(x.dim()) if dim != 1]
-
-
-def _per_channel(values: Tensor, x: Tensor) -> Tensor:
-    """`values` `(C,)` shaped to broadcast against `x` `(N, C, *)`."""
-    return values.view(1, -1, *(1,) * (x.dim() - 2))
-
-
-class EagerKernels:
-    """`Kernels` in plain ATen operations."""
-
-    launched = False
-
-    def moments(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+    def local_stats(self, args: NormArgs) -> Tensor:
         """Count, mean and M2 per channel, in two passes."""
-        x = x.to(stats_dtype(x.dtype))
+        x, mask = args.x.to(stats_dtype(args.x.dtype)), args.mask
         if mask is None:
             # full, not tensor: a copy from the host would stall a GPU
             values = float(x.numel() // x.shape[1])
@@ -47,15 +45,15 @@ class EagerKernels:
             deviations.masked_fill_(~mask, 0)
         return pack(Moments(count, mean, deviations.square_().sum(_reduced(x))))
 
-    def merge(self, packed: Tensor, eps: float) -> Statistics:
-        """What W ranks' moments come down to."""
-        total, mean, M2 = merge(*unpack(packed))
+    def merge(self, gathered: Tensor, eps: float) -> Statistics:
+        """The statistics of all ranks, merged in float64."""
+        total, mean, M2 = merge(*unpack(gathered))
         var = M2 / total.clamp(min=1).to(M2.dtype)
         return Statistics(total, mean, var, torch.rsqrt(var + eps))
 
-    def update(self, running: Running, statistics: Statistics) -> None:
+    def update(self, running: Running, stats: AnyStatistics) -> None:
         """Move the running statistics towards those of this batch."""
-        total = statistics.total
+        total = stats.total
         seen = (total > 0).to(torch.float64)
         if running.num_batches_tracked is not None:
             running.num_batches_tracked.add_(seen.to(running.num_batches_tracked.dtype))
@@ -66,58 +64,75 @@ class EagerKernels:
                 "momentum=None needs num_batches_tracked"
             )
             factor = seen / running.num_batches_tracked.clamp(min=1)
-        unbiased = statistics.var * (total / (total - 1).clamp(min=1))
-        for old, new in ((running.mean, statistics.mean), (running.var, unbiased)):
+        unbiased = stats.var * (total / (total - 1).clamp(min=1))
+        for old, new in ((running.mean, stats.mean), (running.var, unbiased)):
             weight = factor.to(old.dtype)
             old.mul_(1 - weight).add_(new.to(old.dtype) * weight)
 
-    def normalize(self, x: Tensor, affine: Affine, fused: Fused) -> Tensor:
+    def normalize(self, args: NormArgs, stats: AnyStatistics) -> Tensor:
         """act((x - mean) * invstd * weight + bias + residual)."""
-        y = apply_act(fused.act, _normalized(x, affine, fused.residual))
-        return _masked(y, fused.mask).to(x.dtype)
+        y = apply_act(args.act, _pre_activation(args, stats))
+        return _masked(y, args.mask).to(args.x.dtype)
 
-    def backward_sums(self, dy: Tensor, x: Tensor, affine: Affine, fused: Fused) -> Tensor:
+    def local_grad_sums(
+        self, dy: Tensor, args: NormArgs, stats: AnyStatistics, needs_dz: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
         """Sum of dz, and sum of dz * xhat, per channel."""
-        dz = _before_act(dy, x, affine, fused)
-        centred = x.to(dz.dtype) - _per_channel(affine.mean, x)
-        centred = _masked(centred.mul_(dz), fused.mask)
-        return torch.stack([dz.sum(_reduced(x)), centred.sum(_reduced(x)).mul_(affine.invstd)])
+        residual_gradient = None
+        if needs_dz:
+            dy = residual_gradient = self.grad_residual(dy, args, stats)
+            args = args.before_act()
+        x, dz = args.x, _grad_before_act(dy, args, stats)
+        centred = x.to(dz.dtype) - _per_channel(stats.mean, x)
+        centred = _masked(centred.mul_(dz), args.mask)
+        sums = torch.stack([dz.sum(_reduced(x)), centred.sum(_reduced(x)).mul_(stats.invstd)])
+        return sums, residual_gradient
 
-    def backward_input(
-        self, dy: Tensor, x: Tensor, affine: Affine, fused: Fused, sums: Tensor, total: Tensor
+    def finish_backward(
+        self, dy: Tensor, args: NormArgs, stats: AnyStatistics, gathered: Tensor
     ) -> Tensor:
         """Weight * invstd * (dz - mean of dz - xhat * mean of dz * xhat)."""
-        dz = _before_act(dy, x, affine, fused)
-        mean_dz, mean_dz_xhat = sums / total.clamp(min=1).to(sums.dtype)
-        scale = affine.invstd if affine.weight is None else affine.invstd * affine.weight
-        dx = x.to(dz.dtype) - _per_channel(affine.mean, x)
-        dx.mul_(_per_channel(-affine.invstd * mean_dz_xhat, x))
+        x, dz, sums = args.x, _grad_before_act(dy, args, stats), add_rows(gathered)
+        mean_dz, mean_dz_xhat = sums.view(2, -1) / stats.total.clamp(min=1).to(sums.dtype)
+        scale = stats.invstd if args.weight is None else stats.invstd * args.weight
+        dx = x.to(dz.dtype) - _per_channel(stats.mean, x)
+        dx.mul_(_per_channel(-stats.invstd * mean_dz_xhat, x))
         dx.add_(dz).sub_(_per_channel(mean_dz, x)).mul_(_per_channel(scale, x))
-        return _masked(dx, fused.mask).to(x.dtype)
+        return _masked(dx, args.mask).to(x.dtype)
 
-    def backward_residual(self, dy: Tensor, x: Tensor, affine: Affine, fused: Fused) -> Tensor:
+    def grad_residual(self, dy: Tensor, args: NormArgs, stats: AnyStatistics) -> Tensor:
         """The gradient of the residual."""
-        return _before_act(dy, x, affine, fused).to(dy.dtype)
+        if args.act is None and args.mask is None:
+            return dy
+        return _grad_before_act(dy, args, stats).to(dy.dtype)
 
 
-def _normalized(x: Tensor, affine: Affine, residual: Tensor | None) -> Tensor:
+def _reduced(x: Tensor) -> list[int]:
+    return [dim for dim in range(x.dim()) if dim != 1]
+
+
+def _per_channel(values: Tensor, x: Tensor) -> Tensor:
+    """`values` `(C,)` shaped to broadcast against `x` `(N, C, *)`."""
+    return values.view(1, -1, *(1,) * (x.dim() - 2))
+
+
+def _pre_activation(args: NormArgs, stats: AnyStatistics) -> Tensor:
     """z, in the statistics' dtype; the mean goes first, so that a large one cancels exactly."""
-    scale = affine.invstd if affine.weight is None else affine.invstd * affine.weight
-    z = (x.to(affine.mean.dtype) - _per_channel(affine.mean, x)).mul_(_per_channel(scale, x))
-    if affine.bias is not None:
-        z.add_(_per_channel(affine.bias, x))
-    return z if residual is None else z.add_(residual)
+    x, weight = args.x, args.weight
+    scale = stats.invstd if weight is None else stats.invstd * weight
+    z = (x.to(stats.mean.dtype) - _per_channel(stats.mean, x)).mul_(_per_channel(scale, x))
+    if args.bias is not None:
+        z.add_(_per_channel(args.bias, x))
+    return z if args.residual is None else z.add_(args.residual)
 
 
-def _before_act(dy: Tensor, x: Tensor, affine: Affine, fused: Fused) -> Tensor:
+def _grad_before_act(dy: Tensor, args: NormArgs, stats: AnyStatistics) -> Tensor:
     """dz, in the statistics' dtype."""
-    dz = dy.to(affine.mean.dtype)
-    if fused.act is not None:
-        z = fused.output
-        if z is None:
-            z = _normalized(x, affine, fused.residual)
-        dz = dz * ACTIVATIONS[fused.act].derivative(z.to(dz.dtype))
-    return _masked(dz, fused.mask)
+    dz = dy.to(stats.mean.dtype)
+    if args.act is not None:
+        z = _pre_activation(args, stats) if args.output is None else args.output
+        dz = dz * ACTIVATIONS[args.act].derivative(z.to(dz.dtype))
+    return _masked(dz, args.mask)
 
 
 def _masked(values: Tensor, mask: Tensor | None) -> Tensor:
