@@ -14,7 +14,7 @@ import torch
 import triton
 from torch import Tensor
 
-from syncbn.norm.backends.formats import channels_follow, memory_format
+from syncbn.norm.backends.layout import channels_follow, memory_format
 
 
 class Kind(NamedTuple):
