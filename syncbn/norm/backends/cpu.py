@@ -194,6 +194,23 @@ class CpuFallback(AtenBackend):
         )
         _mark_updated(running)
 
+    def local_grad_sums(
+        self, dy: Tensor, args: NormArgs, stats: AnyStatistics, needs_dz: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
+        """Sum of dz, and sum of dz * xhat, per channel; by the kernels once dz is there, if only act kept them out."""
+        if not needs_dz:
+            return super().local_grad_sums(dy, args, stats)
+        dz, args = self.grad_residual(dy, args, stats), args.before_act()
+        backend = _unfused() if _kernels_serve(args) else super()
+        return backend.local_grad_sums(dz, args, stats)[0], dz
+
+    def finish_backward(
+        self, dy: Tensor, args: NormArgs, stats: AnyStatistics, gathered: Tensor
+    ) -> Tensor:
+        """dx; by the kernels as in `local_grad_sums`."""
+        backend = _unfused() if _kernels_serve(args) else super()
+        return backend.finish_backward(dy, args, stats, gathered)
+
     def _run(
         self,
         kind: int,
@@ -227,12 +244,10 @@ class CpuBackend(CpuFallback):
 
     def for_pass(self, args: NormArgs, exchange: Exchange | None) -> Backend:
         """The backend of a pass over these operands and ranks; the same in forward and backward."""
-        x, residual = args.x, args.residual
+        x = args.x
         if not plain_tensor(x):
             return _ATEN
-        same_dtype = residual is None or residual.dtype is x.dtype
-        wide_silu = args.act == "silu" and x.dtype is torch.float64
-        if args.mask is not None or wide_silu or not same_dtype or not _has_kernels(x):
+        if not _kernels_serve(args):
             return _fallback()
         stats_bytes = geometry_of(x.shape, x.stride(), x.dtype).stats_bytes
         fuses = exchange is None or exchange.native_ring(stats_bytes)
@@ -357,6 +372,11 @@ def _fallback() -> CpuFallback:
 
 
 @functools.cache
+def _unfused() -> CpuBackend:
+    return CpuBackend()
+
+
+@functools.cache
 def _fused() -> CpuBackend:
     return CpuBackend(fused=True)
 
@@ -365,6 +385,16 @@ def _fused() -> CpuBackend:
 def _rows(num_rows: int) -> Ring:
     """What the library reads of an exchange that its caller does: the number of rows that come from it."""
     return Ring(0, num_rows)
+
+
+def _kernels_serve(args: NormArgs) -> bool:
+    """Whether the kernels serve a pass over these operands, of which x is a plain tensor."""
+    x, residual = args.x, args.residual
+    if args.mask is not None or not _has_kernels(x):
+        return False
+    if args.act == "silu" and x.dtype is torch.float64:
+        return False
+    return residual is None or (residual.dtype is x.dtype and plain_tensor(residual))
 
 
 def _has_kernels(x: Tensor) -> bool:
