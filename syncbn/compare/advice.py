@@ -1,9 +1,11 @@
 """Whether to synchronise, over which ranks, at what cost: a pure function of what a study measured.
 
-The decision that shaped the file: two numbers are declared before anything is looked at - the smallest difference in
-error that matters (`margin`), and how much longer a step may take for each point of error saved (`point_worth`) - and
-everything is judged by whole 95 % intervals against them. Where those lie across, the advice is that these seeds cannot
-tell.
+Two numbers are declared beforehand: the smallest difference in error that matters (`margin`), and how much longer a
+step may take for each point of error saved (`point_worth`). Everything is judged by whole 95 % intervals against them;
+where an interval straddles its bound, the advice is that these seeds cannot tell.
+
+Two short studies give the numbers, as overrides of conf/study/advise.yaml. Errors are measured on virtual ranks, which
+any machine can run at any world size; costs on real ranks, and only where there is a core for each.
 """
 
 import math

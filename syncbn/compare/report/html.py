@@ -1,7 +1,7 @@
-"""The report as one HTML page that asks for nothing outside itself, read on a phone as on a desk.
+"""The report as one HTML page that loads nothing from outside itself, for phone and desktop.
 
-The decision that shaped the file: the finding and its verdict stand on top, then a card a claim, because a table of
-claims is wider than a phone; every other table scrolls inside its own box. Light only, so that figures and text agree.
+The finding and its verdict stand on top, then a card a claim, because a table of claims is wider than a phone. Every
+other table scrolls inside its own box. Light only, so that figures and text agree.
 """
 
 import base64

@@ -1,6 +1,6 @@
 """The report as Markdown, for a repository or an issue; figures are links into `figures/`.
 
-The decision that shaped the file: it has the sections of the HTML page in the same order, so that either can be quoted.
+It has the sections of the HTML page in the same order.
 """
 
 import json

@@ -1,7 +1,6 @@
-"""What a report says, before it is dressed as Markdown or HTML: its content, and the sentence it leads with.
+"""The content of a report, before it is rendered as Markdown or HTML, and its headline.
 
-The decision that shaped the file: a reader gets the finding first, as one plain sentence made from the first claim's
-numbers, with the verdict beside it, whichever way it came out.
+The finding comes first, as one sentence made from the first claim's numbers, with the verdict beside it.
 """
 
 from collections.abc import Mapping, Sequence

@@ -1,7 +1,7 @@
 """The tables of a report as rows of words: arms, claims, cells of a grid, what was tuned, what was published.
 
-The decision that shaped the file: Markdown, HTML and the terminal dress the same rows, so a number is
-rounded and worded in one place. A table has the columns that its study has numbers for, and no others.
+Markdown, HTML and the terminal render the same rows, so each number is rounded and worded in one place. A table has the
+columns that its study has numbers for, and no others.
 """
 
 from collections.abc import Callable, Mapping, Sequence

@@ -1,7 +1,6 @@
 """The end of a study in the terminal: its arms, its verdicts, and where the report is.
 
-The decision that shaped the file: names come from a study file and may hold anything, so they are printed as they
-are, and never as markup.
+Names come from a study file and may hold anything, so they are printed as they are and never as markup.
 """
 
 from collections.abc import Sequence

@@ -1,7 +1,7 @@
-"""What a study runs: its arms spelled out, its trials, and the waves in which processes take them.
+"""What a study runs: its arms, its trials, and the waves in which processes take them.
 
-The decision that shaped the file: everything here follows from the config, and from what the search chose, alone. It
-imports neither torch nor a launcher, so that a plan can be printed, and a study refused, before anything starts.
+All of it follows from the config and from what the search chose. Neither torch nor a launcher is imported, so that a
+plan can be printed, and a study refused, before anything starts.
 """
 
 import itertools

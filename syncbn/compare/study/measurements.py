@@ -1,7 +1,7 @@
 """From trials to one value a seed and metric: what they ended with, and what follows from their curves.
 
-The decision that shaped the file: all of it is computed from the journals when the study is compared, so a trial that
-was interrupted and resumed, or that ran elsewhere, is measured like any other.
+Everything is computed from the journals when the study is compared, so a trial that was interrupted and resumed, or
+that ran elsewhere, is measured like any other.
 """
 
 import math

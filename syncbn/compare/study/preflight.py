@@ -1,7 +1,7 @@
-"""What a study is refused for before anything starts, rather than when its trials are done.
+"""What a study is refused for before anything starts.
 
-The decision that shaped the file: it looks at configs alone, so that the answer comes before torch or Ray is imported.
-What trials really did is looked at again when they are compared (`records`).
+Only configs are read, so the answer comes before torch or Ray is imported. What trials really did is checked when they
+are compared (`records`).
 """
 
 from collections.abc import Mapping, Sequence

@@ -1,8 +1,8 @@
-"""The trials of a wave, streamed through one group of processes that is started once.
+"""The trials of a wave, run one after the other by one group of processes that is started once.
 
-Trials that need all ranks run first, in the same order on every rank. Those of one process follow: whoever is free
-takes the next that nobody holds, by the lock on its folder, so long and short trials balance by themselves and the
-processes need nothing of each other.
+Trials that need all ranks run first, in the same order on every rank. Trials of one process follow: a process that is
+free takes the next trial whose folder is not locked, so long and short ones balance, and processes need not
+communicate.
 """
 
 import math

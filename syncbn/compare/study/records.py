@@ -1,7 +1,7 @@
-"""The trials of a study as their folders hold them, and the refusal to compare what is not comparable.
+"""The trials of a study as their folders hold them, and the refusal to compare unlike ones.
 
-The decision that shaped the file: the comparison trusts the configs that the trials recorded when they
-ran, not the one it was called with, so a folder left over from other settings cannot slip in.
+The comparison reads the configs that trials recorded when they ran, not the one it was called with, so a folder left
+over from other settings is found.
 """
 
 import json

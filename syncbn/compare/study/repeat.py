@@ -1,7 +1,7 @@
-"""The command that repeats a study: what a reader of its report types to check it.
+"""The command that repeats a study, as its report shows it.
 
-The decision that shaped the file: the command is worked out from the config that ran, as the settings in
-which it differs from the study's YAML, so it cannot forget an override that somebody gave elsewhere.
+It is computed from the config that ran, as the settings in which that differs from the study's YAML, so it includes
+every override, wherever it was given.
 """
 
 import json

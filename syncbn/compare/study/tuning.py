@@ -1,7 +1,7 @@
-"""The search that every arm gets alike before a study: which value of one key suits it, on held-out samples.
+"""The search before a study, the same for every arm: which value of one key suits it, on held-out samples.
 
-The decision that shaped the file: the search has folders, seeds and a split of its own. Its trials never see the test
-set, and the study's trials never see its seeds, so what is chosen cannot have been chosen for the test.
+The search has folders, seeds and a split of its own. Its trials never see the test set, and the study's trials never
+see its seeds, so a value cannot be chosen for the test.
 """
 
 import json

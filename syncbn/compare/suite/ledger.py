@@ -1,8 +1,7 @@
-"""The ledger of all studies: an entry a study with its state, verdicts and seconds, and the table that it makes.
+"""The ledger of all studies: an entry a study with its state, verdicts and seconds, and the table of them.
 
-The decision that shaped the file: an entry is kept from one launch to the next, so that a night which was cut short,
-or a single study that ran again, leaves one table of everything, and a launch that found nothing left to train does
-not pass for the time that training took.
+Entries are kept from one launch to the next, so that an interrupted launch, or a single study that ran again, leaves
+one table of all studies, and a launch that had nothing left to train does not replace the time that training took.
 """
 
 import json

@@ -1,8 +1,8 @@
-"""The generated part of docs/results.md: every claim of every study, from their summaries, by pure functions.
+"""The generated part of docs/results.md: every claim of every study, and the first figure of each report.
 
-The decision that shaped the file: each study pays for its own primary claims (Holm). A reader of all of them sees more,
-so the page looks a second time, corrected over the primary claims of all studies together, and says which verdicts that
-would change; it changes none itself, because what a claim pays for was declared before it ran.
+Each study corrects for its own primary claims (Holm). The page corrects a second time, over the primary claims of all
+studies together, and says which verdicts that would change. It changes none, because what a claim is corrected for was
+declared before it ran. The text is made by pure functions; `write_page` reads summaries and writes page and figures.
 """
 
 import io

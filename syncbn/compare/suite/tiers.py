@@ -1,8 +1,8 @@
 """Which studies a tier has, in which order, and with which settings each runs.
 
-The decision that shaped the file: a study says so itself (`study.tiers`, `study.order`, `study.fast`), so a new one is
-a file in conf/study/ and no list of them exists anywhere. The fast tier is the same study with other overrides under
-another name, `<study>-fast`, so the two never share trials.
+A study declares this itself (`study.tiers`, `study.order`, `study.fast`), so a new one is a file in conf/study/ and no
+list of them exists. The fast tier is the same study with other overrides under another name, `<study>-fast`, so the two
+never share trials.
 """
 
 from collections.abc import Mapping, Sequence

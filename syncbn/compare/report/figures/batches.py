@@ -1,7 +1,7 @@
-"""Test error against the number of samples that share batch statistics, with the literature's curve apart.
+"""Test error against the number of samples that share batch statistics, with published curves apart.
 
-The decision that shaped the file: local, grouped and synchronised batch norm are one curve, because they differ in how
-many ranks share statistics and in nothing else; published curves have axes of their own, as their networks do.
+Local, grouped and synchronised batch norm are one curve, because they differ only in how many ranks share statistics.
+Published curves have axes of their own, because their networks differ.
 """
 
 from collections.abc import Mapping

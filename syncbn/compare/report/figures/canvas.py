@@ -1,8 +1,8 @@
 """How every figure of a study looks: one style, one colour and marker an arm, one way to finish.
 
-The decision that shaped the file: an arm keeps its look in all figures of all studies, and differs from the
-others in colour (Okabe and Ito's, safe for colour-blind eyes), marker and line style at once, so that grey
-print tells them apart too. No pyplot: figures hold no global state.
+An arm has the same look in all figures of all studies, and differs from the others in colour (Okabe and Ito's, safe for
+colour-blind eyes), marker and line style at once, so that they are told apart in grey print too. pyplot is not used:
+figures hold no global state.
 """
 
 import io

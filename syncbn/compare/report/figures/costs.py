@@ -1,7 +1,6 @@
 """What synchronising costs: the time of a step by arm, and the time in exchanges by layer.
 
-The decision that shaped the file: waiting is drawn as a part of the step that it belongs to, so its share is seen; the
-layers below show where it is spent.
+Waiting is drawn as a part of its step, so its share is visible; the rows below show which layers it is spent in.
 """
 
 from typing import TYPE_CHECKING

@@ -1,7 +1,7 @@
-"""The figures that run over the steps: test error and training loss, arm by arm.
+"""The figures over the steps: test error and training loss, arm by arm.
 
-The decision that shaped the file: up to six arms have a median, its band and each seed's own line, so that neither
-hides what the other shows; more than six have medians alone, because sixty thin lines show nothing.
+Up to six arms have a median, its band and each seed's own line; more than six have medians alone, because sixty thin
+lines cannot be read.
 """
 
 from typing import TYPE_CHECKING

@@ -1,7 +1,9 @@
-"""The figures with a row an arm and a mark a seed: errors, times, and errors in two modes.
+"""The figures with a row an arm and a mark a seed: errors, times, errors in two modes, steps to a target.
 
-The decision that shaped the file: every seed is a mark, so the reader sees how many there are and how they scatter.
-Where one has no number, no median is drawn, and the words at the right say how many are missing.
+Every seed is a mark, so that their number and their scatter show. Where a seed has no number, no median is drawn, and
+the words at the right say how many are missing. A seed that never reached a target is drawn hollow at its budget and
+counted in words; it enters a median only as later than all others, and no mean: a mean over the seeds that arrived
+would flatter slow arms.
 """
 
 from typing import TYPE_CHECKING

@@ -1,7 +1,6 @@
 """All figures of a study: a table of builders, each drawn exactly when its numbers are there.
 
-The decision that shaped the file: no study says which figures it wants. What it measured decides, and what it is about
-comes first, so that the first figure of any study is the one to look at.
+No study says which figures it wants. What it measured decides, and figures of its primary metric come first.
 """
 
 from collections.abc import Callable

@@ -1,7 +1,6 @@
 """Figures of several quantities over the steps, one panel each: gaps to one process, smoothness along the gradient.
 
-The decision that shaped the file: each quantity has its own logarithmic axis, because they differ by powers of ten and
-in unit, and all arms stand in every panel.
+Each quantity has its own logarithmic axis, because they differ by powers of ten and in unit; every panel has all arms.
 """
 
 from typing import TYPE_CHECKING

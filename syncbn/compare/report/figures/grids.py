@@ -1,7 +1,7 @@
 """The map of a grid: in which combinations of two settings each arm trains.
 
-The decision that shaped the file: a cell shows its median error as a colour and as a number, and is framed where every
-seed trained, so the map can be read in grey, from afar and up close.
+A cell shows its median error as a colour and as a number, and has a frame where every seed trained, so the map can be
+read in grey.
 """
 
 from typing import TYPE_CHECKING, Any

@@ -1,7 +1,7 @@
-"""The figures that look into a network, layer by layer: quantiles, saturation, gradients, shift.
+"""The figures by layer: quantiles, shift, saturation, gradients.
 
-The decision that shaped the file: arms stand side by side in panels on one scale, so what differs between them is what
-the eye sees; layers are ordered, so they have a sequential scale from dark to light that also works in grey.
+Arms stand in panels on one scale, so that what is seen to differ does differ. Layers are ordered, so they have a
+sequential colour scale from dark to light, which also works in grey.
 """
 
 from typing import TYPE_CHECKING, Any

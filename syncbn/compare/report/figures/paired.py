@@ -1,7 +1,7 @@
-"""The claims of a study as their numbers, seed by seed, beside what each claim demands.
+"""The figure of claims: the number of each seed beside what the claim demands.
 
-The decision that shaped the file: claims differ in metric, unit and form, so each has a row and an axis of its own; a
-claim that has no number for some seed is named in the caption, because a row without it would hide that.
+Claims differ in metric, unit and form, so each has a row and an axis of its own. A claim that has no number for some
+seed is named in the caption, because a row without that seed would hide it.
 """
 
 import math

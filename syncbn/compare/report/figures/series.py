@@ -1,7 +1,6 @@
-"""The points that trials recorded on the way, as arrays over seeds, layers and steps.
+"""The points that trials recorded during training, as arrays over seeds, layers and steps.
 
-The decision that shaped the file: seeds are only ever put together at steps that all of them have, so a median never
-changes its meaning half way along a curve.
+Seeds are combined only at steps that all of them have, so that a median is over the same seeds along a whole curve.
 """
 
 from collections.abc import Sequence
