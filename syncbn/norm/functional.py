@@ -13,7 +13,7 @@ from syncbn.norm.comm.exchange import exchange_of
 from syncbn.norm.comm.groups import GroupSpec, resolve
 from syncbn.norm.ops.autograd import SyncBatchNormFunction
 from syncbn.norm.ops.collectives import Call, NonFiniteStatistics
-from syncbn.norm.ops.recompute import Replays
+from syncbn.norm.ops.recompute import current
 
 __all__ = ["NonFiniteStatistics", "sync_batch_norm"]
 
@@ -33,7 +33,6 @@ def sync_batch_norm(
     num_batches_tracked: Tensor | None = None,
     process_group: GroupSpec = None,
     name: str = "",
-    replays: Replays | None = None,
 ) -> Tensor:
     """act(batch_norm(input) + residual), with the mean and variance of each channel over all ranks of a group.
 
@@ -55,7 +54,6 @@ def sync_batch_norm(
         num_batches_tracked: `()`, int64, counted up in place unless the batch is empty on all ranks.
         process_group: see `syncbn.norm.comm.groups.GroupSpec`.
         name: what error messages call the layer.
-        replays: memory of this layer's passes, so that one which activation checkpointing repeats is recognised.
 
     Returns:
         The normalised values in the shape, dtype and memory format of `input`.
@@ -85,7 +83,7 @@ def sync_batch_norm(
         running=running,
         exchange=None if group is None else exchange_of(group),
         name=name,
-        replays=replays,
+        checkpointed=current(),
     )
     return SyncBatchNormFunction.apply(input, weight, bias, residual, call)
 

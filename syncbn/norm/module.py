@@ -27,7 +27,7 @@ from syncbn.norm.functional import complaint, fitted, tell
 from syncbn.norm.ops.autograd import SyncBatchNormFunction
 from syncbn.norm.ops.collectives import Call
 from syncbn.norm.ops.custom_op import compiled_batch_norm, group_text
-from syncbn.norm.ops.recompute import replaying, replays_of
+from syncbn.norm.ops.recompute import Pass, current, unchanged
 
 _serials = itertools.count()
 """When each layer was built: tells layers without names apart."""
@@ -149,11 +149,17 @@ class SyncBatchNorm(_BatchNorm):
             group = exchange = None
         self._check_input(input, mask, residual, group)
         if exchange is None and self._is_torchs(input, mask, residual):
-            return self._replay_alone(input) if replaying() else super().forward(input)
-        call = self._call(input, mask, exchange)
+            return self._alone(input, current())
+        call = self._call(input, mask, exchange, current())
         return SyncBatchNormFunction.apply(input, self.weight, self.bias, residual, call)
 
-    def _call(self, input: Tensor, mask: Tensor | None, exchange: Exchange | None) -> Call:
+    def _call(
+        self,
+        input: Tensor,
+        mask: Tensor | None,
+        exchange: Exchange | None,
+        checkpointed: Pass | None,
+    ) -> Call:
         return Call(
             eps=self.eps,
             act=self._activation(),
@@ -162,14 +168,18 @@ class SyncBatchNorm(_BatchNorm):
             exchange=exchange,
             name=self._title(),
             serial=NAMED if self.layer_name else self._serial,
-            replays=replays_of(self),
+            checkpointed=checkpointed,
         )
 
-    def _replay_alone(self, input: Tensor) -> Tensor:
-        """The numbers of torch's batch norm once more, counting nothing; it keeps the same tensors."""
-        running = self._running()
-        mean, var = (running.mean.clone(), running.var.clone()) if running else (None, None)
-        return batch_norm(input, mean, var, self.weight, self.bias, training=True, eps=self.eps)
+    def _alone(self, input: Tensor, checkpointed: Pass | None) -> Tensor:
+        """Torch's batch norm; in a replay the same operations, whose counting is undone."""
+        if checkpointed is None:
+            return super().forward(input)
+        if not checkpointed.replaying:
+            checkpointed.record(None)
+            return super().forward(input)
+        with unchanged(self.running_mean, self.running_var, self.num_batches_tracked):
+            return super().forward(input)
 
     def _train_compiled(
         self, input: Tensor, mask: Tensor | None, residual: Tensor | None

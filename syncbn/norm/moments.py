@@ -89,6 +89,24 @@ class Block:
         return Statistics(total, *self.values[-3 * self._channels :].view(3, -1).unbind())
 
 
+class Remembered:
+    """What a forward pass found, in several tensors: this rank's packed moments, and the statistics of all ranks."""
+
+    def __init__(self, own: Tensor, statistics: Statistics) -> None:
+        self.own = own
+        self.statistics = statistics
+
+    @property
+    def addresses(self) -> tuple[int, int, int, int, int]:
+        """As in `Block`."""
+        total, mean, var, invstd = (values.data_ptr() for values in self.statistics)
+        return total, self.own.data_ptr(), mean, var, invstd
+
+
+Found = Remembered | Block
+"""What one forward pass found, in several tensors or in one."""
+
+
 def _total_values(dtype: torch.dtype) -> int:
     """Values of `dtype` that the total takes the place of."""
     return 8 // dtype.itemsize

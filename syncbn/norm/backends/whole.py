@@ -3,7 +3,7 @@
 It computes what the steps in `autograd` and `steps` compute one after another, to the same bits, and exchanges the
 same frames, so that one rank may come this way and another not. It spares what lies between the steps: 250 us of
 Python a layer and step, which is more than small layers take. Where ranks share no memory the first call ends before
-the exchange, and a second one does the rest. What is rare is left to the steps: first exchanges, replays, empty
+the exchange, and a second one does the rest. What is rare is left to the steps: first exchanges, empty
 batches, masks, payloads that no slot holds or that are reduced.
 """
 
@@ -38,10 +38,9 @@ from syncbn.norm.comm.exchange import Exchange
 from syncbn.norm.comm.fingerprint import BACKWARD, FORWARD
 from syncbn.norm.comm.transports.process_group import PAYLOAD_BYTES
 from syncbn.norm.comm.transports.shared_memory import LOOK_NS
-from syncbn.norm.moments import Block
+from syncbn.norm.moments import Block, Found
 from syncbn.norm.native import library
 from syncbn.norm.ops.collectives import Call, check
-from syncbn.norm.ops.recompute import Found, replaying
 from syncbn.norm.uneven_inputs import refuse_ddp_join
 
 _WHOLE = struct.Struct(CALL + "2P2qd4P3Pdq")
@@ -79,7 +78,7 @@ def forward(
     form, exchange = form_of(x.shape, x.stride(), x.dtype, call.act), call.exchange
     if form is None or not serves(x, call.mask, residual):
         return None
-    if exchange is not None and (replaying() or not _meets(exchange, form)):
+    if exchange is not None and not _meets(exchange, form):
         return None
     x, moving = aligned(x, form.layout), moving_of(call)
     operands = coefficients(weight, bias, residual, form)
@@ -106,9 +105,7 @@ def settle(
     """Raise where there was nothing to normalise with; else note what a forward pass found and moved."""
     if status:
         check(block.own.unsqueeze(0) if packed is None else packed, block.statistics, call, x)
-    if call.exchange is not None and call.replays is not None:
-        call.replays.keep(block)
-    if call.running is not None and not replaying():
+    if call.running is not None:
         if moving is NOTHING_MOVES:
             EagerKernels().update(call.running, block.statistics)
         else:
@@ -117,7 +114,7 @@ def settle(
 
 def moving_of(call: Call) -> tuple[float, ...]:
     """The running statistics that the library moves."""
-    return NOTHING_MOVES if call.running is None or replaying() else moving_words(call.running)
+    return NOTHING_MOVES if call.running is None else moving_words(call.running)
 
 
 def backward(

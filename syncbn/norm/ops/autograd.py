@@ -10,6 +10,7 @@ Three decisions:
   the exchange among them, whose own gradient is an exchange. Autograd then gives every higher order.
 """
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from syncbn.norm.backends import ACTIVATIONS, Affine, Fused, apart, launched, wh
 from syncbn.norm.backends.bits import unpacked
 from syncbn.norm.backends.formats import memory_format
 from syncbn.norm.backends.native_call import plain
+from syncbn.norm.moments import Found, Remembered
 from syncbn.norm.ops.collectives import (
     Call,
     Reduced,
@@ -27,7 +29,7 @@ from syncbn.norm.ops.collectives import (
     forward_statistics,
     sums_over_ranks,
 )
-from syncbn.norm.ops.recompute import Found, Remembered
+from syncbn.norm.ops.recompute import unobserved
 from syncbn.norm.sums import in_order
 
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, None]
@@ -49,9 +51,11 @@ class SyncBatchNormFunction(torch.autograd.Function):
     ) -> Tensor:
         """Normalise; keep what backward needs and no more."""
         ctx.call = call
-        fused = room(ctx, x, residual)
-        y, ctx.found = forward(x, weight, bias, fused, call, ctx.needs_input_grad[0])
-        keep(ctx, x, weight, bias, fused, y)
+        # selective checkpointing watches operations, and wants the same ones in a replay
+        with nullcontext() if call.checkpointed is None else unobserved():
+            fused = room(ctx, x, residual)
+            y, ctx.found = forward(x, weight, bias, fused, call, ctx.needs_input_grad[0])
+            keep(ctx, x, weight, bias, fused, y)
         return y
 
     @staticmethod
@@ -98,7 +102,28 @@ def forward(
     call: Call,
     needs_grad: bool,
 ) -> tuple[Tensor, Found]:
-    """y, and what it was normalised with, the shortest way there is."""
+    """y, and what it was normalised with, the shortest way there is; a replay takes the statistics of its first run."""
+    checkpointed = call.checkpointed
+    if checkpointed is None:
+        return first(x, weight, bias, fused, call, needs_grad)
+    known = checkpointed.known(x.shape[1])
+    if known is not None:
+        found = Remembered(known.mean, known)  # nobody asks for its moments
+        return normalized(x, weight, bias, fused, found), found
+    y, found = first(x, weight, bias, fused, call, needs_grad)
+    checkpointed.record(found.statistics)
+    return y, found
+
+
+def first(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    fused: Fused,
+    call: Call,
+    needs_grad: bool,
+) -> tuple[Tensor, Found]:
+    """`forward` of a pass that is no replay."""
     if kernels.launched_kernels(x) is None:
         done = whole.forward(x, weight, bias, fused.residual, call, needs_grad)
     else:
@@ -115,10 +140,16 @@ def step_by_step(
     needs_grad: bool,
 ) -> tuple[Tensor, Remembered]:
     """y, and what it was normalised with, by any kernels and any exchange."""
-    kernel = kernels.pick(x)
-    found = forward_statistics(x, kernel, call, needs_grad)
+    found = forward_statistics(x, kernels.pick(x), call, needs_grad)
+    return normalized(x, weight, bias, fused, found), found
+
+
+def normalized(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, fused: Fused, found: Found
+) -> Tensor:
+    """y, by any kernels."""
     affine = Affine(found.statistics.mean, found.statistics.invstd, weight, bias)
-    return kernel.normalize(x, affine, fused), found
+    return kernels.pick(x).normalize(x, affine, fused)
 
 
 def to_keep(fused: Fused, y: Tensor) -> tuple[Tensor | None, Tensor | None]:

@@ -14,8 +14,8 @@ from torch import Tensor
 from syncbn.norm.backends import Kernels, Running
 from syncbn.norm.comm.exchange import Exchange, Place
 from syncbn.norm.comm.fingerprint import NAMED
-from syncbn.norm.moments import Statistics
-from syncbn.norm.ops.recompute import Remembered, Replays, replaying
+from syncbn.norm.moments import Remembered, Statistics
+from syncbn.norm.ops.recompute import Pass
 from syncbn.norm.uneven_inputs import refuse_ddp_join
 
 
@@ -36,7 +36,7 @@ class Call(NamedTuple):
         exchange: with the other ranks; None for a group of one.
         name: what error messages call the layer.
         serial: of a layer without a name of its own, when it was built; see `syncbn.norm.comm.exchange.Place`.
-        replays: where replays of this pass will look, or None.
+        checkpointed: this pass in its checkpointed region; None where it lies in none.
     """
 
     eps: float
@@ -46,7 +46,7 @@ class Call(NamedTuple):
     exchange: Exchange | None = None
     name: str = ""
     serial: int = NAMED
-    replays: Replays | None = None
+    checkpointed: Pass | None = None
 
     def place(self, x: Tensor, needs_grad: bool) -> Place:
         """What all ranks must agree on when they meet over `x`."""
@@ -74,35 +74,23 @@ class Reduced(NamedTuple):
 
 
 def forward_statistics(x: Tensor, kernel: Kernels, call: Call, needs_grad: bool) -> Remembered:
-    """The statistics over all ranks, as a replay will find them; updates running statistics.
+    """The statistics over all ranks; updates running statistics.
 
     Raises:
         NonFiniteStatistics: see there; in a group, on CPU.
         ValueError: one value per channel over all ranks.
     """
     own = kernel.moments(x, call.mask)
-    known = recalled(own, call)
-    return known or merged(own, moments_over_ranks(own, x, call, needs_grad), x, kernel, call)
-
-
-def recalled(own: Tensor, call: Call) -> Remembered | None:
-    """What a pass with these moments found, if this one replays it."""
-    if not replaying() or call.replays is None:
-        return None
-    known = call.replays.recall(own)
-    return None if known is None else Remembered(own, known)
+    return merged(own, moments_over_ranks(own, x, call, needs_grad), x, kernel, call)
 
 
 def merged(own: Tensor, packed: Tensor, x: Tensor, kernel: Kernels, call: Call) -> Remembered:
     """`forward_statistics` from what the ranks sent."""
     statistics = kernel.merge(packed, call.eps)
     check(packed, statistics, call, x)
-    if call.running is not None and not replaying():
+    if call.running is not None:
         kernel.update(call.running, statistics)
-    found = Remembered(own, statistics)
-    if call.replays is not None:
-        call.replays.keep(found)
-    return found
+    return Remembered(own, statistics)
 
 
 def moments_over_ranks(own: Tensor, x: Tensor, call: Call, needs_grad: bool) -> Tensor:

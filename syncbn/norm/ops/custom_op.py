@@ -19,10 +19,10 @@ from syncbn.norm.backends import EagerKernels, Fused, Running, launched
 from syncbn.norm.backends.aten import stats_dtype
 from syncbn.norm.comm.exchange import exchange_of
 from syncbn.norm.comm.groups import GroupSpec, resolve
-from syncbn.norm.moments import Statistics
-from syncbn.norm.ops.autograd import gradients, step_by_step, to_keep
+from syncbn.norm.moments import Remembered, Statistics
+from syncbn.norm.ops.autograd import gradients, normalized, step_by_step, to_keep
 from syncbn.norm.ops.collectives import Call
-from syncbn.norm.ops.recompute import Remembered
+from syncbn.norm.ops.recompute import current
 
 
 def group_text(spec: GroupSpec) -> str:
@@ -52,18 +52,32 @@ def _forward(
     group: str,
     name: str,
     needs_grad: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """y, and the statistics it was normalised with."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """y, the statistics it was normalised with, and the number of values that count, which is 0 in a replay."""
     call = _call(eps, act, mask, group, name)
-    operands = (x, weight, bias, Fused(call.act, residual, mask), call, needs_grad)
+    checkpointed = current()
+    fused = Fused(call.act, residual, mask)
+    known = None if checkpointed is None else checkpointed.known(x.shape[1])
+    if known is not None:
+        y = normalized(x, weight, bias, fused, Remembered(known.mean, known))
+        return y, *_own(known), torch.zeros_like(known.total)
+    operands = (x, weight, bias, fused, call, needs_grad)
     # the library's whole pass puts all statistics in one tensor, and an operator's results may share none
     y, found = launched.forward(*operands) or step_by_step(*operands)
-    total, mean, var, invstd = found.statistics
-    return y, total, mean, var, invstd
+    if checkpointed is not None:
+        checkpointed.record(_own(found.statistics))
+    return y, *found.statistics, found.statistics.total.clone()
+
+
+def _own(statistics: Statistics) -> Statistics:
+    """A copy, because a compiled graph may reuse the memory of what an operator returns."""
+    return Statistics(*(values.clone() for values in statistics))
 
 
 @_forward.register_fake
-def _forward_shapes(x: Tensor, *_rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _forward_shapes(
+    x: Tensor, *_rest: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     channels = x.new_empty(x.shape[1], dtype=stats_dtype(x.dtype))
     total = x.new_empty((), dtype=torch.float64)
     return (
@@ -72,6 +86,7 @@ def _forward_shapes(x: Tensor, *_rest: Any) -> tuple[Tensor, Tensor, Tensor, Ten
         channels,
         torch.empty_like(channels),
         torch.empty_like(channels),
+        torch.empty_like(total),
     )
 
 
@@ -125,7 +140,7 @@ def _backward_shapes(
 
 def _remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     x, weight, bias, residual, mask, eps, act, group, name, _ = inputs
-    y, *statistics = output
+    y, *statistics, _ = output
     ctx.mark_non_differentiable(*output[1:])
     ctx.has_residual = residual is not None
     ctx.rest = (eps, act, group, name)
@@ -160,9 +175,9 @@ def compiled_batch_norm(
 ) -> Tensor:
     """`sync_batch_norm` while a compiler traces; `group` is a `group_text`."""
     needs_grad = torch.is_grad_enabled() and x.requires_grad
-    y, total, mean, var, invstd = _forward(
+    y, _, mean, var, invstd, counted = _forward(
         x, weight, bias, residual, mask, eps, act or "", group, name, needs_grad
     )
     if running is not None:
-        EagerKernels().update(running, Statistics(total, mean, var, invstd))
+        EagerKernels().update(running, Statistics(counted, mean, var, invstd))
     return y
