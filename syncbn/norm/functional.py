@@ -13,6 +13,7 @@ from syncbn.norm.backends.base import NonFiniteStatistics, Running
 from syncbn.norm.comm.exchange import Exchange, exchange_for
 from syncbn.norm.comm.groups import GroupSpec
 from syncbn.norm.ops.autograd import Call, SyncBatchNormFunction
+from syncbn.norm.ops.recompute import current
 
 __all__ = ["NonFiniteStatistics", "sync_batch_norm"]
 
@@ -76,7 +77,7 @@ def sync_batch_norm(
     if running_mean is not None and running_var is not None:
         running = Running(running_mean, running_var, num_batches_tracked, momentum)
     fitting = None if mask is None else fitted(mask, input)
-    call = Call(exchange, fitting, act, eps, running, name)
+    call = Call(exchange, fitting, act, eps, running, name, checkpointed=current())
     return SyncBatchNormFunction.apply(input, weight, bias, residual, call)
 
 

@@ -27,6 +27,7 @@ from syncbn.norm.comm.groups import GroupSpec, check_spec, known
 from syncbn.norm.functional import complaint, fitted, tell, without_values
 from syncbn.norm.ops.autograd import Call, SyncBatchNormFunction
 from syncbn.norm.ops.custom_op import compiled_batch_norm, group_text
+from syncbn.norm.ops.recompute import Pass, current, unchanged
 
 _serials = itertools.count()
 """When each layer was built: tells layers without names apart."""
@@ -159,6 +160,7 @@ class SyncBatchNorm(_BatchNorm):
             self._running(),
             self._title(),
             NAMED if self.layer_name else self._serial,
+            current(),
         )
         return SyncBatchNormFunction.apply(input, self.weight, self.bias, residual, call)
 
@@ -172,9 +174,19 @@ class SyncBatchNorm(_BatchNorm):
 
     def _train_unfused(self, input: Tensor, mask: Tensor | None, residual: Tensor | None) -> Tensor:
         """Torch's batch norm, then what is fused, one operation after another."""
-        y = super().forward(input)
+        y = self._torch_batch_norm(input, current())
         y = apply_act(self._activation(), y if residual is None else y + residual)
         return y if mask is None else y.masked_fill(~mask, 0.0)
+
+    def _torch_batch_norm(self, input: Tensor, checkpointed: Pass | None) -> Tensor:
+        """Torch's batch norm; a replay runs the same operations, and what it counts is undone."""
+        if checkpointed is None:
+            return super().forward(input)
+        if not checkpointed.replaying:
+            checkpointed.record(None)
+            return super().forward(input)
+        with unchanged(self.running_mean, self.running_var, self.num_batches_tracked):
+            return super().forward(input)
 
     def _train_compiled(
         self, input: Tensor, mask: Tensor | None, residual: Tensor | None
@@ -182,7 +194,8 @@ class SyncBatchNorm(_BatchNorm):
         self._check_input(input, mask, residual)
         alone = not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1)
         if alone and mask is None:
-            return self._train_unfused(input, mask, residual)
+            y = super().forward(input)
+            return apply_act(self._activation(), y if residual is None else y + residual)
         fused = (None if mask is None else fitted(mask, input), self._activation(), self.eps)
         args = NormArgs(input, self.weight, self.bias, residual, *fused, layer=self._title())
         return compiled_batch_norm(args, group_text(self.process_group), self._running())

@@ -2,7 +2,7 @@
 
 Between its exchange and the next layer a pass on a GPU is short; what takes long is the host, which spends more on each
 launch and each allocation than most layers' kernels do on the device. So what comes before the exchange is one
-reduction, and all that follows it one kernel, which merges ranks itself. What is rare is left to the steps: replays,
+reduction, and all that follows it one kernel, which merges ranks itself. What is rare is left to the steps:
 empty batches, one value per channel.
 """
 
@@ -11,8 +11,8 @@ from torch import Tensor
 
 from syncbn.norm.backends import Affine, Fused, LaunchedKernels, launched_kernels
 from syncbn.norm.backends.native_call import plain_kind
+from syncbn.norm.moments import Found, Remembered
 from syncbn.norm.ops.collectives import Call, Reduced, check, moments_over_ranks
-from syncbn.norm.ops.recompute import Found, Remembered, replaying
 
 
 def forward(
@@ -25,7 +25,7 @@ def forward(
 ) -> tuple[Tensor, Remembered] | None:
     """The output and what it was normalised with, running statistics updated; None where this way does not serve."""
     kernel = kernels_of(x)
-    if kernel is None or replaying():
+    if kernel is None:
         return None
     own = kernel.moments(x, call.mask)
     packed = moments_over_ranks(own, x, call, needs_grad)
@@ -57,10 +57,7 @@ def finished(
         check(packed, statistics, call, x)
         if call.running is not None:
             kernel.update(call.running, statistics)
-    found = Remembered(own, statistics)
-    if call.replays is not None:
-        call.replays.keep(found)
-    return y, found
+    return y, Remembered(own, statistics)
 
 
 def reduced(

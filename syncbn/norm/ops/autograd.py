@@ -6,6 +6,7 @@
   again, and these are the ones of the first time.
 """
 
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -20,9 +21,9 @@ from syncbn.norm.backends.layout import memory_format
 from syncbn.norm.comm.exchange import Exchange, Fingerprint
 from syncbn.norm.comm.fingerprint import NAMED
 from syncbn.norm.moments import AnyStatistics
-from syncbn.norm.ops import recompute
 from syncbn.norm.ops.collectives import gather_grad_sums, gather_statistics
 from syncbn.norm.ops.double_backward import Gradients, differentiable_gradients
+from syncbn.norm.ops.recompute import Pass, unobserved
 from syncbn.norm.uneven_inputs import refuse_ddp_join
 
 
@@ -37,6 +38,7 @@ class Call(NamedTuple):
         running: what to update, or None.
         layer: what error messages call the layer.
         serial: of a layer without a name of its own, when it was built; see `Fingerprint`.
+        checkpointed: this pass in its checkpointed region; None where it lies in none.
     """
 
     exchange: Exchange | None = None
@@ -46,6 +48,7 @@ class Call(NamedTuple):
     running: Running | None = None
     layer: str = ""
     serial: int = NAMED
+    checkpointed: Pass | None = None
 
     def args(
         self, x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None
@@ -75,9 +78,11 @@ class SyncBatchNormFunction(torch.autograd.Function):
         """Normalise; keep what backward needs and no more."""
         args = call.args(x, weight, bias, residual)
         backend = selected(x.device.type).for_pass(args, call.exchange)
-        if residual is not None and any(ctx.needs_input_grad):
-            args = args._replace(bits=backend.empty_bits(args))
-        y, stats = forward_pass(args, backend, call, ctx.needs_input_grad[0])
+        # selective checkpointing observes operations, and wants the same ones in a replay
+        with nullcontext() if call.checkpointed is None else unobserved():
+            if residual is not None and any(ctx.needs_input_grad):
+                args = args._replace(bits=backend.empty_bits(args))
+            y, stats = forward_pass(args, backend, call, ctx.needs_input_grad[0])
         ctx.call, ctx.backend, ctx.stats = call, backend, stats
         if (
             args.bits is not None
@@ -102,7 +107,7 @@ class SyncBatchNormFunction(torch.autograd.Function):
 def forward_pass(
     args: NormArgs, backend: Backend, call: Call, needs_grad: bool
 ) -> tuple[Tensor, AnyStatistics]:
-    """The output, and the statistics of all ranks; updates running statistics.
+    """The output, and the statistics of all ranks; updates running statistics, but in a replay.
 
     Raises:
         NonFiniteStatistics, ValueError: see `check_statistics`.
@@ -111,11 +116,11 @@ def forward_pass(
     """
     if call.exchange is not None and DistributedDataParallel._active_ddp_module is not None:
         refuse_ddp_join(call.layer)
-    checkpointed = recompute.current()
-    if checkpointed is not None and checkpointed.recorded is not None:
-        stats = checkpointed.recorded
-        y = backend.normalize(args, stats)
-    elif backend.fused:
+    checkpointed = call.checkpointed
+    if checkpointed is not None and checkpointed.replaying:
+        stats = checkpointed.known(args.x.shape[1])
+        return backend.normalize(args, stats), stats
+    if backend.fused:
         what = call.fingerprint(args.x, needs_grad)
         y, stats = backend.fused_forward(args, call.exchange, what)
     else:

@@ -23,6 +23,7 @@ from syncbn.norm.comm.exchange import exchange_for
 from syncbn.norm.comm.groups import GroupSpec
 from syncbn.norm.moments import Statistics, stats_dtype
 from syncbn.norm.ops.autograd import Call, backward_pass, forward_pass, kept_for_backward
+from syncbn.norm.ops.recompute import Pass, current
 
 
 def group_text(spec: GroupSpec) -> str:
@@ -32,12 +33,19 @@ def group_text(spec: GroupSpec) -> str:
     return "world" if spec is None else str(spec)
 
 
-def _call(eps: float, act: str, mask: Tensor | None, group: str, name: str) -> Call:
+def _call(
+    eps: float,
+    act: str,
+    mask: Tensor | None,
+    group: str,
+    name: str,
+    checkpointed: Pass | None = None,
+) -> Call:
     kind, _, group_name = group.partition(" ")
     spec: Any = int(kind) if kind.isdigit() else kind
     if spec == "name":
         spec = resolve_process_group(cast(Any, group_name))
-    return Call(exchange_for(spec), mask, act or None, eps, layer=name)
+    return Call(exchange_for(spec), mask, act or None, eps, layer=name, checkpointed=checkpointed)
 
 
 @torch.library.custom_op("syncbn::forward", mutates_args=())
@@ -52,22 +60,27 @@ def _forward(
     group: str,
     name: str,
     needs_grad: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """y, and the statistics it was normalised with."""
-    call = _call(eps, act, mask, group, name)
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """y, the statistics it was normalised with, and the number of values that count, which is 0 in a replay."""
+    call = _call(eps, act, mask, group, name, current())
     args = call.args(x, weight, bias, residual)
     backend = selected(x.device.type).for_pass(args, call.exchange)
     y, stats = forward_pass(args, backend, call, needs_grad)
     # an operator's results share memory with nothing, and a backend may keep all statistics in one tensor
     mean, var, invstd = (values.clone() for values in (stats.mean, stats.var, stats.invstd))
-    return _as_traced(y, x), stats.total.clone(), mean, var, invstd
+    replaying = call.checkpointed is not None and call.checkpointed.replaying
+    counted = torch.zeros_like(stats.total) if replaying else stats.total.clone()
+    return _as_traced(y, x), stats.total.clone(), mean, var, invstd, counted
 
 
 @_forward.register_fake
-def _forward_shapes(x: Tensor, *_rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _forward_shapes(
+    x: Tensor, *_rest: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     channels = [x.new_empty(x.shape[1], dtype=stats_dtype(x.dtype)) for _ in range(3)]
     mean, var, invstd = channels
-    return _empty_like(x), x.new_empty((), dtype=torch.float64), mean, var, invstd
+    total, counted = (x.new_empty((), dtype=torch.float64) for _ in range(2))
+    return _empty_like(x), total, mean, var, invstd, counted
 
 
 @torch.library.custom_op("syncbn::backward", mutates_args=())
@@ -142,8 +155,8 @@ def _as_traced(result: Tensor, x: Tensor) -> Tensor:
 
 def _remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     x, weight, bias, residual, mask, eps, act, group, name, _ = inputs
-    y, *stats = output
-    ctx.mark_non_differentiable(*stats)
+    y, *stats, _ = output
+    ctx.mark_non_differentiable(*output[1:])
     ctx.rest = (eps, act, group, name)
     kept = kept_for_backward(NormArgs(x, residual=residual, act=act or None), y)
     ctx.save_for_backward(x, weight, bias, *kept, mask, *stats)
@@ -172,9 +185,9 @@ def compiled_batch_norm(args: NormArgs, group: str, running: Running | None) -> 
     """
     x, mask, act = args.x, args.mask, args.act or ""
     needs_grad = torch.is_grad_enabled() and x.requires_grad
-    y, total, mean, var, invstd = _forward(
+    y, _, mean, var, invstd, counted = _forward(
         *args[:4], mask, args.eps, act, group, args.layer, needs_grad
     )
     if running is not None:
-        AtenBackend().update(running, Statistics(total, mean, var, invstd))
+        AtenBackend().update(running, Statistics(counted, mean, var, invstd))
     return y
