@@ -6,10 +6,9 @@ It checks what it is given, tells the other ranks when that is unusable, and han
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import is_fake
 
 from syncbn.norm.backends.activations import check_act
-from syncbn.norm.backends.base import NonFiniteStatistics, Running
+from syncbn.norm.backends.base import NonFiniteStatistics, Running, without_values
 from syncbn.norm.comm.exchange import Exchange, exchange_for
 from syncbn.norm.comm.groups import GroupSpec
 from syncbn.norm.ops.autograd import Call, SyncBatchNormFunction
@@ -65,7 +64,7 @@ def sync_batch_norm(
             of one, they pass through, as in torch).
         RanksDisagree: the ranks are not all in the same layer (CPU groups).
     """
-    exchange = exchange_for(process_group)
+    exchange = None if without_values(input) else exchange_for(process_group)
     check_act(act)
     error = complaint(input, None, mask, residual)
     if momentum is None and running_mean is not None and num_batches_tracked is None:
@@ -79,11 +78,6 @@ def sync_batch_norm(
     fitting = None if mask is None else fitted(mask, input)
     call = Call(exchange, fitting, act, eps, running, name, checkpointed=current())
     return SyncBatchNormFunction.apply(input, weight, bias, residual, call)
-
-
-def without_values(x: Tensor) -> bool:
-    """Whether `x` has a shape and no values (a meta or fake tensor): there is nothing to exchange."""
-    return x.is_meta or (type(x) is not Tensor and is_fake(x))
 
 
 def tell(exchange: Exchange | None, input: Tensor, message: str) -> None:

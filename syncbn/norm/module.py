@@ -165,7 +165,7 @@ class SyncBatchNorm(_BatchNorm):
         return SyncBatchNormFunction.apply(input, self.weight, self.bias, residual, call)
 
     def _torch_serves(self, input: Tensor, mask: Tensor | None, residual: Tensor | None) -> bool:
-        """Whether torch's own operations serve a group of one: no kernel of ours is faster, or a transform is active."""
+        """Whether torch's own operations serve a group of one: no kernel of ours is faster, or a transform runs."""
         if without_values(input) or (mask is None and peek_interpreter_stack() is not None):
             return True
         plain = mask is None and residual is None and self._activation() is None

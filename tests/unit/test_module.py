@@ -11,7 +11,8 @@ from torch import nn
 
 import syncbn
 from syncbn.norm import backends as kernels
-from syncbn.norm.backends import EagerKernels
+from syncbn.norm.backends.aten import AtenBackend
+from syncbn.norm.backends.base import NormArgs
 from syncbn.norm.comm.groups import check_spec, resolve
 from syncbn.norm.moments import Moments, merge, unpack
 
@@ -115,9 +116,11 @@ def test_merged_moments_are_those_of_the_whole_for_any_split(counts, seed, mean)
     whole = (
         torch.randn(sum(counts), 3, generator=torch.Generator().manual_seed(seed)).double() + mean
     )
-    parts = [EagerKernels().moments(part) for part in whole.split(counts)]
+    parts = [AtenBackend().local_stats(NormArgs(part)) for part in whole.split(counts)]
     merged = merge(*unpack(torch.stack(parts)))
-    expected = Moments(*(part[0] for part in unpack(EagerKernels().moments(whole).unsqueeze(0))))
+    expected = Moments(
+        *(part[0] for part in unpack(AtenBackend().local_stats(NormArgs(whole)).unsqueeze(0)))
+    )
     assert merged.count == sum(counts)
     torch.testing.assert_close(merged.mean, expected.mean, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(merged.M2, expected.M2, rtol=1e-9, atol=1e-9)

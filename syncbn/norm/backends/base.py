@@ -13,12 +13,10 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import is_fake
 from torch.nn import Parameter
 
 from syncbn.norm.moments import AnyStatistics, Statistics
-
-DIFFERENTIABLE = 4
-"""The first operands of `NormArgs`, which may want a gradient: x, weight, bias, residual."""
 
 
 class NonFiniteStatistics(FloatingPointError):
@@ -159,6 +157,11 @@ def plain_tensor(x: Tensor) -> bool:
     return (type(x) is Tensor or type(x) is Parameter) and not x.is_meta
 
 
+def without_values(x: Tensor) -> bool:
+    """Whether `x` has a shape and no values (a meta or fake tensor): there is nothing to exchange or to check."""
+    return x.is_meta or (type(x) is not Tensor and is_fake(x))
+
+
 def check_statistics(gathered: Tensor, stats: AnyStatistics, args: NormArgs) -> None:
     """Raise where there is nothing to normalise with.
 
@@ -173,6 +176,8 @@ def check_statistics(gathered: Tensor, stats: AnyStatistics, args: NormArgs) -> 
         NonFiniteStatistics: a variance is not finite; among CPU ranks. Alone, NaN passes through as in torch.
         ValueError: one value per channel over all ranks.
     """
+    if without_values(gathered):
+        return
     if gathered.is_cuda:
         if args.mask is not None:
             torch._assert_async(stats.total != 1)  # pyright: ignore[reportPrivateImportUsage]
