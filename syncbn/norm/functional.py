@@ -1,12 +1,6 @@
-"""`sync_batch_norm`: batch normalisation with the moments of all ranks of a group, as one function.
+"""`sync_batch_norm`: batch normalisation with the moments of all ranks of a group, as one function."""
 
-It checks what it is given, tells the other ranks when that is unusable, and hands the rest to autograd
-(`autograd`), to the exchange (`steps`) and to one rank's arithmetic (`kernels`).
-"""
-
-import torch
 from torch import Tensor
-from torch.distributed import ProcessGroup
 
 from syncbn.norm.backends import Running, check_act
 from syncbn.norm.comm.exchange import exchange_of
@@ -14,6 +8,15 @@ from syncbn.norm.comm.groups import GroupSpec, resolve
 from syncbn.norm.ops.autograd import SyncBatchNormFunction
 from syncbn.norm.ops.collectives import Call, NonFiniteStatistics
 from syncbn.norm.ops.recompute import Replays
+from syncbn.norm.validation import (
+    check_operands,
+    check_per_channel,
+    checked_eps,
+    checked_group,
+    checked_momentum,
+    fitted,
+    tell_ranks,
+)
 
 __all__ = ["NonFiniteStatistics", "sync_batch_norm"]
 
@@ -61,20 +64,26 @@ def sync_batch_norm(
         The normalised values in the shape, dtype and memory format of `input`.
 
     Raises:
-        ValueError: shapes that do not fit, an unknown `act`; one value per channel over all ranks.
-        TypeError: an input that is not floating point.
+        ValueError: an argument out of range, shapes or devices that do not fit; one value per channel over all ranks;
+            a group that does not contain this rank.
+        TypeError: an input that is not floating point, an argument of the wrong type.
         NonFiniteStatistics: NaN, infinite or too large values on any rank of a CPU group (on CUDA, and in a group
             of one, they pass through, as in torch).
         RanksDisagree: the ranks are not all in the same layer (CPU groups).
     """
-    group = resolve(process_group)
-    check_act(act)
-    error = complaint(input, None, mask, residual)
-    if momentum is None and running_mean is not None and num_batches_tracked is None:
-        error = error or ValueError("momentum=None needs num_batches_tracked")
-    if error is not None:
-        tell(group, input, f"{name}: {error}")
-        raise error
+    group = resolve(checked_group(process_group))
+    try:
+        check_act(act)
+        eps, momentum = checked_eps(eps), checked_momentum(momentum)
+        check_operands(input, None, mask, residual)
+        check_per_channel(
+            input, running_mean=running_mean, running_var=running_var, weight=weight, bias=bias
+        )
+        if momentum is None and running_mean is not None and num_batches_tracked is None:
+            raise ValueError("momentum=None needs num_batches_tracked")
+    except (TypeError, ValueError) as error:
+        tell_ranks(group, input, f"{name}: {error}")
+        raise
     running = None
     if running_mean is not None and running_var is not None:
         running = Running(running_mean, running_var, num_batches_tracked, momentum)
@@ -88,47 +97,3 @@ def sync_batch_norm(
         replays=replays,
     )
     return SyncBatchNormFunction.apply(input, weight, bias, residual, call)
-
-
-def tell(group: ProcessGroup | None, input: Tensor, message: str) -> None:
-    """Tell the ranks that wait in this exchange that this one cannot take part."""
-    if group is not None and not input.is_cuda:
-        exchange_of(group).fail(message)
-
-
-def fitted(mask: Tensor, input: Tensor) -> Tensor:
-    """`mask` as kernels want it: `(N, 1, *)` with the trailing sizes of `input`, contiguous."""
-    return mask.expand(input.shape[0], 1, *input.shape[2:]).contiguous()
-
-
-def complaint(
-    input: Tensor, num_features: int | None, mask: Tensor | None, residual: Tensor | None
-) -> Exception | None:
-    """What is wrong with these operands, as the error to raise; None where nothing is."""
-    if input.dim() < 2:
-        return ValueError(f"expected input (N, C, *), got {input.dim()}D input")
-    if num_features is not None and input.shape[1] != num_features:
-        return ValueError(f"expected {num_features} channels, got {input.shape[1]}")
-    if not input.is_floating_point():
-        return TypeError(f"expected floating-point input, got {input.dtype}")
-    if residual is not None and residual.shape != input.shape:
-        return ValueError(
-            f"expected a residual of shape {tuple(input.shape)}, got {tuple(residual.shape)}"
-        )
-    if residual is not None and residual.device != input.device:
-        return ValueError(f"expected a residual on {input.device}, got {residual.device}")
-    return None if mask is None else _complaint_of_mask(mask, input)
-
-
-def _complaint_of_mask(mask: Tensor, input: Tensor) -> Exception | None:
-    if mask.device != input.device:
-        return ValueError(f"expected a mask on {input.device}, got {mask.device}")
-    if mask.dtype != torch.bool:
-        return TypeError(f"expected a mask of dtype torch.bool, got {mask.dtype}")
-    expected = (input.shape[0], 1, *input.shape[2:])
-    fits = mask.dim() == input.dim() and all(
-        have in (want, 1) for have, want in zip(mask.shape, expected, strict=True)
-    )
-    if not fits:
-        return ValueError(f"expected a mask that expands to {expected}, got {tuple(mask.shape)}")
-    return None
