@@ -8,10 +8,10 @@ other lie in 8 bytes that do, in one bit of each, and kernels load them as they 
 import torch
 from torch import Tensor
 
-from syncbn.norm.backends.formats import channels_follow
+from syncbn.norm.backends.layout import channels_follow
 
 
-def room(x: Tensor) -> Tensor | None:
+def empty_bits(x: Tensor) -> Tensor | None:
     """Memory for a bit a value of `x` `(N, C, *)`, not empty; None where 8 values would not share a byte."""
     values = x.numel()
     if channels_follow(x):
@@ -22,7 +22,7 @@ def room(x: Tensor) -> Tensor | None:
     return torch.empty(size, dtype=torch.uint8, device=x.device) if size else None
 
 
-def unpacked(bits: Tensor, x: Tensor) -> Tensor:
+def unpack_bits(bits: Tensor, x: Tensor) -> Tensor:
     """`bits` as 0 and 1 in the shape and dtype of `x`: values on the same side of their kink as y.
 
     `x` is as kernels read it: contiguous in its memory format.
