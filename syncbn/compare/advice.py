@@ -1,9 +1,11 @@
 """Whether to synchronise, over which ranks, at what cost: a pure function of what a study measured.
 
-The decision that shaped the file: two numbers are declared before anything is looked at - the smallest difference in
-error that matters (`margin`), and how much longer a step may take for each point of error saved (`point_worth`) - and
-everything is judged by whole 95 % intervals against them. Where those lie across, the advice is that these seeds cannot
-tell.
+Two numbers are declared beforehand: the smallest difference in error that matters (`margin`), and how much longer a
+step may take for each point of error saved (`point_worth`). Everything is judged by whole 95 % intervals against them;
+where an interval straddles its bound, the advice is that these seeds cannot tell.
+
+Two short studies give the numbers, as overrides of conf/study/advise.yaml. Errors are measured on virtual ranks, which
+any machine can run at any world size; costs on real ranks, and only where there is a core for each.
 """
 
 import math
@@ -13,9 +15,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from syncbn.compare import statistics
-from syncbn.compare.reading import Summary, values_of
-from syncbn.compare.statistics import Floats, Interval
+from syncbn.compare.statistics import effects
+from syncbn.compare.statistics.effects import Floats, Interval
+from syncbn.compare.study.repeat import hydra_value
+from syncbn.compare.study.summary import Summary, values_of
 from syncbn.errors import UsageError
 
 SYNCHRONISE, DO_NOT, CANNOT_TELL = "SYNCHRONISE", "DO NOT SYNCHRONISE", "CANNOT TELL"
@@ -204,7 +207,7 @@ def _paired(summary: Summary, arm: str, against: str) -> Measured:
 
 
 def _effect(values: Floats) -> Measured:
-    found = statistics.effect(values)
+    found = effects.effect(values)
     return Measured(found.median, found.interval, found.n)
 
 
@@ -213,12 +216,12 @@ def _cost(summary: Summary, arm: str, gain: Measured, point_worth: float) -> Cos
     for metric in _COSTS:
         times = [values_of(summary, name, metric) for name in (arm, "local")]
         if all(values and None not in values for values in times):
-            logs = statistics.effect(statistics.paired_log_ratios(*times))  # pyright: ignore
+            logs = effects.effect(effects.paired_log_ratios(*times))  # pyright: ignore
             return _bill(metric, logs, gain, point_worth)
     return None
 
 
-def _bill(metric: str, logs: statistics.Effect, gain: Measured, point_worth: float) -> Cost | None:
+def _bill(metric: str, logs: effects.Effect, gain: Measured, point_worth: float) -> Cost | None:
     if not math.isfinite(logs.median):
         return None
     with np.errstate(over="ignore"):
@@ -232,3 +235,57 @@ def _bill(metric: str, logs: statistics.Effect, gain: Measured, point_worth: flo
         too_much=bool(middle > worth),
         sure=bool(low > most or high <= least),
     )
+
+
+COST_STEPS = 120
+COST_SEEDS = [0, 1, 2, 3, 4, 5]
+
+
+def group_sizes(world_size: int) -> list[int]:
+    """Sizes of groups between one rank and all: the proper divisors of `world_size`."""
+    return [size for size in range(2, world_size) if world_size % size == 0]
+
+
+def group_arm(size: int) -> str:
+    """The name of the arm that synchronises over groups of `size` ranks."""
+    return f"group_{size}"
+
+
+def error_study(settings: Sequence[str], world_size: int) -> list[str]:
+    """Overrides of the study of errors: `settings`, and an arm for each size of group between one rank and all."""
+    return ["study=advise", *settings, *_group_arms(group_sizes(world_size))]
+
+
+def cost_study(settings: Sequence[str], name: str, sizes: Sequence[int]) -> list[str]:
+    """Overrides of the study of cost: the same on real ranks, briefly, with clocks on the exchange.
+
+    Args:
+        settings: the user's own.
+        name: of the study of errors; this one is called `<name>-cost`.
+        sizes: groups that are timed beside `local` and `sync`.
+    """
+    return [
+        "study=advise",
+        *settings,
+        *_group_arms(sizes),
+        f"name={cost_name(name)}",
+        "train.virtual=false",
+        f"train.steps={COST_STEPS}",
+        "train.eval_every=0",
+        "probe.names=[exchange]",
+        f"study.seeds={hydra_value(COST_SEEDS)}",
+        "study.primary_metric=step_ms",
+        "study.question='What does synchronising cost this network on this machine?'",
+    ]
+
+
+def cost_name(name: str) -> str:
+    """What the study of cost is called that belongs to the study of errors `name`."""
+    return f"{name}-cost"
+
+
+def _group_arms(sizes: Sequence[int]) -> list[str]:
+    return [
+        f"+study.arms.{group_arm(k)}={hydra_value(['norm=sync_group', f'norm.group_size={k}'])}"
+        for k in sizes
+    ]

@@ -4,7 +4,7 @@ Values flow through it in one direction: `module` and `functional` order the par
 arithmetic, `moments` merges ranks, and only `exchange` talks to a process group.
 """
 
-from syncbn.norm.backends.result_memory import release_memory
+from syncbn.norm.backends.cpu import release_memory
 from syncbn.norm.comm.exchange import RanksDisagree
 from syncbn.norm.convert import Conversion, convert_sync_batchnorm, revert_sync_batchnorm
 from syncbn.norm.ddp import ddp_buffers_to_ignore

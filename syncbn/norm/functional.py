@@ -6,14 +6,14 @@ It checks what it is given, tells the other ranks when that is unusable, and han
 
 import torch
 from torch import Tensor
-from torch.distributed import ProcessGroup
+from torch._subclasses.fake_tensor import is_fake
 
-from syncbn.norm.backends import Running, check_act
-from syncbn.norm.comm.exchange import exchange_of
-from syncbn.norm.comm.groups import GroupSpec, resolve
-from syncbn.norm.ops.autograd import SyncBatchNormFunction
-from syncbn.norm.ops.collectives import Call, NonFiniteStatistics
-from syncbn.norm.ops.recompute import Replays
+from syncbn.norm.backends.activations import check_act
+from syncbn.norm.backends.base import NonFiniteStatistics, Running
+from syncbn.norm.comm.exchange import Exchange, exchange_for
+from syncbn.norm.comm.groups import GroupSpec
+from syncbn.norm.ops.autograd import Call, SyncBatchNormFunction
+from syncbn.norm.ops.recompute import current
 
 __all__ = ["NonFiniteStatistics", "sync_batch_norm"]
 
@@ -33,7 +33,6 @@ def sync_batch_norm(
     num_batches_tracked: Tensor | None = None,
     process_group: GroupSpec = None,
     name: str = "",
-    replays: Replays | None = None,
 ) -> Tensor:
     """act(batch_norm(input) + residual), with the mean and variance of each channel over all ranks of a group.
 
@@ -55,7 +54,6 @@ def sync_batch_norm(
         num_batches_tracked: `()`, int64, counted up in place unless the batch is empty on all ranks.
         process_group: see `syncbn.norm.comm.groups.GroupSpec`.
         name: what error messages call the layer.
-        replays: memory of this layer's passes, so that one which activation checkpointing repeats is recognised.
 
     Returns:
         The normalised values in the shape, dtype and memory format of `input`.
@@ -67,33 +65,31 @@ def sync_batch_norm(
             of one, they pass through, as in torch).
         RanksDisagree: the ranks are not all in the same layer (CPU groups).
     """
-    group = resolve(process_group)
+    exchange = exchange_for(process_group)
     check_act(act)
     error = complaint(input, None, mask, residual)
     if momentum is None and running_mean is not None and num_batches_tracked is None:
         error = error or ValueError("momentum=None needs num_batches_tracked")
     if error is not None:
-        tell(group, input, f"{name}: {error}")
+        tell(exchange, input, f"{name}: {error}")
         raise error
     running = None
     if running_mean is not None and running_var is not None:
         running = Running(running_mean, running_var, num_batches_tracked, momentum)
-    call = Call(
-        eps=eps,
-        act=act,
-        mask=None if mask is None else fitted(mask, input),
-        running=running,
-        exchange=None if group is None else exchange_of(group),
-        name=name,
-        replays=replays,
-    )
+    fitting = None if mask is None else fitted(mask, input)
+    call = Call(exchange, fitting, act, eps, running, name, checkpointed=current())
     return SyncBatchNormFunction.apply(input, weight, bias, residual, call)
 
 
-def tell(group: ProcessGroup | None, input: Tensor, message: str) -> None:
+def without_values(x: Tensor) -> bool:
+    """Whether `x` has a shape and no values (a meta or fake tensor): there is nothing to exchange."""
+    return x.is_meta or (type(x) is not Tensor and is_fake(x))
+
+
+def tell(exchange: Exchange | None, input: Tensor, message: str) -> None:
     """Tell the ranks that wait in this exchange that this one cannot take part."""
-    if group is not None and not input.is_cuda:
-        exchange_of(group).fail(message)
+    if exchange is not None and not input.is_cuda:
+        exchange.fail(message)
 
 
 def fitted(mask: Tensor, input: Tensor) -> Tensor:

@@ -12,22 +12,22 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch._C._functorch import peek_interpreter_stack
 from torch.distributed import ProcessGroup
 from torch.jit import is_scripting  # pyright: ignore[reportPrivateImportUsage]
 from torch.nn.functional import batch_norm
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from syncbn.norm import backends as kernels
-from syncbn.norm.backends import Running, check_act
-from syncbn.norm.backends.activations import apply_act
-from syncbn.norm.comm.exchange import Exchange, exchange_of
+from syncbn.norm.backends import faster_alone
+from syncbn.norm.backends.activations import apply_act, check_act
+from syncbn.norm.backends.base import NormArgs, Running
+from syncbn.norm.comm.exchange import Exchange, exchange_for, exchange_of
 from syncbn.norm.comm.fingerprint import NAMED
-from syncbn.norm.comm.groups import GroupSpec, check_spec, known, resolve
-from syncbn.norm.functional import complaint, fitted, tell
-from syncbn.norm.ops.autograd import SyncBatchNormFunction
-from syncbn.norm.ops.collectives import Call
+from syncbn.norm.comm.groups import GroupSpec, check_spec, known
+from syncbn.norm.functional import complaint, fitted, tell, without_values
+from syncbn.norm.ops.autograd import Call, SyncBatchNormFunction
 from syncbn.norm.ops.custom_op import compiled_batch_norm, group_text
-from syncbn.norm.ops.recompute import replaying, replays_of
+from syncbn.norm.ops.recompute import Pass, current, unchanged
 
 _serials = itertools.count()
 """When each layer was built: tells layers without names apart."""
@@ -143,59 +143,62 @@ class SyncBatchNorm(_BatchNorm):
     def _train(self, input: Tensor, mask: Tensor | None, residual: Tensor | None) -> Tensor:
         if torch.compiler.is_compiling():
             return self._train_compiled(input, mask, residual)
-        group = resolve(self.process_group)
-        exchange = None if group is None else exchange_of(group)
-        if exchange is not None and exchange.world_size == 1:
-            group = exchange = None
-        self._check_input(input, mask, residual, group)
-        if exchange is None and self._is_torchs(input, mask, residual):
-            return self._replay_alone(input) if replaying() else super().forward(input)
-        call = self._call(input, mask, exchange)
+        exchange = None if without_values(input) else exchange_for(self.process_group)
+        self._check_input(input, mask, residual, exchange)
+        if exchange is None and self._torch_serves(input, mask, residual):
+            return self._train_unfused(input, mask, residual)
+        if peek_interpreter_stack() is not None:
+            raise RuntimeError(
+                f"{self._title()}: torch.func transforms (vmap, grad, jvp, ...) do not pass through a training layer "
+                "that exchanges statistics or takes a mask; torch.autograd and eval mode do"
+            )
+        call = Call(
+            exchange,
+            None if mask is None else fitted(mask, input),
+            self._activation(),
+            self.eps,
+            self._running(),
+            self._title(),
+            NAMED if self.layer_name else self._serial,
+            current(),
+        )
         return SyncBatchNormFunction.apply(input, self.weight, self.bias, residual, call)
 
-    def _call(self, input: Tensor, mask: Tensor | None, exchange: Exchange | None) -> Call:
-        return Call(
-            eps=self.eps,
-            act=self._activation(),
-            mask=None if mask is None else fitted(mask, input),
-            running=self._running(),
-            exchange=exchange,
-            name=self._title(),
-            serial=NAMED if self.layer_name else self._serial,
-            replays=replays_of(self),
-        )
+    def _torch_serves(self, input: Tensor, mask: Tensor | None, residual: Tensor | None) -> bool:
+        """Whether torch's own operations serve a group of one: no kernel of ours is faster, or a transform is active."""
+        if without_values(input) or (mask is None and peek_interpreter_stack() is not None):
+            return True
+        plain = mask is None and residual is None and self._activation() is None
+        too_few = input.numel() <= input.shape[1]  # torch's own error, or its way with nothing
+        return plain and (too_few or not faster_alone(input))
 
-    def _replay_alone(self, input: Tensor) -> Tensor:
-        """The numbers of torch's batch norm once more, counting nothing; it keeps the same tensors."""
-        running = self._running()
-        mean, var = (running.mean.clone(), running.var.clone()) if running else (None, None)
-        return batch_norm(input, mean, var, self.weight, self.bias, training=True, eps=self.eps)
+    def _train_unfused(self, input: Tensor, mask: Tensor | None, residual: Tensor | None) -> Tensor:
+        """Torch's batch norm, then what is fused, one operation after another."""
+        y = self._torch_batch_norm(input, current())
+        y = apply_act(self._activation(), y if residual is None else y + residual)
+        return y if mask is None else y.masked_fill(~mask, 0.0)
+
+    def _torch_batch_norm(self, input: Tensor, checkpointed: Pass | None) -> Tensor:
+        """Torch's batch norm; a replay runs the same operations, and what it counts is undone."""
+        if checkpointed is None:
+            return super().forward(input)
+        if not checkpointed.replaying:
+            checkpointed.record(None)
+            return super().forward(input)
+        with unchanged(self.running_mean, self.running_var, self.num_batches_tracked):
+            return super().forward(input)
 
     def _train_compiled(
         self, input: Tensor, mask: Tensor | None, residual: Tensor | None
     ) -> Tensor:
         self._check_input(input, mask, residual)
         alone = not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1)
-        if alone and mask is None and residual is None:
-            return apply_act(self._activation(), super().forward(input))
-        return compiled_batch_norm(
-            input,
-            self.weight,
-            self.bias,
-            residual,
-            None if mask is None else fitted(mask, input),
-            self._running(),
-            eps=self.eps,
-            act=self._activation(),
-            group=group_text(self.process_group),
-            name=self._title(),
-        )
-
-    def _is_torchs(self, input: Tensor, mask: Tensor | None, residual: Tensor | None) -> bool:
-        """Whether torch's own batch norm serves a group of one: nothing is fused, and no kernel of ours is faster."""
-        plain = mask is None and residual is None and self._activation() is None
-        too_few = input.numel() <= input.shape[1]  # torch's own error, or its way with nothing
-        return plain and (too_few or not kernels.faster_alone(input))
+        if alone and mask is None:
+            y = super().forward(input)
+            return apply_act(self._activation(), y if residual is None else y + residual)
+        fused = (None if mask is None else fitted(mask, input), self._activation(), self.eps)
+        args = NormArgs(input, self.weight, self.bias, residual, *fused, layer=self._title())
+        return compiled_batch_norm(args, group_text(self.process_group), self._running())
 
     def _activation(self) -> str | None:
         """What is applied in the same pass; a subclass with a submodule `act` applies that itself, and nothing here."""
@@ -217,13 +220,13 @@ class SyncBatchNorm(_BatchNorm):
         input: Tensor,
         mask: Tensor | None,
         residual: Tensor | None,
-        group: ProcessGroup | None = None,
+        exchange: Exchange | None = None,
     ) -> None:
         """Raise for unusable operands, after telling the ranks that would wait for this one."""
         error = complaint(input, self.num_features, mask, residual)
         error = error or self._complaint_of_original(input)
         if error is not None:
-            tell(group, input, f"{self._title()}: {error}")
+            tell(exchange, input, f"{self._title()}: {error}")
             raise error
 
     def _complaint_of_original(self, input: Tensor) -> ValueError | None:

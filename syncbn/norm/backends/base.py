@@ -135,7 +135,7 @@ class Backend(ABC):
     def finish_backward(
         self, dy: Tensor, args: NormArgs, stats: AnyStatistics, gathered: Tensor
     ) -> Tensor:
-        """dx = weight * invstd * (dz - A / N - xhat * B / N), and 0 outside the mask.
+        """Dx = weight * invstd * (dz - A / N - xhat * B / N), and 0 outside the mask.
 
         Args:
             dy: the gradient of y.

@@ -82,7 +82,9 @@ def geometry_of(shape: torch.Size, stride: tuple[int, ...], dtype: torch.dtype) 
         memory_format = torch.contiguous_format
     of_stats = stats_dtype(dtype)
     words = (_DTYPES[dtype], samples, channels, size)
-    return Geometry(memory_format, words, channels, of_stats, (2 + 2 * channels) * of_stats.itemsize)
+    return Geometry(
+        memory_format, words, channels, of_stats, (2 + 2 * channels) * of_stats.itemsize
+    )
 
 
 class StatisticsBlock:
@@ -140,10 +142,19 @@ class StatisticsBlock:
 
 
 class CpuFallback(AtenBackend):
-    """ATen over the input, native code per channel: for CPU inputs that the kernels do not serve."""
+    """ATen over the input, native code per channel: for CPU passes that the kernels do not serve."""
 
     def __init__(self) -> None:
         self._library = _declared()
+
+    def local_stats(self, args: NormArgs) -> Tensor:
+        """Count, mean and M2 per channel; x is read once where there is no mask."""
+        if args.mask is not None or not _has_kernels(args.x):
+            return super().local_stats(args)
+        geometry = _geometry(args.x)
+        packed = torch.empty(2 + 2 * geometry.num_channels, dtype=geometry.dtype, device="cpu")
+        self._run(_MOMENTS, args, geometry, packed)
+        return packed
 
     def merge(self, gathered: Tensor, eps: float) -> Statistics:
         """The statistics of all ranks, merged in float64."""
@@ -183,6 +194,39 @@ class CpuFallback(AtenBackend):
         )
         _mark_updated(running)
 
+    def local_grad_sums(
+        self, dy: Tensor, args: NormArgs, stats: AnyStatistics, needs_dz: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
+        """Sum of dz, and sum of dz * xhat, per channel; by the kernels once dz is there, if only act kept them out."""
+        if not needs_dz:
+            return super().local_grad_sums(dy, args, stats)
+        dz, args = self.grad_residual(dy, args, stats), args.before_act()
+        backend = _unfused() if _kernels_serve(args) else super()
+        return backend.local_grad_sums(dz, args, stats)[0], dz
+
+    def finish_backward(
+        self, dy: Tensor, args: NormArgs, stats: AnyStatistics, gathered: Tensor
+    ) -> Tensor:
+        """dx; by the kernels as in `local_grad_sums`."""
+        backend = _unfused() if _kernels_serve(args) else super()
+        return backend.finish_backward(dy, args, stats, gathered)
+
+    def _run(
+        self,
+        kind: int,
+        args: NormArgs,
+        geometry: Geometry,
+        result: Tensor,
+        stats: AnyStatistics | None = None,
+        dy: Tensor | None = None,
+    ) -> None:
+        """One pass of the library over x."""
+        args = _aligned(args, geometry)
+        dy = None if dy is None else _like(dy, geometry)
+        addresses = (0,) * 5 if stats is None else _addresses(stats)
+        words = _pass_words(kind, args, geometry, _address(dy), addresses, result)
+        self._library.syncbn_pass(_PASS.pack(*words))
+
 
 class CpuBackend(CpuFallback):
     """Native kernels, for plain CPU tensors of one floating dtype, without a mask; see `for_pass`.
@@ -200,23 +244,14 @@ class CpuBackend(CpuFallback):
 
     def for_pass(self, args: NormArgs, exchange: Exchange | None) -> Backend:
         """The backend of a pass over these operands and ranks; the same in forward and backward."""
-        x, residual = args.x, args.residual
+        x = args.x
         if not plain_tensor(x):
             return _ATEN
-        same_dtype = residual is None or residual.dtype is x.dtype
-        served = x.dtype in _DTYPES and args.mask is None and same_dtype and x.numel() > 0
-        if not served or (args.act == "silu" and x.dtype is torch.float64):
+        if not _kernels_serve(args):
             return _fallback()
         stats_bytes = geometry_of(x.shape, x.stride(), x.dtype).stats_bytes
         fuses = exchange is None or exchange.native_ring(stats_bytes)
         return _fused() if fuses else self
-
-    def local_stats(self, args: NormArgs) -> Tensor:
-        """Count, mean and M2 per channel; x is read once."""
-        geometry = _geometry(args.x)
-        packed = torch.empty(2 + 2 * geometry.num_channels, dtype=geometry.dtype, device="cpu")
-        self._run(_MOMENTS, args, geometry, packed)
-        return packed
 
     def normalize(self, args: NormArgs, stats: AnyStatistics) -> Tensor:
         """act((x - mean) * invstd * weight + bias + residual); x is read once."""
@@ -296,7 +331,7 @@ class CpuBackend(CpuFallback):
         exchange: Exchange | None,
         what: Fingerprint,
     ) -> tuple[Tensor, Tensor]:
-        """dx and this rank's `local_grad_sums`, in one native call."""
+        """Dx and this rank's `local_grad_sums`, in one native call."""
         geometry = _geometry(args.x)
         args, dy = _aligned(args, geometry), _like(dy, geometry)
         dx = _empty(args.x, geometry)
@@ -314,22 +349,6 @@ class CpuBackend(CpuFallback):
             self._library.syncbn_rest(words, gathered.data_ptr(), gathered.stride(0))
         exchange.finished(what)
         return results
-
-    def _run(
-        self,
-        kind: int,
-        args: NormArgs,
-        geometry: Geometry,
-        result: Tensor,
-        stats: AnyStatistics | None = None,
-        dy: Tensor | None = None,
-    ) -> None:
-        """One pass of the library over x."""
-        args = _aligned(args, geometry)
-        dy = None if dy is None else _like(dy, geometry)
-        addresses = (0,) * 5 if stats is None else _addresses(stats)
-        words = _pass_words(kind, args, geometry, _address(dy), addresses, result)
-        self._library.syncbn_pass(_PASS.pack(*words))
 
 
 def release_memory() -> int:
@@ -353,6 +372,11 @@ def _fallback() -> CpuFallback:
 
 
 @functools.cache
+def _unfused() -> CpuBackend:
+    return CpuBackend()
+
+
+@functools.cache
 def _fused() -> CpuBackend:
     return CpuBackend(fused=True)
 
@@ -361,6 +385,20 @@ def _fused() -> CpuBackend:
 def _rows(num_rows: int) -> Ring:
     """What the library reads of an exchange that its caller does: the number of rows that come from it."""
     return Ring(0, num_rows)
+
+
+def _kernels_serve(args: NormArgs) -> bool:
+    """Whether the kernels serve a pass over these operands, of which x is a plain tensor."""
+    x, residual = args.x, args.residual
+    if args.mask is not None or not _has_kernels(x):
+        return False
+    if args.act == "silu" and x.dtype is torch.float64:
+        return False
+    return residual is None or (residual.dtype is x.dtype and plain_tensor(residual))
+
+
+def _has_kernels(x: Tensor) -> bool:
+    return x.dtype in _DTYPES and x.numel() > 0
 
 
 def _geometry(x: Tensor) -> Geometry:
@@ -456,9 +494,7 @@ def _backward_words(
     return _FUSED_PASS.pack(*words, *exchange, 0.0, 0, 0, 0, 0, *_NO_RUNNING)
 
 
-def _settle(
-    status: int, gathered: Tensor | None, args: NormArgs, block: StatisticsBlock
-) -> None:
+def _settle(status: int, gathered: Tensor | None, args: NormArgs, block: StatisticsBlock) -> None:
     """Raise where there was nothing to normalise with; else note that running statistics have moved."""
     if status:
         packed = block.packed.unsqueeze(0) if gathered is None else gathered

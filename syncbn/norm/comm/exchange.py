@@ -24,13 +24,12 @@ import weakref
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
-from typing import NotRequired, TypedDict, Unpack
+from typing import NamedTuple, NotRequired, TypedDict, Unpack
 
 import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from syncbn.norm import sums
 from syncbn.norm.comm.arrival import Arrival
 from syncbn.norm.comm.fingerprint import (
     BACKWARD,
@@ -49,6 +48,7 @@ from syncbn.norm.comm.transports import process_group as wire
 from syncbn.norm.comm.transports.choice import ways
 from syncbn.norm.comm.transports.process_group import Transport, Wire
 from syncbn.norm.comm.transports.shared_memory import Ring, SharedMemory, ring_of
+from syncbn.norm.moments import add_rows, from_sums, to_sums
 
 __all__ = ["BACKWARD", "FORWARD", "Exchange", "RankLost", "RanksDisagree", "exchange_of", "show"]
 
@@ -74,6 +74,23 @@ class Place(TypedDict):
     serial: NotRequired[Serial]
 
 
+class Fingerprint(NamedTuple):
+    layer: str
+    num_channels: int
+    dtype: torch.dtype
+    needs_grad: bool
+    serial: int = NAMED
+
+    def place(self):
+        return Place(
+            layer=self.layer,
+            channels=self.num_channels,
+            dtype=self.dtype,
+            needs_grad=self.needs_grad,
+            serial=self.serial,
+        )
+
+
 class Exchange:
     """The exchanges of one process group, numbered in the order in which this rank enters them."""
 
@@ -92,6 +109,35 @@ class Exchange:
         self._serials = Serials()
         self._calls = 0
         self._under_way: Pending[Tensor] | None = None
+
+    def gather_statistics(self, packed, what):
+        return self.moments(packed, **what.place())
+
+    def gather_sums(self, s, what):
+        return self.addends(s, **what.place())
+
+    @property
+    def group_name(self):
+        return self._wire.group.group_name
+
+    @property
+    def ring_address(self):
+        import ctypes
+
+        return ctypes.addressof(self.ring)
+
+    def native_ring(self, nbytes):
+        return (
+            self.ring_address
+            if self.memory is not None and self.in_one_call and nbytes <= wire.PAYLOAD_BYTES
+            else 0
+        )
+
+    def complete(self, status, header, number, own):
+        return self.brought(status, header, number, own)
+
+    def finished(self, what):
+        self.met(what.serial)
 
     def gather(self, values: Tensor, *, kind: int, **place: Unpack[Place]) -> Tensor:
         """Every rank's `values` `(k,)` as `(W, k)`, after comparing what the ranks are doing (CPU).
@@ -115,7 +161,10 @@ class Exchange:
         self._under_way = Pending(end)
         return self._under_way
 
-    def announce(
+    def announce(self, kind, size, what=None, **place):
+        return self._announce(kind, size, **(what.place() if what else place))
+
+    def _announce(
         self,
         kind: int,
         size: int,
@@ -157,17 +206,17 @@ class Exchange:
             gathered = self._begin(values, FORWARD, overlap, place)
             return gathered.then(lambda rows: _parted(rows, packed))
         self._agree(values, FORWARD, place)
-        own = [sums.of_packed(one) for one in packed]
+        own = [to_sums(one) for one in packed]
         reduced = Pending(self._wire.begin_reduction(_joined(own), overlap))
         return reduced.then(
             lambda row: [
-                sums.to_packed(one[0]).to(values.dtype) for one in _parted(row.unsqueeze(0), own)
+                from_sums(one[0]).to(values.dtype) for one in _parted(row.unsqueeze(0), own)
             ]
         )
 
     def sums(self, values: Tensor, **place: Unpack[Place]) -> Tensor:
         """The sum of every rank's `values` `(2, C)`; the same bits on each. For `place` and errors see `gather`."""
-        return sums.in_order(self.addends(values, **place)).view_as(values)
+        return add_rows(self.addends(values, **place)).view_as(values)
 
     def addends(self, values: Tensor, **place: Unpack[Place]) -> Tensor:
         """Rows that `sums` adds up in order: every rank's values, `(W, 2C)`, or their sum, `(1, 2C)`."""
@@ -285,3 +334,13 @@ def exchange_of(group: ProcessGroup) -> Exchange:
     if exchange is None:
         exchange = _exchanges[group] = Exchange(group)
     return exchange if _face is None else _face(exchange)
+
+
+def exchange_for(spec):
+    from syncbn.norm.comm.groups import resolve
+
+    group = resolve(spec)
+    if group is None:
+        return None
+    e = exchange_of(group)
+    return None if e.world_size == 1 else e

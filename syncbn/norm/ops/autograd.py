@@ -1,38 +1,66 @@
-"""The layer as a function that autograd knows: forward and backward, each with one exchange.
-
-Three decisions:
+"""The layer as a function of autograd: forward and backward, each with one exchange.
 
 * dweight and dbias stay local sums, because DistributedDataParallel averages them; reducing them here too would count
   them twice.
 * Statistics are kept on the node, not among its saved tensors: activation checkpointing computes saved tensors
-  again, and these must be the ones of the first time.
-* A backward pass that will be differentiated itself (`create_graph=True`) is written in differentiable operations,
-  the exchange among them, whose own gradient is an exchange. Autograd then gives every higher order.
+  again, and these are the ones of the first time.
 """
 
-from typing import Any
+from contextlib import nullcontext
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._C._functorch import is_functorch_wrapped_tensor, is_legacy_batchedtensor
+from torch.nn.parallel import DistributedDataParallel
 
-from syncbn.norm import backends as kernels
-from syncbn.norm.backends import ACTIVATIONS, Affine, Fused, apart, launched, whole
-from syncbn.norm.backends.bits import unpacked
-from syncbn.norm.backends.formats import memory_format
-from syncbn.norm.backends.native_call import plain
-from syncbn.norm.ops.collectives import (
-    Call,
-    Reduced,
-    addends_over_ranks,
-    forward_statistics,
-    sums_over_ranks,
-)
-from syncbn.norm.ops.recompute import Found, Remembered
-from syncbn.norm.sums import in_order
+from syncbn.norm.backends import selected
+from syncbn.norm.backends.activations import ACTIVATIONS
+from syncbn.norm.backends.base import Backend, NormArgs, Running
+from syncbn.norm.backends.layout import memory_format
+from syncbn.norm.comm.exchange import Exchange, Fingerprint
+from syncbn.norm.comm.fingerprint import NAMED
+from syncbn.norm.moments import AnyStatistics
+from syncbn.norm.ops.collectives import gather_grad_sums, gather_statistics
+from syncbn.norm.ops.double_backward import Gradients, differentiable_gradients
+from syncbn.norm.ops.recompute import Pass, unobserved
+from syncbn.norm.uneven_inputs import refuse_ddp_join
 
-Gradients = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, None]
-Needs = tuple[bool, ...]
-"""Which of x, weight, bias and residual want a gradient."""
+
+class Call(NamedTuple):
+    """One use of a layer: all that is not a differentiable tensor.
+
+    Attributes:
+        exchange: with the other ranks; None for this rank alone.
+        mask: see `NormArgs`, as for `act`, `eps`, `running` and `layer`.
+        act: a name in `ACTIVATIONS`, or None.
+        eps: added to the variance.
+        running: what to update, or None.
+        layer: what error messages call the layer.
+        serial: of a layer without a name of its own, when it was built; see `Fingerprint`.
+        checkpointed: this pass in its checkpointed region; None where it lies in none.
+    """
+
+    exchange: Exchange | None = None
+    mask: Tensor | None = None
+    act: str | None = None
+    eps: float = 1e-5
+    running: Running | None = None
+    layer: str = ""
+    serial: int = NAMED
+    checkpointed: Pass | None = None
+
+    def args(
+        self, x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None
+    ) -> NormArgs:
+        """The operands of a pass."""
+        world_size = 1 if self.exchange is None else self.exchange.world_size
+        settings = (self.mask, self.act, self.eps, self.running, self.layer, world_size)
+        return NormArgs(x, weight, bias, residual, *settings)
+
+    def fingerprint(self, x: Tensor, needs_grad: bool) -> Fingerprint:
+        """What all ranks must agree on when they exchange values over `x`."""
+        return Fingerprint(self.layer, x.shape[1], x.dtype, needs_grad, self.serial)
 
 
 class SyncBatchNormFunction(torch.autograd.Function):
@@ -48,245 +76,119 @@ class SyncBatchNormFunction(torch.autograd.Function):
         call: Call,
     ) -> Tensor:
         """Normalise; keep what backward needs and no more."""
-        ctx.call = call
-        fused = room(ctx, x, residual)
-        y, ctx.found = forward(x, weight, bias, fused, call, ctx.needs_input_grad[0])
-        keep(ctx, x, weight, bias, fused, y)
+        args = call.args(x, weight, bias, residual)
+        backend = selected(x.device.type).for_pass(args, call.exchange)
+        # selective checkpointing observes operations, and wants the same ones in a replay
+        with nullcontext() if call.checkpointed is None else unobserved():
+            if residual is not None and any(ctx.needs_input_grad):
+                args = args._replace(bits=backend.empty_bits(args))
+            y, stats = forward_pass(args, backend, call, ctx.needs_input_grad[0])
+        ctx.call, ctx.backend, ctx.stats = call, backend, stats
+        if (
+            args.bits is not None
+        ):  # their order follows x's, which hooks on saved tensors may change
+            ctx.memory_format = memory_format(x)
+        ctx.save_for_backward(x, weight, bias, *kept_for_backward(args, y), args.bits)
         return y
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> Gradients:
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         """The gradients of x, weight, bias and residual."""
-        x, weight, bias, fused = kept(ctx)
-        needs = ctx.needs_input_grad
-        if torch.is_grad_enabled():
-            total = ctx.found.statistics.total
-            return differentiable_gradients(dy, x, weight, bias, fused, total, ctx.call, needs)
-        return gradients(dy, x, weight, bias, fused, ctx.found, ctx.call, needs)
+        x, weight, bias, residual, output, bits = ctx.saved_tensors
+        if bits is not None:
+            x = x.contiguous(memory_format=ctx.memory_format)
+        args = ctx.call.args(x, weight, bias, residual)
+        if output is not None or bits is not None:
+            args = args._replace(output=output, bits=bits)
+        needs = ctx.needs_input_grad[:4]
+        return *backward_pass(dy, args, ctx.stats, ctx.backend, ctx.call, needs), None
 
 
-def room(ctx: Any, x: Tensor, residual: Tensor | None) -> Fused:
-    """What `ctx.call` fuses, with room for the bits that backward will need."""
-    bits = None
-    if residual is not None and any(ctx.needs_input_grad):
-        bits = kernels.room_for_bits(x, ctx.call.act)
-        # how bits lie follows from that, and hooks on saved tensors may bring x back in another one
-        ctx.memory_format = memory_format(x)
-    return Fused(ctx.call.act, residual, ctx.call.mask, bits=bits)
+def forward_pass(
+    args: NormArgs, backend: Backend, call: Call, needs_grad: bool
+) -> tuple[Tensor, AnyStatistics]:
+    """The output, and the statistics of all ranks; updates running statistics, but in a replay.
 
-
-def keep(
-    ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, fused: Fused, y: Tensor
-) -> None:
-    """Save what backward needs and no more."""
-    ctx.save_for_backward(x, weight, bias, *to_keep(fused, y), fused.bits)
-
-
-def kept(ctx: Any) -> tuple[Tensor, Tensor | None, Tensor | None, Fused]:
-    """x, weight, bias and what was fused, as saved."""
-    x, weight, bias, residual, output, bits = ctx.saved_tensors
-    if bits is not None:
-        x = x.contiguous(memory_format=ctx.memory_format)
-    return x, weight, bias, Fused(ctx.call.act, residual, ctx.call.mask, output, bits)
-
-
-def forward(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    fused: Fused,
-    call: Call,
-    needs_grad: bool,
-) -> tuple[Tensor, Found]:
-    """y, and what it was normalised with, the shortest way there is."""
-    if kernels.launched_kernels(x) is None:
-        done = whole.forward(x, weight, bias, fused.residual, call, needs_grad)
-    else:
-        done = launched.forward(x, weight, bias, fused, call, needs_grad)
-    return done or step_by_step(x, weight, bias, fused, call, needs_grad)
-
-
-def step_by_step(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    fused: Fused,
-    call: Call,
-    needs_grad: bool,
-) -> tuple[Tensor, Remembered]:
-    """y, and what it was normalised with, by any kernels and any exchange."""
-    kernel = kernels.pick(x)
-    found = forward_statistics(x, kernel, call, needs_grad)
-    affine = Affine(found.statistics.mean, found.statistics.invstd, weight, bias)
-    return kernel.normalize(x, affine, fused), found
-
-
-def to_keep(fused: Fused, y: Tensor) -> tuple[Tensor | None, Tensor | None]:
-    """Residual and output, as far as backward needs them: z is computed again from x where that is enough."""
-    act, residual = fused.act, fused.residual
-    if act is None or residual is None or fused.bits is not None:
-        return None, None
-    return (None, y) if ACTIVATIONS[act].from_output else (residual, None)
-
-
-def gradients(
-    dy: Tensor,
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    fused: Fused,
-    found: Found,
-    call: Call,
-    needs: Needs,
-) -> Gradients:
-    """dx, dweight, dbias and the residual's gradient, by the kernels."""
-    dx = dweight = dbias = dresidual = None
-    if needs[0] and kernels.launched_kernels(x) is not None:
-        half = reduced(dy, x, weight, bias, fused, found, needs[3])
-        dx = half.finish(addends_over_ranks(half.sums, x, call))
-        dweight, dbias = parameters(half.sums, weight, bias, needs)
-        return dx, dweight, dbias, half.dresidual, None
-    if needs[3]:
-        dy, fused = undone(dy, x, weight, bias, fused, found)
-        dresidual = dy
-    if any(needs[:3]):
-        done = whole.backward(dy, x, weight, bias, fused, found, call) if needs[0] else None
-        dx, sums = done or _summed(dy, x, weight, bias, fused, found, call, needs[0])
-        dweight, dbias = parameters(sums, weight, bias, needs)
-    return dx, dweight, dbias, dresidual, None
-
-
-def _summed(
-    dy: Tensor,
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    fused: Fused,
-    found: Found,
-    call: Call,
-    needs_dx: bool,
-) -> tuple[Tensor | None, Tensor]:
-    """dx, where it is needed, and the sums of this rank, by any kernels and any exchange."""
-    half = reduced(dy, x, weight, bias, fused, found, needs_residual=False)
-    dx = half.finish(addends_over_ranks(half.sums, x, call)) if needs_dx else None
-    return dx, half.sums
-
-
-def undone(
-    dy: Tensor,
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    fused: Fused,
-    found: Found,
-) -> tuple[Tensor, Fused]:
-    """The residual's gradient: wanted in any case, it takes the place of dy, and nothing is left to undo."""
-    if fused.act is not None or fused.mask is not None:
-        affine = Affine(found.statistics.mean, found.statistics.invstd, weight, bias)
-        dy = kernels.pick(x).backward_residual(dy, x, affine, fused)
-    return dy, Fused(mask=fused.mask)
-
-
-def reduced(
-    dy: Tensor,
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    fused: Fused,
-    found: Found,
-    needs_residual: bool,
-) -> Reduced:
-    """The first half of a backward pass, by any kernels."""
-    done = launched.reduced(dy, x, weight, bias, fused, found, needs_residual)
-    if done is not None:
-        return done
-    if needs_residual:
-        dy, fused = undone(dy, x, weight, bias, fused, found)
-    kernel, (total, mean, _, invstd) = kernels.pick(x), found.statistics
-    affine = Affine(mean, invstd, weight, bias)
-    sums = kernel.backward_sums(dy, x, affine, fused)
-
-    def finish(rows: Tensor) -> Tensor:
-        dx = apart.input_gradient(dy, x, weight, bias, fused, found, rows)
-        if dx is not None:
-            return dx
-        everyones = in_order(rows).view_as(sums)
-        return kernel.backward_input(dy, x, affine, fused, everyones, total)
-
-    return Reduced(sums, dy if needs_residual else None, finish)
-
-
-def parameters(
-    sums: Tensor, weight: Tensor | None, bias: Tensor | None, needs: Needs
-) -> tuple[Tensor | None, Tensor | None]:
-    """The gradients of weight and bias: this rank's sums of dz * xhat and of dz, in that order."""
-    dbias, dweight = sums.unbind()
-    return (
-        None if weight is None or not needs[1] else plain(dweight, weight.dtype),
-        None if bias is None or not needs[2] else plain(dbias, bias.dtype),
-    )
-
-
-class _SumOverRanks(torch.autograd.Function):
-    """A sum over ranks of `(k, C)`; what one rank's values do to the sum, they do to every rank's."""
-
-    @staticmethod
-    def forward(ctx: Any, values: Tensor, x: Tensor, call: Call) -> Tensor:
-        ctx.rest = (x, call)
-        return sums_over_ranks(values, x, call).clone()
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-        return _SumOverRanks.apply(gradient, *ctx.rest), None, None
-
-
-def differentiable_gradients(
-    dy: Tensor,
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    fused: Fused,
-    total: Tensor,
-    call: Call,
-    needs: Needs,
-) -> Gradients:
-    """The same gradients in operations that autograd can differentiate.
-
-    Statistics are computed again as functions of x: their gradients are what a second derivative is made of.
+    Raises:
+        NonFiniteStatistics, ValueError: see `check_statistics`.
+        RanksDisagree, RankLost: see `Exchange.gather_statistics`.
+        RuntimeError: inside `DistributedDataParallel.join()`.
     """
-    dims = [dim for dim in range(x.dim()) if dim != 1]
-    shape = (1, -1, *(1,) * (x.dim() - 2))
-    total = total.clamp(min=1)
+    if call.exchange is not None and DistributedDataParallel._active_ddp_module is not None:
+        refuse_ddp_join(call.layer)
+    checkpointed = call.checkpointed
+    if checkpointed is not None and checkpointed.replaying:
+        stats = checkpointed.known(args.x.shape[1])
+        return backend.normalize(args, stats), stats
+    if backend.fused:
+        what = call.fingerprint(args.x, needs_grad)
+        y, stats = backend.fused_forward(args, call.exchange, what)
+    else:
+        what = call.fingerprint(args.x, needs_grad)
+        packed = backend.local_stats(args)  # (2 + 2C,)
+        gathered = gather_statistics(packed, call.exchange, what)  # (W, 2 + 2C)
+        y, stats = backend.finish_forward(args, gathered)
+    if checkpointed is not None:
+        checkpointed.record(stats)
+    return y, stats
 
-    def over_ranks(*values: Tensor) -> list[Tensor]:
-        sums = torch.stack([_masked(v, fused.mask).sum(dims) for v in values])
-        rows = _SumOverRanks.apply(sums, x.detach(), call) / total.to(sums.dtype)
-        return [row.view(shape) for row in rows]
 
-    wide = x.double() if x.dtype == torch.float64 else x.float()
-    (mean,) = over_ranks(wide)
-    (var,) = over_ranks((wide - mean).square())
-    invstd = torch.rsqrt(var + call.eps)
-    xhat = (wide - mean) * invstd
-    scale = 1 if weight is None else weight.view(shape)
-    dz = dy.to(wide.dtype)
-    if fused.act is not None:
-        z = fused.output if fused.bits is None else unpacked(fused.bits, x)
-        if z is None:
-            z = xhat * scale if bias is None else xhat * scale + bias.view(shape)
-            z = z if fused.residual is None else z + fused.residual
-        dz = dz * ACTIVATIONS[fused.act].derivative(z.to(wide.dtype))
-    dz = _masked(dz, fused.mask)
-    mean_dz, mean_dz_xhat = over_ranks(dz, dz * xhat)
-    dx = _masked(scale * invstd * (dz - mean_dz - xhat * mean_dz_xhat), fused.mask)
-    sums = torch.stack([dz.sum(dims), (dz * xhat).sum(dims)])
+def backward_pass(
+    dy: Tensor,
+    args: NormArgs,
+    stats: AnyStatistics,
+    backend: Backend,
+    call: Call,
+    needs: tuple[bool, ...],
+) -> Gradients:
+    """The gradients of x, weight, bias and residual, as far as `needs` asks for them.
+
+    Raises:
+        RanksDisagree, RankLost: see `Exchange.gather_sums`.
+    """
+    needs_x, needs_weight, needs_bias, needs_residual = needs
+    what = call.fingerprint(args.x, True)
+    if torch.is_grad_enabled() or is_transformed(dy):
+        gradients = differentiable_gradients(dy, args, stats.total, call.exchange, what)
+        dx, dweight, dbias, dz = (g if n else None for g, n in zip(gradients, needs, strict=True))
+        return dx, dweight, dbias, dz
+    dx = dz = sums = None
+    if needs_x and backend.fused:
+        if needs_residual:
+            dy = dz = backend.grad_residual(dy, args, stats)
+            args = args.before_act()
+        dx, sums = backend.fused_backward(dy, args, stats, call.exchange, what)
+    elif needs_x or needs_weight or needs_bias:
+        sums, dz = backend.local_grad_sums(dy, args, stats, needs_residual)  # (2, C)
+        if needs_x:
+            if dz is not None:
+                dy, args = dz, args.before_act()
+            gathered = gather_grad_sums(sums, call.exchange, what)  # (W, 2C)
+            dx = backend.finish_backward(dy, args, stats, gathered)
+    elif needs_residual:
+        dz = backend.grad_residual(dy, args, stats)
+    dbias, dweight = (None, None) if sums is None else sums.unbind()
     return (
-        dx.to(x.dtype),
-        *parameters(sums, weight, bias, needs),
-        dz.to(dy.dtype) if needs[3] else None,
-        None,
+        dx,
+        _gradient_of(args.weight, dweight, needs_weight),
+        _gradient_of(args.bias, dbias, needs_bias),
+        dz,
     )
 
 
-def _masked(values: Tensor, mask: Tensor | None) -> Tensor:
-    return values if mask is None else values.masked_fill(~mask, 0)
+def kept_for_backward(args: NormArgs, y: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """Residual and output, as far as backward needs them: z is computed again from x where that is enough."""
+    if args.act is None or args.residual is None or args.bits is not None:
+        return None, None
+    return (None, y) if ACTIVATIONS[args.act].from_output else (args.residual, None)
+
+
+def is_transformed(dy: Tensor) -> bool:
+    """Whether a transform wraps `dy`: it holds a batch of gradients (vmap), or is traced by torch.func."""
+    return is_legacy_batchedtensor(dy) or is_functorch_wrapped_tensor(dy)
+
+
+def _gradient_of(parameter: Tensor | None, gradient: Tensor | None, needed: bool) -> Tensor | None:
+    if parameter is None or gradient is None or not needed:
+        return None
+    return gradient.to(parameter.dtype)
