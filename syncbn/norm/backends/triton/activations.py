@@ -62,9 +62,7 @@ def has_unit_slope(z: tl.tensor, ACT: tl.constexpr) -> tl.tensor:
 
 
 @triton.jit
-def slope_from_bits(
-    unit_slope: tl.tensor, dtype: tl.constexpr, ACT: tl.constexpr
-) -> tl.tensor:
+def slope_from_bits(unit_slope: tl.tensor, dtype: tl.constexpr, ACT: tl.constexpr) -> tl.tensor:
     """f'(z) from `has_unit_slope(z)`."""
     below: tl.constexpr = _LEAK if ACT == _LEAKY_RELU else 0.0
     return tl.where(unit_slope, tl.full(unit_slope.shape, 1.0, dtype), below)

@@ -8,16 +8,16 @@ last time in a pass are marked evict_first.
 import triton
 import triton.language as tl
 
-from syncbn.norm.backends.triton.activations import activate, slope, slope_from_bits, has_unit_slope
+from syncbn.norm.backends.triton.activations import activate, has_unit_slope, slope, slope_from_bits
 from syncbn.norm.backends.triton.tiles import (
     SIZES,
     aligned,
     coefficient,
     coefficients,
-    position_mask,
     load_bits,
     load_tile,
     locate,
+    position_mask,
     program_channels,
     program_steps,
     store_bits,
@@ -85,7 +85,7 @@ def normalize_kernel(
     CHANNELS_LAST: tl.constexpr,
     ACT: tl.constexpr,
 ) -> None:
-    """Y = act((x - mean) * invstd * weight + bias + residual); the mean is subtracted first, so that a large one cancels."""
+    """Y = act((x - mean) * invstd * weight + bias + residual); the mean goes first, so that a large one cancels."""
     C, S = aligned(C, S, VECTOR, CHANNELS_LAST)
     first, last = program_steps(steps, steps_per_program)
     channel, valid = program_channels(C, K)
@@ -141,7 +141,9 @@ def normalize_steps(
             z += load_tile(residual_ptr + origin, offsets, live, mean.dtype, True)
         if bits_ptr is not None:
             unit_slope = has_unit_slope(z, ACT)
-            store_bits(bits_ptr, unit_slope, origin, row, remaining, valid, C, S, K, P, CHANNELS_LAST)
+            store_bits(
+                bits_ptr, unit_slope, origin, row, remaining, valid, C, S, K, P, CHANNELS_LAST
+            )
         y = tl.where(live, activate(z, ACT), 0.0)
         store_tile(y_ptr + origin, offsets, y, valid, remaining, P)
 

@@ -15,9 +15,9 @@ from syncbn.norm.backends.triton.tiles import (
     SIZES,
     aligned,
     coefficients,
-    position_mask,
     load_tile,
     locate,
+    position_mask,
     program_channels,
     program_steps,
     store_tile,
@@ -159,9 +159,8 @@ def grad_sums_kernel(
     )
     sum_dz = tl.zeros((K, P), mean.dtype)
     sum_dz_centred = tl.zeros((K, P), mean.dtype)
-    TILES: tl.constexpr = (
-        UNROLL if ACT == 0 else 1
-    )  # a residual's bits and gradient need the registers
+    # a residual's bits and gradient need the registers
+    TILES: tl.constexpr = UNROLL if ACT == 0 else 1
     for step in tl.range(first, last, loop_unroll_factor=TILES):
         origin, position, remaining, row = locate(step, C, S, K, P, CHANNELS_LAST)
         live = valid[:, None] & position_mask(mask_ptr, position, remaining, P)[None, :]

@@ -1,4 +1,4 @@
-# pyright: reportArgumentType=false, reportAttributeAccessIssue=false
+# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportReturnType=false
 """Per-channel statistics in Triton: merging packed moments, running statistics, and all that follows the exchange.
 
 Rows of packed moments are merged in a fixed order and in float64. `eps` and `momentum` are passed as two float32, a
