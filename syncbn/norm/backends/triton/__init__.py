@@ -1,1 +1,1 @@
-"""The Triton backend, for CUDA tensors."""
+"""The Triton backend: `backend` on the host, and the kernels it launches."""

@@ -1,5 +1,5 @@
 # pyright: reportAssignmentType=false
-"""The activations and their derivatives inside Triton kernels, by the codes of `activations.ACTIVATIONS`.
+"""Activations and their derivatives in Triton, by the codes of `syncbn.norm.backends.activations.ACTIVATIONS`.
 
 Comparisons are written so that NaN passes through functions, and derivatives agree with the table at its kinks.
 """
@@ -36,7 +36,7 @@ def activate(z: tl.tensor, ACT: tl.constexpr) -> tl.tensor:
 
 @triton.jit
 def slope(z: tl.tensor, ACT: tl.constexpr) -> tl.tensor:
-    """f'(z), for any code but 0; of y in the place of z where the table allows that."""
+    """f'(z), for any code but 0; y may stand for z where the table's `from_output` is true."""
     if ACT == _RELU:
         derivative = tl.where(z > 0, 1.0, 0.0).to(z.dtype)
     elif ACT == _RELU6:
@@ -53,16 +53,16 @@ def slope(z: tl.tensor, ACT: tl.constexpr) -> tl.tensor:
 
 
 @triton.jit
-def upper(z: tl.tensor, ACT: tl.constexpr) -> tl.tensor:
-    """Of an activation whose derivative takes two values: where it is 1."""
-    above = z > 0
+def has_unit_slope(z: tl.tensor, ACT: tl.constexpr) -> tl.tensor:
+    """Where f'(z) is 1, for an activation whose derivative takes two values."""
+    unit_slope = z > 0
     if ACT == _RELU6:
-        above = above & (z < 6)
-    return above
+        unit_slope = unit_slope & (z < 6)
+    return unit_slope
 
 
 @triton.jit
-def slope_where(above: tl.tensor, dtype: tl.constexpr, ACT: tl.constexpr) -> tl.tensor:
-    """f'(z), of `upper(z)`."""
+def slope_from_bits(unit_slope: tl.tensor, dtype: tl.constexpr, ACT: tl.constexpr) -> tl.tensor:
+    """f'(z) from `has_unit_slope(z)`."""
     below: tl.constexpr = _LEAK if ACT == _LEAKY_RELU else 0.0
-    return tl.where(above, tl.full(above.shape, 1.0, dtype), below)
+    return tl.where(unit_slope, tl.full(unit_slope.shape, 1.0, dtype), below)

@@ -6,15 +6,16 @@ import kernel_suite as suite
 import pytest
 import torch
 from kernel_suite import ROUNDING, Case
-from test_kernels import check_at_once
+from test_kernels import check_fused
 
-from syncbn.norm.backends.cpu import CpuKernels
+from syncbn.norm.backends.base import NormArgs
+from syncbn.norm.backends.cpu import CpuBackend
 from syncbn.norm.native import library
 
 if library() is None:
     pytest.skip("the native library was not built", allow_module_level=True)
 
-kernels = CpuKernels()
+backend = CpuBackend()
 STREAMED_BYTES = 2**21
 SHORTEST, LONGEST = 256, 4095
 dtypes = pytest.mark.parametrize("dtype", ROUNDING, ids=str)
@@ -35,10 +36,11 @@ def settings() -> Iterator[None]:
     library().syncbn_limit_level(2)
 
 
-def check_moments(case: Case) -> None:
+def check_local_stats(case: Case) -> None:
     """As the suite's, but that the worst of thousands of channels, over a short input, is a few units off."""
-    x = suite.inputs(case).x
-    packed, truth = kernels.moments(x), suite.TRUTH.moments(x.double())
+    x = suite.forward_inputs(case).args.x
+    packed = backend.local_stats(NormArgs(x))
+    truth = suite.TRUTH.local_stats(NormArgs(x.double()))
     assert torch.equal(packed[:2].double(), truth[:2])
     bound = 1e-11 if case.dtype == torch.float64 else 1e-5
     for actual, expected in zip(packed[2:].chunk(2), truth[2:].chunk(2), strict=True):
@@ -54,9 +56,9 @@ def test_every_pass_is_that_of_float64(
     if library().syncbn_limit_level(level) != level:
         pytest.skip("this processor has no such instructions")
     case = rows_of(row_bytes, dtype, act="relu", residual=row_bytes == 616)
-    check_moments(case)
-    suite.check_normalize(kernels, case)
-    suite.check_backward(kernels, case)
+    check_local_stats(case)
+    suite.check_normalize(backend, case)
+    suite.check_backward(backend, case)
 
 
 @dtypes
@@ -64,34 +66,33 @@ def test_samples_folded_to_a_row_and_those_left_over_count_once(dtype: torch.dty
     samples = STREAMED_BYTES // (21 * dtype.itemsize) + 100
     assert samples % 7
     case = Case((samples + 1 - samples % 7, 3, 7), dtype, act="relu")
-    suite.check_moments(kernels, case)
-    suite.check_normalize(kernels, case)
-    suite.check_backward(kernels, case)
+    suite.check_local_stats(backend, case)
+    suite.check_normalize(backend, case)
+    suite.check_backward(backend, case)
 
 
 @dtypes
 def test_bits_depend_on_neither_threads_nor_instruction_set(dtype: torch.dtype, settings: None):
     case = rows_of(616, dtype, act="relu", residual=True)
     torch.set_num_threads(1)
-    expected = suite.everything(kernels, case)
+    expected = suite.everything(backend, case)
     for level in range(library().syncbn_limit_level(2) + 1):
         library().syncbn_limit_level(level)
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
-            for actual, alone in zip(suite.everything(kernels, case), expected, strict=True):
-                assert torch.equal(actual, alone)
+            assert suite.same_bits(suite.everything(backend, case), expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_a_whole_pass_at_once_gives_the_bits_of_its_steps(dtype: torch.dtype):
+def test_a_pass_in_one_call_gives_the_bits_of_its_phases(dtype: torch.dtype):
     for threads in (1, 2):
-        check_at_once(rows_of(616, dtype, act="relu", residual=True), threads)
+        check_fused(rows_of(616, dtype, act="relu", residual=True), threads)
 
 
 @pytest.mark.parametrize("size", [8, 17, 127, 128, 257, 8191, 8193])
 @dtypes
 def test_planes_in_tiles_of_every_size_count_each_value_once(dtype: torch.dtype, size: int):
     case = Case((3, 71 if size < 1000 else 3, size), dtype, act="relu", offset=1)
-    suite.check_moments(kernels, case)
-    suite.check_normalize(kernels, case)
-    suite.check_backward(kernels, case)
+    suite.check_local_stats(backend, case)
+    suite.check_normalize(backend, case)
+    suite.check_backward(backend, case)

@@ -6,19 +6,21 @@ import kernel_suite as suite
 import pytest
 import torch
 from hypothesis import given, settings
-from kernel_suite import ROUNDING, TRUTH, Case
+from kernel_suite import ROUNDING, TRUTH, Case, same_bits
 from torch import Tensor
 
-from syncbn.norm.backends import ACTIVATIONS, Affine, EagerKernels, Fused, Running, whole
-from syncbn.norm.backends.cpu import CpuKernels
+from syncbn.norm.backends.activations import ACTIVATIONS
+from syncbn.norm.backends.aten import AtenBackend
+from syncbn.norm.backends.base import NormArgs, Running
+from syncbn.norm.backends.cpu import CpuBackend
+from syncbn.norm.comm.exchange import Fingerprint
 from syncbn.norm.moments import Statistics
 from syncbn.norm.native import library
-from syncbn.norm.ops.collectives import Call
 
 if library() is None:
     pytest.skip("the native library was not built", allow_module_level=True)
 
-kernels = CpuKernels()
+backend = CpuBackend()
 dtypes = pytest.mark.parametrize("dtype", ROUNDING, ids=str)
 CUTS = {
     "long rows, cut into blocks": (3, 2, 9001),
@@ -51,11 +53,11 @@ def level() -> Iterator[None]:
 
 
 def everything(case: Case) -> list[Tensor]:
-    return suite.everything(kernels, case)
+    return suite.everything(backend, case)
 
 
-def same_bits(one: list[Tensor], other: list[Tensor]) -> bool:
-    return all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+def statistics(mean: Tensor, invstd: Tensor, total: float = 2.0) -> Statistics:
+    return Statistics(torch.tensor(total, dtype=torch.float64), mean, invstd**-2, invstd)
 
 
 @cuts
@@ -63,9 +65,9 @@ def same_bits(one: list[Tensor], other: list[Tensor]) -> bool:
 def test_every_cut_counts_each_value_once(shape: tuple[int, ...], dtype: torch.dtype):
     for channels_last in (False, True)[: 1 + (len(shape) > 3)]:
         case = Case(shape, dtype, channels_last=channels_last, offset=1)
-        suite.check_moments(kernels, case)
-        suite.check_normalize(kernels, case)
-        suite.check_backward(kernels, case)
+        suite.check_local_stats(backend, case)
+        suite.check_normalize(backend, case)
+        suite.check_backward(backend, case)
 
 
 @pytest.mark.parametrize("act", [None, *ACTIVATIONS])
@@ -74,8 +76,8 @@ def test_every_cut_counts_each_value_once(shape: tuple[int, ...], dtype: torch.d
 def test_every_fusion_is_as_exact_as_its_parts(act: str | None, residual: bool, dtype: torch.dtype):
     for shape in ((5, 6, 70), (70, 24)):
         case = Case(shape, dtype, act=act, residual=residual)
-        suite.check_normalize(kernels, case)
-        suite.check_backward(kernels, case)
+        suite.check_normalize(backend, case)
+        suite.check_backward(backend, case)
 
 
 @pytest.mark.parametrize("channels_last", [False, True])
@@ -84,7 +86,7 @@ def test_statistics_survive_a_block_that_starts_with_outliers(channels_last: boo
     x[0] = 0
     if channels_last:
         x = x.contiguous(memory_format=torch.channels_last)
-    packed, truth = kernels.moments(x), TRUTH.moments(x.double())
+    packed, truth = (b.local_stats(NormArgs(t)) for b, t in ((backend, x), (TRUTH, x.double())))
     suite.close(packed[2:5], truth[2:5], 2e-7)
     suite.close(packed[5:], truth[5:], 1e-5)
 
@@ -108,8 +110,7 @@ def test_results_do_not_depend_on_the_instruction_set(case: Case):
         newest = everything(case)
         for older in range(best):
             assert library().syncbn_limit_level(older) == older
-            for a, b in zip(newest, everything(case), strict=True):
-                assert torch.equal(a, b)
+            assert same_bits(newest, everything(case))
     finally:
         library().syncbn_limit_level(2)
 
@@ -133,7 +134,7 @@ def test_every_instruction_set_converts_special_values(older: int, dtype: torch.
     ]
     x = torch.tensor(special * 16, dtype=torch.float64).to(dtype).view(16, 1, -1).repeat(1, 2, 2)
     ones = torch.ones(2, dtype=torch.promote_types(dtype, torch.float32))
-    y = kernels.normalize(x, Affine(ones * 0, ones), Fused())
+    y = backend.normalize(NormArgs(x), statistics(ones * 0, ones))
     assert torch.equal(y.nan_to_num(7), x.nan_to_num(7))
     assert torch.equal(y.isnan(), x.isnan())
 
@@ -145,7 +146,7 @@ def test_every_instruction_set_rounds_to_even(older: int, level: None):
     ones = torch.ones(16)
     for dtype in (torch.float16, torch.bfloat16):
         x = exact.to(dtype)
-        y = kernels.normalize(x, Affine(ones * 0, ones, ones * 1.37), Fused())
+        y = backend.normalize(NormArgs(x, ones * 1.37), statistics(ones * 0, ones))
         assert torch.equal(y, (x.float() * 1.37).to(dtype))
 
 
@@ -154,7 +155,7 @@ def test_nan_passes_activations_as_in_torch(act: str | None):
     x = torch.randn(2, 3, 20)
     x[0, 1, 3] = torch.nan
     ones = torch.ones(3)
-    y = kernels.normalize(x, Affine(ones * 0, ones), Fused(act))
+    y = backend.normalize(NormArgs(x, act=act), statistics(ones * 0, ones))
     assert torch.equal(y.isnan(), x.isnan())
 
 
@@ -171,14 +172,15 @@ def strided(kind: str) -> Tensor:
 @pytest.mark.parametrize("kind", ["sliced", "channels last, sliced", "permuted", "expanded"])
 def test_any_strides_are_taken(kind: str):
     x = strided(kind)
-    dy, affine = torch.randn(1, 5, 1, 1).expand_as(x), suite.inputs(Case((2, 5, 3))).affine
-    wide = Affine(*(None if values is None else values.double() for values in affine))
-    sums, total = torch.randn(2, 5), torch.full((), 9.0, dtype=torch.float64)
-    suite.close(kernels.moments(x), TRUTH.moments(x.double()), 2e-6)
-    y = kernels.normalize(x, affine, Fused("relu", residual=x))
-    suite.close(y, TRUTH.normalize(x.double(), wide, Fused("relu", x.double())), 2e-6)
-    dx = kernels.backward_input(dy, x, affine, Fused(), sums, total)
-    truth = TRUTH.backward_input(dy.double(), x.double(), wide, Fused(), sums.double(), total)
+    dy, sums = torch.randn(1, 5, 1, 1).expand_as(x), torch.randn(1, 10)
+    _, args, stats = suite.forward_inputs(Case((2, 5, 3), act="relu"))
+    given = suite.Inputs(dy, args._replace(x=x, residual=x), stats)
+    wide = given.double()
+    suite.close(backend.local_stats(given.args), TRUTH.local_stats(wide.args), 2e-6)
+    y = backend.normalize(given.args, stats)
+    suite.close(y, TRUTH.normalize(*wide[1:]), 2e-6)
+    dx = backend.finish_backward(dy, given.args.before_act(), stats, sums)
+    truth = TRUTH.finish_backward(wide.dy, wide.args.before_act(), wide.stats, sums.double())
     suite.close(dx, truth, 8e-6)
     channels_last = x.stride(1) == 1
     assert y.is_contiguous() == (not channels_last)
@@ -186,20 +188,17 @@ def test_any_strides_are_taken(kind: str):
 
 
 def test_a_residual_of_another_dtype_is_taken():
-    case = Case((3, 5, 20), torch.bfloat16)
-    given = suite.inputs(case)
-    fused = Fused("relu", torch.randn(3, 5, 20))
-    y = kernels.normalize(given.x, given.affine, fused)
-    assert torch.equal(y, EagerKernels().normalize(given.x, given.affine, fused))
+    _, args, stats = suite.forward_inputs(Case((3, 5, 20), torch.bfloat16, act="relu"))
+    args = args._replace(residual=torch.randn(3, 5, 20))
+    y = suite.serving(backend, args).normalize(args, stats)
+    assert torch.equal(y, AtenBackend().normalize(args, stats))
 
 
 def test_running_statistics_made_in_inference_mode_are_moved():
     with torch.inference_mode():
         running = Running(torch.zeros(3), torch.ones(3), None, 0.5)
         ones = torch.ones(3)
-        kernels.update(
-            running, Statistics(torch.tensor(2.0, dtype=torch.float64), ones, ones, ones)
-        )
+        backend.update(running, statistics(ones, ones))
         assert running.mean.tolist() == [0.5] * 3
 
 
@@ -208,20 +207,33 @@ def test_gradients_of_a_batch_that_was_overwritten_are_refused():
     x = torch.randn(4, 3, requires_grad=True)
     y = torch.nn.functional.batch_norm(x, running.mean, running.var)
     ones = torch.ones(3)
-    kernels.update(running, Statistics(torch.tensor(4.0, dtype=torch.float64), ones, ones, ones))
+    backend.update(running, statistics(ones, ones, 4.0))
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         y.sum().backward()
 
 
 def test_a_default_device_is_not_that_of_what_the_kernels_need():
-    given, fused = suite.backward_inputs(Case((4, 5, 6, 7)))
-    call = Call(eps=1e-5)
-    parameters = given.affine.weight, given.affine.bias
-    done = whole.forward(given.x, *parameters, None, call, True)
+    dy, args, _ = suite.backward_inputs(Case((4, 5, 6, 7)))
+    what, fused = Fingerprint("", 5, torch.float32, True), suite.serving(backend, args)
+    assert isinstance(fused, CpuBackend)
+    y, _ = fused.fused_forward(args, None, what)
     with torch.device("meta"):
-        sums = kernels.backward_sums(given.dy, given.x, given.affine, fused)
-        merged = kernels.merge(kernels.moments(given.x).unsqueeze(0), 1e-5)
-        again = whole.forward(given.x, *parameters, None, call, True)
-        gradients = whole.backward(given.dy, given.x, *parameters, fused, again[1], call)
-    assert torch.equal(again[0], done[0])
-    assert all(values.is_cpu for values in (sums, *merged, again[1].values, *gradients))
+        merged = backend.merge(backend.local_stats(args).unsqueeze(0), 1e-5)
+        sums, _ = backend.local_grad_sums(dy, args, merged)
+        again, stats = fused.fused_forward(args, None, what)
+        gradients = fused.fused_backward(dy, args, stats, None, what)
+    assert torch.equal(again, y)
+    assert all(values.is_cpu for values in (sums, *merged, stats.mean, stats.total, *gradients))
+
+
+def test_a_pass_that_the_kernels_do_not_serve_is_finished_by_them_once_act_is_undone():
+    _, args, stats = suite.backward_inputs(Case((3, 5, 20), torch.bfloat16, act="silu"))
+    dy, args = torch.randn_like(args.x), args._replace(residual=torch.randn(3, 5, 20))
+    fallback = suite.serving(backend, args)
+    assert not isinstance(fallback, CpuBackend)
+    sums, dz = fallback.local_grad_sums(dy, args, stats, needs_dz=True)
+    assert torch.equal(dz, AtenBackend().grad_residual(dy, args, stats))
+    rest = args.before_act()
+    assert torch.equal(sums, backend.local_grad_sums(dz, rest, stats)[0])
+    dx = fallback.finish_backward(dz, rest, stats, sums.view(1, -1))
+    assert torch.equal(dx, backend.finish_backward(dz, rest, stats, sums.view(1, -1)))

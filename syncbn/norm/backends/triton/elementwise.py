@@ -1,32 +1,33 @@
 # pyright: reportArgumentType=false
-"""Element-wise maps over an input in Triton: normalise forward, the input's and the residual's gradient backward.
+"""Elementwise kernels in Triton: normalise forward, the gradients of the input and of the residual backward.
 
-Programs walk their steps backwards: what a reduction read last is still in the L2 cache. Values read for the last time
-in a pass are marked evict_first.
+Programs walk their steps backwards, because what a reduction read last is still in the L2 cache. Values read for the
+last time in a pass are marked evict_first.
 """
 
 import triton
 import triton.language as tl
 
-from syncbn.norm.backends.triton.activations import activate, slope, slope_where, upper
-from syncbn.norm.backends.triton.bits import load_bits, store_bits
+from syncbn.norm.backends.triton.activations import activate, has_unit_slope, slope, slope_from_bits
 from syncbn.norm.backends.triton.tiles import (
     SIZES,
     aligned,
     coefficient,
     coefficients,
-    kept,
+    load_bits,
     load_tile,
     locate,
-    own_channels,
-    own_steps,
+    position_mask,
+    program_channels,
+    program_steps,
+    store_bits,
     store_tile,
     tile_offsets,
 )
 
 
 @triton.jit
-def before_act(
+def grad_before_act(
     dy: tl.tensor,
     centred: tl.tensor,
     scale: tl.tensor,
@@ -38,7 +39,7 @@ def before_act(
     offsets: tl.tensor,
     live: tl.tensor,
     row: tl.tensor,
-    room: tl.tensor,
+    remaining: tl.tensor,
     C: tl.tensor,
     S: tl.tensor,
     K: tl.constexpr,
@@ -46,12 +47,12 @@ def before_act(
     CHANNELS_LAST: tl.constexpr,
     ACT: tl.constexpr,
 ) -> tl.tensor:
-    """The gradient of z: dz = dy * act'(z), with z as forward computed it, or y or its bits where those were kept."""
+    """The gradient of z: dz = dy * act'(z), from z as forward computed it, or from the saved y or bits."""
     if ACT == 0:
         dz = dy
     elif bits_ptr is not None:
-        above = load_bits(bits_ptr, live, origin, row, room, C, S, K, P, CHANNELS_LAST)
-        dz = dy * slope_where(above, dy.dtype, ACT)
+        unit_slope = load_bits(bits_ptr, live, origin, row, remaining, C, S, K, P, CHANNELS_LAST)
+        dz = dy * slope_from_bits(unit_slope, dy.dtype, ACT)
     else:
         if output_ptr is not None:
             z = load_tile(output_ptr + origin, offsets, live, dy.dtype, False)
@@ -86,9 +87,9 @@ def normalize_kernel(
 ) -> None:
     """Y = act((x - mean) * invstd * weight + bias + residual); the mean goes first, so that a large one cancels."""
     C, S = aligned(C, S, VECTOR, CHANNELS_LAST)
-    first, last = own_steps(steps, steps_per_program)
-    channel, known = own_channels(C, K)
-    mean, _, scale, bias = coefficients(mean_ptr, invstd_ptr, weight_ptr, bias_ptr, channel, known)
+    first, last = program_steps(steps, steps_per_program)
+    channel, valid = program_channels(C, K)
+    mean, _, scale, bias = coefficients(mean_ptr, invstd_ptr, weight_ptr, bias_ptr, channel, valid)
     normalize_steps(
         x_ptr,
         mean,
@@ -102,7 +103,7 @@ def normalize_kernel(
         S,
         first,
         last,
-        known,
+        valid,
         K,
         P,
         CHANNELS_LAST,
@@ -124,29 +125,31 @@ def normalize_steps(
     S: tl.tensor,
     first: tl.tensor,
     last: tl.tensor,
-    known: tl.tensor,
+    valid: tl.tensor,
     K: tl.constexpr,
     P: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
     ACT: tl.constexpr,
 ) -> None:
-    """A program's own steps of y, the last one first."""
+    """A program's steps of y, the last one first."""
     offsets = tile_offsets(C, S, K, P, CHANNELS_LAST)
     for done in range(last - first):
-        origin, place, room, row = locate(last - 1 - done, C, S, K, P, CHANNELS_LAST)
-        live = known[:, None] & kept(mask_ptr, place, room, P)[None, :]
+        origin, position, remaining, row = locate(last - 1 - done, C, S, K, P, CHANNELS_LAST)
+        live = valid[:, None] & position_mask(mask_ptr, position, remaining, P)[None, :]
         z = (load_tile(x_ptr + origin, offsets, live, mean.dtype, True) - mean) * scale + bias
         if residual_ptr is not None:
             z += load_tile(residual_ptr + origin, offsets, live, mean.dtype, True)
         if bits_ptr is not None:
-            above = upper(z, ACT)
-            store_bits(bits_ptr, above, origin, row, room, known, C, S, K, P, CHANNELS_LAST)
+            unit_slope = has_unit_slope(z, ACT)
+            store_bits(
+                bits_ptr, unit_slope, origin, row, remaining, valid, C, S, K, P, CHANNELS_LAST
+            )
         y = tl.where(live, activate(z, ACT), 0.0)
-        store_tile(y_ptr + origin, offsets, y, known, room, P)
+        store_tile(y_ptr + origin, offsets, y, valid, remaining, P)
 
 
 @triton.jit(do_not_specialize=SIZES)
-def backward_input_kernel(
+def finish_backward_kernel(
     dy_ptr: tl.tensor,
     x_ptr: tl.tensor,
     mean_ptr: tl.tensor,
@@ -173,25 +176,25 @@ def backward_input_kernel(
 ) -> None:
     """Dx = weight * invstd * (dz - mean of dz - xhat * mean of dz * xhat), the means from the sums of W ranks."""
     C, S = aligned(C, S, VECTOR, CHANNELS_LAST)
-    first, last = own_steps(steps, steps_per_program)
-    channel, known = own_channels(C, K)
+    first, last = program_steps(steps, steps_per_program)
+    channel, valid = program_channels(C, K)
     offsets = tile_offsets(C, S, K, P, CHANNELS_LAST)
     mean, invstd, scale, bias = coefficients(
-        mean_ptr, invstd_ptr, weight_ptr, bias_ptr, channel, known
+        mean_ptr, invstd_ptr, weight_ptr, bias_ptr, channel, valid
     )
     total = tl.maximum(tl.load(total_ptr), 1.0).to(mean.dtype)
-    sum_dz = coefficient(sums_ptr, channel, known, 0.0, mean.dtype)
-    sum_dz_xhat = coefficient(sums_ptr + C, channel, known, 0.0, mean.dtype)
+    sum_dz = coefficient(sums_ptr, channel, valid, 0.0, mean.dtype)
+    sum_dz_xhat = coefficient(sums_ptr + C, channel, valid, 0.0, mean.dtype)
     for rank in range(1, W):
-        sum_dz += coefficient(sums_ptr + rank * 2 * C, channel, known, 0.0, mean.dtype)
-        sum_dz_xhat += coefficient(sums_ptr + rank * 2 * C + C, channel, known, 0.0, mean.dtype)
-    mean_dz, tilt = sum_dz / total, sum_dz_xhat / total * invstd
+        sum_dz += coefficient(sums_ptr + rank * 2 * C, channel, valid, 0.0, mean.dtype)
+        sum_dz_xhat += coefficient(sums_ptr + rank * 2 * C + C, channel, valid, 0.0, mean.dtype)
+    mean_dz, xhat_factor = sum_dz / total, sum_dz_xhat / total * invstd
     for done in range(last - first):
-        origin, place, room, row = locate(last - 1 - done, C, S, K, P, CHANNELS_LAST)
-        live = known[:, None] & kept(mask_ptr, place, room, P)[None, :]
+        origin, position, remaining, row = locate(last - 1 - done, C, S, K, P, CHANNELS_LAST)
+        live = valid[:, None] & position_mask(mask_ptr, position, remaining, P)[None, :]
         dy = load_tile(dy_ptr + origin, offsets, live, mean.dtype, True)
         centred = load_tile(x_ptr + origin, offsets, live, mean.dtype, True) - mean
-        dz = before_act(
+        dz = grad_before_act(
             dy,
             centred,
             scale,
@@ -203,7 +206,7 @@ def backward_input_kernel(
             offsets,
             live,
             row,
-            room,
+            remaining,
             C,
             S,
             K,
@@ -211,12 +214,12 @@ def backward_input_kernel(
             CHANNELS_LAST,
             ACT,
         )
-        dx = tl.where(live, (dz - mean_dz - centred * tilt) * scale, 0.0)
-        store_tile(dx_ptr + origin, offsets, dx, known, room, P)
+        dx = tl.where(live, (dz - mean_dz - centred * xhat_factor) * scale, 0.0)
+        store_tile(dx_ptr + origin, offsets, dx, valid, remaining, P)
 
 
 @triton.jit(do_not_specialize=SIZES)
-def backward_residual_kernel(
+def grad_residual_kernel(
     dy_ptr: tl.tensor,
     x_ptr: tl.tensor,
     mean_ptr: tl.tensor,
@@ -240,16 +243,16 @@ def backward_residual_kernel(
 ) -> None:
     """The gradient of the residual: dz."""
     C, S = aligned(C, S, VECTOR, CHANNELS_LAST)
-    first, last = own_steps(steps, steps_per_program)
-    channel, known = own_channels(C, K)
+    first, last = program_steps(steps, steps_per_program)
+    channel, valid = program_channels(C, K)
     offsets = tile_offsets(C, S, K, P, CHANNELS_LAST)
-    mean, _, scale, bias = coefficients(mean_ptr, invstd_ptr, weight_ptr, bias_ptr, channel, known)
+    mean, _, scale, bias = coefficients(mean_ptr, invstd_ptr, weight_ptr, bias_ptr, channel, valid)
     for done in range(last - first):
-        origin, place, room, row = locate(last - 1 - done, C, S, K, P, CHANNELS_LAST)
-        live = known[:, None] & kept(mask_ptr, place, room, P)[None, :]
+        origin, position, remaining, row = locate(last - 1 - done, C, S, K, P, CHANNELS_LAST)
+        live = valid[:, None] & position_mask(mask_ptr, position, remaining, P)[None, :]
         dy = load_tile(dy_ptr + origin, offsets, live, mean.dtype, False)
         centred = load_tile(x_ptr + origin, offsets, live, mean.dtype, False) - mean
-        dz = before_act(
+        dz = grad_before_act(
             dy,
             centred,
             scale,
@@ -261,7 +264,7 @@ def backward_residual_kernel(
             offsets,
             live,
             row,
-            room,
+            remaining,
             C,
             S,
             K,
@@ -269,4 +272,4 @@ def backward_residual_kernel(
             CHANNELS_LAST,
             ACT,
         )
-        store_tile(dz_ptr + origin, offsets, dz, known, room, P)
+        store_tile(dz_ptr + origin, offsets, dz, valid, remaining, P)
