@@ -18,7 +18,7 @@ from torch.jit import is_scripting  # pyright: ignore[reportPrivateImportUsage]
 from torch.nn.functional import batch_norm
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from syncbn.norm.backends import faster_alone
+from syncbn.norm import backends
 from syncbn.norm.backends.activations import apply_act, check_act
 from syncbn.norm.backends.base import NormArgs, Running, without_values
 from syncbn.norm.comm.exchange import Exchange, exchange_for, exchange_of
@@ -201,7 +201,7 @@ class SyncBatchNorm(_BatchNorm):
             return True
         plain = mask is None and residual is None and self._activation() is None
         too_few = input.numel() <= input.shape[1]  # torch's own error, or its way with nothing
-        return plain and (too_few or not faster_alone(input))
+        return plain and (too_few or not backends.faster_alone(input))
 
     def _train_unfused(self, input: Tensor, residual: Tensor | None) -> Tensor:
         """Torch's batch norm, then what is fused, one operation after another."""

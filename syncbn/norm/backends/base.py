@@ -9,6 +9,7 @@ All backends give the same results within rounding and pass the same tests. No b
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -17,6 +18,9 @@ from torch._subclasses.fake_tensor import is_fake
 from torch.nn import Parameter
 
 from syncbn.norm.moments import AnyStatistics, Statistics
+
+PLAIN = (Tensor, Parameter)
+"""Types of tensors that have memory of their own, where they are no meta tensors; subclasses may have none."""
 
 
 class NonFiniteStatistics(FloatingPointError):
@@ -85,7 +89,9 @@ class Backend(ABC):
     """
 
     fused = False
-    """Whether `fused_forward` and `fused_backward` may be called."""
+    """Whether there are `fused_forward` and `fused_backward`."""
+    fused_forward: Callable[..., tuple[Tensor, AnyStatistics]]
+    fused_backward: Callable[..., tuple[Tensor, Tensor]]
 
     @abstractmethod
     def local_stats(self, args: NormArgs) -> Tensor:
@@ -150,11 +156,6 @@ class Backend(ABC):
         """Memory for `args.bits` beside a residual; None where this backend keeps `output` instead."""
         del args
         return None
-
-
-def plain_tensor(x: Tensor) -> bool:
-    """Whether `x` is a tensor with memory of its own, rather than a subclass or a meta tensor that has none."""
-    return (type(x) is Tensor or type(x) is Parameter) and not x.is_meta
 
 
 def without_values(x: Tensor) -> bool:
