@@ -18,7 +18,7 @@ from trial_files import (
 
 from syncbn.checks import check
 from syncbn.compare.results import write_results
-from syncbn.compare.study.preflight import measured
+from syncbn.compare.study.preflight import claimable_metrics
 from syncbn.compare.study.repeat import hydra_value, repeat_command
 from syncbn.compose import compose
 from syncbn.config import ClaimConfig, identity
@@ -201,7 +201,7 @@ def test_a_claim_may_speak_of_what_the_summary_has_and_of_nothing_else(tmp_path,
     for trial in (cfg.folder / "trials").iterdir():
         add_final(trial, "test_loss", 0.5)
     for arm in write_results(cfg)["arms"].values():
-        assert set(arm) == set(measured(cfg))
+        assert set(arm) == set(claimable_metrics(cfg))
 
 
 def add_final(folder: Path, metric: str, value: float) -> None:

@@ -12,7 +12,7 @@ from matplotlib.colors import to_rgb
 from matplotlib.image import imread
 from trial_files import DEMO_CLAIMS, demo_error, make_study, study_config
 
-from syncbn.compare.report.figures.canvas import Picture, columns_of, looks
+from syncbn.compare.report.figures.canvas import Picture, arm_styles, columns_of
 from syncbn.compare.report.figures.gallery import draw
 from syncbn.compare.report.figures.series import geometric_mean, shared_points, smooth
 from syncbn.compare.study.records import read_trials
@@ -108,30 +108,30 @@ def test_drawing_leaves_no_pyplot_state_behind(pictures):
 
 
 def test_every_known_arm_has_a_marker_and_a_line_of_its_own():
-    given_looks = list(looks(ARMS).values())
+    given_looks = list(arm_styles(ARMS).values())
     for part in ("colour", "marker", "line"):
         assert len({getattr(look, part) for look in given_looks}) == len(ARMS)
 
 
 def test_arms_of_the_demo_differ_in_grey_too():
     demo = ("none", "local", "sync", "big_batch")
-    grey = [colorsys.rgb_to_yiq(*to_rgb(look.colour))[0] for look in looks(demo).values()]
+    grey = [colorsys.rgb_to_yiq(*to_rgb(look.colour))[0] for look in arm_styles(demo).values()]
     assert np.diff(sorted(grey)).min() > 0.02
 
 
 def test_an_arm_keeps_its_look_whatever_stands_beside_it():
-    assert looks(["sync", "local"])["sync"] == looks(["mine", "none", "sync"])["sync"]
+    assert arm_styles(["sync", "local"])["sync"] == arm_styles(["mine", "none", "sync"])["sync"]
 
 
 def test_arms_of_a_studys_own_get_looks_that_nobody_has():
     names = ["sync", "local", "lr_0.1", "lr_1", "lr_3"]
-    assert len({look.marker for look in looks(names).values()}) == len(names)
+    assert len({look.marker for look in arm_styles(names).values()}) == len(names)
 
 
 def test_no_two_of_twenty_five_arms_look_alike():
     names = ["sync", *(f"arm_{i}" for i in range(24))]
-    assert len(set(looks(names).values())) == len(names)
-    eighteen = looks(names[:18]).values()
+    assert len(set(arm_styles(names).values())) == len(names)
+    eighteen = arm_styles(names[:18]).values()
     assert len({(look.colour, look.line) for look in eighteen}) == 18
     assert len({look.marker for look in eighteen}) == 18
 

@@ -137,8 +137,8 @@ def test_statistics_of_ranks_agree_with_their_definitions():
     assert significance.kendall(np.array([1.0, 2.0, 3.0])) == 1
     assert significance.kendall(np.array([2.0, 2.0, 2.0])) == 0
     assert math.isnan(significance.kendall(np.array([1.0, math.inf])))
-    assert significance.page(np.ones((1, 4))) == 1  # one seed tests nothing
-    assert significance.page(np.full((6, 4), math.nan)) == 1
+    assert significance.p_trend(np.ones((1, 4))) == 1  # one seed tests nothing
+    assert significance.p_trend(np.full((6, 4), math.nan)) == 1
     assert significance.p_sign(5, 6) == pytest.approx(7 / 64)
     assert significance.p_sign(0, 0) == 1
 
@@ -150,7 +150,9 @@ def test_pages_test_agrees_with_his_published_example():
         [2, 4, 5], [1, 3, 4],
     ]  # fmt: skip
     assert stats.page_trend_test(table).statistic == 133.5
-    assert significance.page(np.array(table, dtype=float)) == pytest.approx(0.0018191161948127822)
+    assert significance.p_trend(np.array(table, dtype=float)) == pytest.approx(
+        0.0018191161948127822
+    )
 
 
 def test_a_missing_arm_of_a_trend_is_refused():

@@ -9,7 +9,7 @@ from PIL import Image
 from syncbn.compare.suite import results_page
 from syncbn.compare.suite.results_page import (
     MOST_BYTES,
-    Shown,
+    FinishedStudy,
     first_figure,
     generated,
     overturned,
@@ -40,7 +40,7 @@ def summary(study="demo", *claims):
 
 
 def shown(*summaries):
-    return [Shown(s, f"What of {s['study']}?", 60.0, None) for s in summaries]
+    return [FinishedStudy(s, f"What of {s['study']}?", 60.0, None) for s in summaries]
 
 
 def test_every_claim_stands_there_with_all_that_its_verdict_rests_on():
