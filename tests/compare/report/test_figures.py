@@ -2,6 +2,7 @@
 
 import colorsys
 import io
+import subprocess
 import sys
 
 import numpy as np
@@ -102,9 +103,16 @@ def test_a_single_evaluation_is_no_curve_and_a_single_seed_can_be_drawn(tmp_path
     assert pictures["paired_differences"].title == "0 of 1 claim reproduced, 1 inconclusive"
 
 
-def test_drawing_leaves_no_pyplot_state_behind(pictures):
-    assert pictures
-    assert "matplotlib.pyplot" not in sys.modules
+def test_figures_are_drawn_without_pyplot():
+    code = f"""
+import sys
+sys.path[:] = {sys.path!r}
+from fabricated_studies import fabricate
+from syncbn.compare.report.figures.gallery import draw
+assert draw(*fabricate("equivalence", "study.seeds=[0,1]"))
+assert "matplotlib.pyplot" not in sys.modules
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_every_known_arm_has_a_marker_and_a_line_of_its_own():
@@ -119,11 +127,11 @@ def test_arms_of_the_demo_differ_in_grey_too():
     assert np.diff(sorted(grey)).min() > 0.02
 
 
-def test_an_arm_keeps_its_look_whatever_stands_beside_it():
+def test_an_arm_has_the_same_style_beside_any_other_arms():
     assert arm_styles(["sync", "local"])["sync"] == arm_styles(["mine", "none", "sync"])["sync"]
 
 
-def test_arms_of_a_studys_own_get_looks_that_nobody_has():
+def test_arms_of_a_studys_own_get_styles_that_no_other_arm_has():
     names = ["sync", "local", "lr_0.1", "lr_1", "lr_3"]
     assert len({look.marker for look in arm_styles(names).values()}) == len(names)
 
@@ -145,11 +153,11 @@ def test_smoothing_keeps_length_and_stays_within_the_values(values, window):
     assert smoothed.max() <= max(values) + 1e-9
 
 
-def test_a_window_of_one_changes_nothing():
+def test_smoothing_over_a_window_of_one_changes_nothing():
     assert smooth(np.array([[1.0, 5.0, 2.0]]), 1).tolist() == [[1.0, 5.0, 2.0]]
 
 
-def test_no_values_stay_none():
+def test_smoothing_no_values_gives_no_values():
     assert smooth(np.empty((3, 0)), 2).shape == (3, 0)
 
 

@@ -102,7 +102,7 @@ def test_the_search_gives_every_arm_the_same_values_seeds_and_held_out_samples(t
     assert not {t.seed for t in found} & set(cfg.study.seeds)
 
 
-def test_the_best_value_wins_the_smaller_of_equals(tmp_path):
+def test_the_search_chooses_the_smallest_error_and_the_smaller_of_equal_values(tmp_path):
     cfg = _tuned(tmp_path)
     _leave(cfg, ERRORS)
     choices = chosen(cfg)
@@ -121,7 +121,7 @@ def test_an_arm_may_follow_another_and_a_choice_at_an_end_says_so(tmp_path):
     assert followed("none") == ("none", 1.0)
 
 
-def test_an_unfinished_search_is_named(tmp_path):
+def test_an_unfinished_trial_of_the_search_is_named(tmp_path):
     with pytest.raises(UsageError, match=r"trial none_0\.01-7 of the search"):
         chosen(_tuned(tmp_path))
 
