@@ -23,7 +23,6 @@ WORSE, BETTER, SAME, CANNOT_TELL = "WORSE", "BETTER", "SAME", "CANNOT TELL"
 _LEAST_SEEDS = 2
 """Fewer pairs bound no interval."""
 
-
 _SAME_IN_BOTH = (
     "data",
     "model",
@@ -37,16 +36,9 @@ _SAME_IN_BOTH = (
 )
 """What of a design decides whether two launches can be compared."""
 
-
 _DECLARED = ("arm", "against", "beyond", "along", "metric", "kind", "threshold", "range", "scale")
-
-
 _LOWER_IS_BETTER = ("error", "loss", "seconds", "_ms", "_bytes", "diverged", "steps_to_target")
-
-
 _HIGHER_IS_BETTER = ("accuracy", "cells_trained")
-
-
 _TIMES = ("seconds", "_ms")
 
 

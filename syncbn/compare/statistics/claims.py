@@ -25,7 +25,6 @@ VERDICTS = (REPRODUCED, NOT_REPRODUCED, INCONCLUSIVE)
 LEVEL = 0.05
 """Largest p value, after Holm's correction over the study's primary claims, that counts as shown."""
 
-
 Measurements = Mapping[str, Mapping[str, Sequence[float | None]]]
 """Arm -> metric -> one value a seed: None where it is missing, infinity where it is censored."""
 

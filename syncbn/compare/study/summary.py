@@ -20,7 +20,6 @@ Summary = Mapping[str, Any]
 Cell = tuple[float, ...]
 """The values of a grid's keys in one of its cells."""
 
-
 _DUE: dict[str, type] = {"study": str, "design": dict, "arms": dict, "claims": list}
 
 

@@ -64,8 +64,6 @@ _STYLES = {
     "local_avg": ArmStyle("#e69f00", "<", (0, (3, 1, 1, 1))),
     "torch_sync": ArmStyle("#8b5a2b", "*", (0, (6, 1, 1, 1))),
 }
-
-
 _SPARE_MARKERS = (">", "p", "h", "8", "X", "d", "1", "3", "4")
 """For a second round of styles, where a study has more arms than `_STYLES`."""
 
