@@ -40,7 +40,7 @@ class PairedEffect:
 
 @dataclass(frozen=True)
 class Group:
-    """Synchronising over so many ranks; 1 is local, the world size is everybody."""
+    """Synchronising over groups of `size` ranks; 1 is local, the world size is all ranks."""
 
     arm: str
     size: int
@@ -135,7 +135,7 @@ def _verdict(local: Group, gain: PairedEffect, bill: Cost | None, margin: float)
 
 
 def _groups(summary: Summary, margin: float) -> list[Group]:
-    """All groups by size, each held against every other."""
+    """All groups by size, each compared with every other."""
     sizes = arms_by_size(summary)
     errors = {arm: _errors(summary, arm) for arm in sizes}
     medians = {arm: float(np.median(values)) for arm, values in errors.items()}

@@ -44,7 +44,7 @@ _TIMES = ("seconds", "_ms")
 
 @dataclass(frozen=True)
 class Metric:
-    """What is compared, and which way is up."""
+    """What is compared, and whether lower values of it are better."""
 
     name: str
     lower_is_better: bool = True
@@ -224,7 +224,7 @@ def _numbers(values: Mapping[int, float | None], seeds: Sequence[int]) -> list[f
 
 
 def _judge(found: Sequence[_Pairs], margin: float) -> list[Change]:
-    """Verdicts; a change for the better pays Holm's correction like one for the worse."""
+    """Verdicts; changes for the better are corrected by Holm's method like those for the worse."""
     worse = significance.holm([significance.p_below(-pairs.worsening, -margin) for pairs in found])
     better = significance.holm([significance.p_below(pairs.worsening, -margin) for pairs in found])
     return [_change(*each, margin) for each in zip(found, worse, better, strict=True)]

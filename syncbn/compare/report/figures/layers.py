@@ -1,4 +1,4 @@
-"""The figures by layer: quantiles, shift, saturation, gradients.
+"""The figures from inside a network: quantiles of a unit, saturation, gradients and shift by layer.
 
 Arms stand in panels on one scale, so that what is seen to differ does differ. Layers are ordered, so they have a
 sequential colour scale from dark to light, which also works in grey.

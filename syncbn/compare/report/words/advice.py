@@ -32,7 +32,7 @@ def text(advice: Advice, summary: Summary) -> str:
 
 
 def _over(advice: Advice, summary: Summary) -> str:
-    """Over whom, after the verdict."""
+    """The ranks to synchronise over, after the verdict."""
     if advice.verdict == DO_NOT:
         return ""
     if advice.verdict != SYNCHRONISE:
