@@ -11,6 +11,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
+from torch.utils.checkpoint import SAC_IGNORED_OPS, CheckpointPolicy
 from torch.distributed.distributed_c10d import (
     _resolve_process_group as resolve_process_group,  # pyright: ignore[reportPrivateImportUsage]
 )
@@ -139,6 +141,7 @@ def _backward_shapes(
 
 
 def _remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    _keep_in_graph()
     x, weight, bias, residual, mask, eps, act, group, name, _ = inputs
     y, *statistics, _ = output
     ctx.mark_non_differentiable(*output[1:])
@@ -146,6 +149,22 @@ def _remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> 
     ctx.rest = (eps, act, group, name)
     kept = to_keep(Fused(act or None, residual), y)
     ctx.save_for_backward(x, weight, bias, *kept, mask, *statistics)
+
+
+def _keep_in_graph() -> None:
+    """Tell a compiler that traces a checkpointed region to keep what the operator gave, and not to exchange again.
+
+    Selective checkpointing notes its policies at the same place; without them the compiler would run the operator again
+    in its backward graph.
+    """
+    tracing = get_proxy_mode()
+    if tracing is None:
+        return
+    for node in reversed(tracing.tracer.graph.nodes):
+        if node.target is torch.ops.syncbn.forward.default:
+            for kept in (node, *node.users):
+                kept.meta["recompute"] = CheckpointPolicy.MUST_SAVE
+            return
 
 
 def _gradients(ctx: Any, dy: Tensor, *_unused: Tensor) -> tuple[Tensor | None, ...]:
@@ -158,6 +177,8 @@ def _gradients(ctx: Any, dy: Tensor, *_unused: Tensor) -> tuple[Tensor | None, .
 
 
 _forward.register_autograd(_gradients, setup_context=_remember)
+# selective checkpointing around a compiled block would cache some passes, and a replay could not be told by its number
+SAC_IGNORED_OPS.add(torch.ops.syncbn.forward.default)
 
 
 def compiled_batch_norm(
