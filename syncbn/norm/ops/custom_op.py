@@ -11,11 +11,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
-from torch.fx.experimental.proxy_tensor import get_proxy_mode
-from torch.utils.checkpoint import SAC_IGNORED_OPS, CheckpointPolicy
 from torch.distributed.distributed_c10d import (
     _resolve_process_group as resolve_process_group,  # pyright: ignore[reportPrivateImportUsage]
 )
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
+from torch.utils.checkpoint import SAC_IGNORED_OPS, CheckpointPolicy
 
 from syncbn.norm.backends import EagerKernels, Fused, Running, launched
 from syncbn.norm.backends.aten import stats_dtype
@@ -62,13 +62,15 @@ def _forward(
     known = None if checkpointed is None else checkpointed.known(x.shape[1])
     if known is not None:
         y = normalized(x, weight, bias, fused, Remembered(known.mean, known))
-        return y, *_own(known), torch.zeros_like(known.total)
+        total, mean, var, invstd = _own(known)
+        return y, total, mean, var, invstd, torch.zeros_like(total)
     operands = (x, weight, bias, fused, call, needs_grad)
     # the library's whole pass puts all statistics in one tensor, and an operator's results may share none
     y, found = launched.forward(*operands) or step_by_step(*operands)
     if checkpointed is not None:
         checkpointed.record(_own(found.statistics))
-    return y, *found.statistics, found.statistics.total.clone()
+    total, mean, var, invstd = found.statistics
+    return y, total, mean, var, invstd, total.clone()
 
 
 def _own(statistics: Statistics) -> Statistics:

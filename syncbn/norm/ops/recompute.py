@@ -31,7 +31,7 @@ from torch.autograd import graph
 from torch.autograd.function import BackwardCFunction
 from torch.utils import checkpoint
 from torch.utils._python_dispatch import _disable_current_modes
-from torch.utils.checkpoint import _CheckpointFrame
+from torch.utils.checkpoint import _CheckpointFrame, _StopRecomputationError
 
 from syncbn.norm.moments import Statistics
 
@@ -119,8 +119,8 @@ def current() -> Pass | None:
     for pack in _pack_hooks():
         region, recomputed = _region_of(pack)
         if recomputed:
-            # one replay inside another repeats the same pass in both
-            recorded = _next(region, pack, None) if recorded is None else recorded
+            # a backward pass that runs inside the region is replayed with it: both name the same pass
+            recorded = _next(region, pack, None)
             break
         if region is not None:
             first.append(region)
@@ -148,6 +148,9 @@ def _next(region: Any, replay: Any, run: int | None) -> Recorded:
     records, (last, position) = _records(region), getattr(replay, _REPLAY, (run, 0))
     position = position if last == run else 0
     if position >= len(records):
+        if not getattr(region, "forward_completed", True):
+            # a backward pass inside a region replays as much of it as has run, and needs no more
+            raise _StopRecomputationError
         raise RuntimeError(
             f"activation checkpointing replays pass {position + 1} of a synchronised layer in a region that ran "
             f"{len(records)} the first time: the region must do the same both times, in the same mode "
