@@ -26,7 +26,7 @@ def to_packed(sums: Tensor) -> Tensor:
 
 
 def in_order(rows: Tensor) -> Tensor:
-    """The sum of `rows` `(W, k)`; on a CPU one after another, to the bits of native/whole.cpp."""
+    """The sum of `rows` `(W, k)`; on a CPU one after another, to the bits of native/fused_pass.cpp."""
     if rows.is_cuda:
         return rows.sum(0)
     total = rows[0].clone()

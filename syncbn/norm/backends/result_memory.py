@@ -2,7 +2,7 @@
 
 A training step frees each large result and asks for one of the same size soon after. glibc gives such blocks back to
 the kernel at once, and page faults then cost more than the passes over memory (8x64x56x56 in float32, forward and
-backward: 2.5 ms, and 9 ms with 3100 faults). The library keeps what results no longer need (`native/results.cpp`),
+backward: 2.5 ms, and 9 ms with 3100 faults). The library keeps what results no longer need (`native/allocator.cpp`),
 never more than they have needed at one time.
 """
 
