@@ -16,13 +16,11 @@ if TYPE_CHECKING:
         convert_sync_batchnorm,
         ddp_buffers_to_ignore,
         in_lockstep,
+        join,
         recalibrate,
         release_memory,
         revert_sync_batchnorm,
         sync_batch_norm,
-    )
-    from syncbn.norm import (
-        uneven_inputs as join,
     )
 
 __all__ = [

@@ -39,7 +39,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @functools.cache
 def _is_of_the_layer(module: Path) -> bool:
-    return module.parent.name == "dist" or _LAYER.search(module.read_text()) is not None
+    folders = {folder.name for folder in module.parents}
+    return not folders.isdisjoint({"dist", "norm"}) or _LAYER.search(module.read_text()) is not None
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

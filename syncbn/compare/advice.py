@@ -30,7 +30,7 @@ _COSTS = ("step_ms", "seconds")
 
 
 @dataclass(frozen=True)
-class Measured:
+class PairedEffect:
     """A paired effect over seeds: median, 95 % interval, number of seeds."""
 
     median: float
@@ -40,13 +40,13 @@ class Measured:
 
 @dataclass(frozen=True)
 class Group:
-    """Synchronising over so many ranks; 1 is local, the world size is everybody."""
+    """Synchronising over groups of `size` ranks; 1 is local, the world size is all ranks."""
 
     arm: str
     size: int
     error: float
     """Median over seeds."""
-    excess: Measured
+    excess: PairedEffect
     """Error above that of the group with the smallest median."""
     standing: str
     """`AS_GOOD`: less than the margin above every other. `WORSE`: more than the margin above another."""
@@ -56,7 +56,7 @@ class Group:
 class Cost:
     """How many times as long a step takes as a local one."""
 
-    ratio: Measured
+    ratio: PairedEffect
     metric: str
     worth: float
     """As long as it may take, by the error that it saves."""
@@ -79,7 +79,7 @@ class Advice:
     """All, by size."""
     synchronised: Group
     """The best way to synchronise: the smallest group as good as every other, else the one with the smallest median."""
-    gain: Measured
+    gain: PairedEffect
     """Error that this saves: local - synchronised."""
     cost: Cost | None
     """None where it was not measured."""
@@ -126,7 +126,7 @@ def advice(
     )
 
 
-def _verdict(local: Group, gain: Measured, bill: Cost | None, margin: float) -> str:
+def _verdict(local: Group, gain: PairedEffect, bill: Cost | None, margin: float) -> str:
     if local.standing == AS_GOOD:
         return DO_NOT
     if gain.interval.low <= margin:
@@ -135,7 +135,7 @@ def _verdict(local: Group, gain: Measured, bill: Cost | None, margin: float) -> 
 
 
 def _groups(summary: Summary, margin: float) -> list[Group]:
-    """All groups by size, each held against every other."""
+    """All groups by size, each compared with every other."""
     sizes = arms_by_size(summary)
     errors = {arm: _errors(summary, arm) for arm in sizes}
     medians = {arm: float(np.median(values)) for arm, values in errors.items()}
@@ -202,26 +202,28 @@ def _errors(summary: Summary, arm: str) -> Floats:
     return np.array(values, dtype=np.float64)
 
 
-def _paired(summary: Summary, arm: str, against: str) -> Measured:
+def _paired(summary: Summary, arm: str, against: str) -> PairedEffect:
     return _effect(_errors(summary, arm) - _errors(summary, against))
 
 
-def _effect(values: Floats) -> Measured:
+def _effect(values: Floats) -> PairedEffect:
     found = effects.effect(values)
-    return Measured(found.median, found.interval, found.n)
+    return PairedEffect(found.median, found.interval, found.n)
 
 
-def _cost(summary: Summary, arm: str, gain: Measured, point_worth: float) -> Cost | None:
+def _cost(summary: Summary, arm: str, gain: PairedEffect, point_worth: float) -> Cost | None:
     """The time of a step in `arm` over that of a local one; None where `summary` has no number for it."""
     for metric in _COSTS:
         times = [values_of(summary, name, metric) for name in (arm, "local")]
         if all(values and None not in values for values in times):
             logs = effects.effect(effects.paired_log_ratios(*times))  # pyright: ignore
-            return _bill(metric, logs, gain, point_worth)
+            return _cost_of(metric, logs, gain, point_worth)
     return None
 
 
-def _bill(metric: str, logs: effects.Effect, gain: Measured, point_worth: float) -> Cost | None:
+def _cost_of(
+    metric: str, logs: effects.Effect, gain: PairedEffect, point_worth: float
+) -> Cost | None:
     if not math.isfinite(logs.median):
         return None
     with np.errstate(over="ignore"):
@@ -229,7 +231,7 @@ def _bill(metric: str, logs: effects.Effect, gain: Measured, point_worth: float)
     ends = (gain.interval.low, gain.median, gain.interval.high)
     least, worth, most = (1 + point_worth * 100 * max(end, 0.0) for end in ends)
     return Cost(
-        ratio=Measured(float(middle), Interval(float(low), float(high)), logs.n),
+        ratio=PairedEffect(float(middle), Interval(float(low), float(high)), logs.n),
         metric=metric,
         worth=worth,
         too_much=bool(middle > worth),

@@ -23,7 +23,6 @@ WORSE, BETTER, SAME, CANNOT_TELL = "WORSE", "BETTER", "SAME", "CANNOT TELL"
 _LEAST_SEEDS = 2
 """Fewer pairs bound no interval."""
 
-
 _SAME_IN_BOTH = (
     "data",
     "model",
@@ -37,22 +36,15 @@ _SAME_IN_BOTH = (
 )
 """What of a design decides whether two launches can be compared."""
 
-
 _DECLARED = ("arm", "against", "beyond", "along", "metric", "kind", "threshold", "range", "scale")
-
-
 _LOWER_IS_BETTER = ("error", "loss", "seconds", "_ms", "_bytes", "diverged", "steps_to_target")
-
-
 _HIGHER_IS_BETTER = ("accuracy", "cells_trained")
-
-
 _TIMES = ("seconds", "_ms")
 
 
 @dataclass(frozen=True)
 class Metric:
-    """What is compared, and which way is up."""
+    """What is compared, and whether lower values of it are better."""
 
     name: str
     lower_is_better: bool = True
@@ -232,7 +224,7 @@ def _numbers(values: Mapping[int, float | None], seeds: Sequence[int]) -> list[f
 
 
 def _judge(found: Sequence[_Pairs], margin: float) -> list[Change]:
-    """Verdicts; a change for the better pays Holm's correction like one for the worse."""
+    """Verdicts; changes for the better are corrected by Holm's method like those for the worse."""
     worse = significance.holm([significance.p_below(-pairs.worsening, -margin) for pairs in found])
     better = significance.holm([significance.p_below(pairs.worsening, -margin) for pairs in found])
     return [_change(*each, margin) for each in zip(found, worse, better, strict=True)]

@@ -21,7 +21,7 @@ from syncbn.compare.study.preflight import free_keys
 from syncbn.compare.study.records import TrialRecord, read_trials, refuse_undeclared, refuse_unlike
 from syncbn.compare.study.repeat import repeat_command
 from syncbn.compare.study.summarise import summarise
-from syncbn.compare.study.tuning import chosen, values_of
+from syncbn.compare.study.tuning import chosen, tuned_values
 from syncbn.config import Config, identity
 
 
@@ -39,7 +39,7 @@ def write_results(cfg: Config) -> dict[str, Any]:
     study = study_of(cfg)
     choices = chosen(cfg)
     refuse_unlike(trials, [*study.factor, *free_keys(study)])
-    refuse_undeclared(trials, arm_configs(cfg, values_of(choices)))
+    refuse_undeclared(trials, arm_configs(cfg, tuned_values(choices)))
     summary = summarise(cfg, study, trials, choices)
     pictures = draw(summary, trials)
     page = Page(

@@ -11,8 +11,7 @@ from syncbn.norm.ddp import ddp_buffers_to_ignore
 from syncbn.norm.functional import NonFiniteStatistics, sync_batch_norm
 from syncbn.norm.module import SyncBatchNorm
 from syncbn.norm.recalibrate import recalibrate
-from syncbn.norm.uneven_inputs import join
-from syncbn.norm.uneven_inputs_lockstep import in_lockstep
+from syncbn.norm.uneven_inputs import in_lockstep, join
 
 __all__ = [
     "Conversion",

@@ -61,7 +61,7 @@ def test_no_difference_within_the_margin_is_no_reason_to_synchronise():
     assert "does as well as any group" in text(found, summary(**CLEAR))
 
 
-def test_seeds_that_leave_it_open_are_said_to():
+def test_seeds_that_leave_the_answer_open_give_cannot_tell():
     noisy = summary(wobble=12, local=0.075, sync=0.060)
     found = advice(noisy)
     assert found.verdict == CANNOT_TELL
@@ -69,7 +69,7 @@ def test_seeds_that_leave_it_open_are_said_to():
     assert "these seeds leave open" in text(found, noisy)
 
 
-def test_a_gain_of_less_than_what_matters_and_maybe_more_is_open_too():
+def test_a_gain_that_may_or_may_not_exceed_the_margin_is_open():
     assert advice(summary(local=0.070, sync=0.060)).verdict == CANNOT_TELL
     assert advice(summary(local=0.070, sync=0.060), margin=0.002).verdict == SYNCHRONISE
     assert advice(summary(local=0.070, sync=0.060), margin=0.03).verdict == DO_NOT
@@ -103,7 +103,7 @@ def test_a_group_that_is_better_than_all_ranks_is_advised_and_said_to_be():
     assert "all ranks together do worse" in text(found, study)
 
 
-def test_where_groups_cannot_be_told_apart_it_still_says_to_synchronise():
+def test_a_clear_gain_is_advised_even_where_groups_cannot_be_told_apart():
     study = summary(wobble=12, local=0.56, group_4=0.060, sync=0.062)
     found = advice(study)
     assert found.verdict == SYNCHRONISE
@@ -123,7 +123,7 @@ def test_cost_is_read_from_steps_or_else_from_whole_runs_or_said_to_be_unknown()
     assert NOT_MEASURED in text(advice(study), study)
 
 
-def test_the_text_says_what_was_declared_and_what_the_numbers_are_of():
+def test_the_text_of_an_advice_says_what_was_declared_and_what_was_measured():
     study = summary(**CLEAR)
     said = text(advice(study, margin=0.02, point_worth=0.05), study)
     assert said.startswith("SYNCHRONISE over groups of 4 ranks (8 samples)\n")
@@ -131,14 +131,14 @@ def test_the_text_says_what_was_declared_and_what_the_numbers_are_of():
         assert part in said
 
 
-def test_as_values_it_is_json_and_says_the_same():
+def test_an_advice_as_json_says_the_same_as_the_advice():
     found = to_dict(advice(summary(**CLEAR), cost=timed(group_4=1.5)), summary(**CLEAR))
     assert json.loads(json.dumps(found, allow_nan=False)) == found
     assert found["verdict"] == SYNCHRONISE
     assert found["group"]["size"] == 4
 
 
-def test_only_arms_that_differ_in_who_shares_statistics_are_looked_at():
+def test_advice_compares_only_arms_that_differ_in_who_shares_statistics():
     study = summary(sync=0.1, ghost=0.1, none=0.1, sync_group_4=0.1, local=0.1, big_batch=0.1)
     assert arms_by_size(study) == {"local": 1, "sync_group_4": 4, "sync": 8}
     study["arms"]["sync_group"] = study["arms"]["none"]
@@ -150,25 +150,25 @@ def test_only_arms_that_differ_in_who_shares_statistics_are_looked_at():
     ("arms", "complaint"),
     [({"sync": 0.1, "none": 0.1}, "has the arms sync, none"), ({"local": 0.1}, "needs local, and")],
 )
-def test_a_study_without_the_arms_is_refused(arms, complaint):
+def test_advice_is_refused_without_local_and_a_synchronised_arm(arms, complaint):
     with pytest.raises(UsageError, match=complaint):
         advice(summary(**arms))
 
 
-def test_a_seed_without_a_number_is_refused_not_averaged():
+def test_advice_is_refused_where_a_seed_has_no_number():
     study = summary(local=0.3, sync=0.1)
     study["arms"]["sync"]["test_error"][3] = None
     with pytest.raises(UsageError, match="test_error of arm 'sync'"):
         advice(study)
 
 
-def test_groups_divide_the_world():
+def test_group_sizes_are_the_proper_divisors_of_the_world_size():
     assert group_sizes(8) == [2, 4]
     assert group_sizes(6) == [2, 3]
     assert group_sizes(2) == group_sizes(7) == []
 
 
-def test_the_two_studies_compose_with_a_users_settings_over_them():
+def test_the_studies_of_error_and_cost_compose_with_the_users_settings():
     settings = ["model=cnn", "train.per_rank_batch=4", "launcher.num_workers=12"]
     errors = compose(error_study(settings, 12))
     assert errors.study is not None

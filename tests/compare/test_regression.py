@@ -19,7 +19,6 @@ from syncbn.compare.regression import (
     metric_of,
 )
 from syncbn.compare.report.words.regression import text, to_dict
-from syncbn.compare.study.summary import read_summary
 from syncbn.errors import UsageError
 
 SEEDS = list(range(6))
@@ -57,7 +56,7 @@ def changes(base, new, margin=0.0, metrics=("test_error",)):
     return {change.arm: change for change in found.changes}
 
 
-def test_the_same_numbers_are_the_same():
+def test_launches_with_the_same_numbers_are_the_same():
     found = compare(summary(), summary())
     assert [change.verdict for change in found.changes] == [SAME, SAME]
     assert not found.worse
@@ -70,26 +69,26 @@ def test_a_change_beyond_noise_is_worse_in_its_arm_alone():
     assert found["sync"].n == 6
 
 
-def test_a_change_within_noise_is_not():
+def test_a_change_within_noise_is_not_called_worse():
     found = compare(summary(), summary(sync=SYNC + 0.002 + 3 * NOISE))
     assert found.changes[1].verdict == CANNOT_TELL
     assert found.changes[1].effect > 0
     assert not found.worse
 
 
-def test_a_change_for_the_better_is_told_and_is_no_regression():
+def test_a_change_for_the_better_is_reported_and_is_no_regression():
     found = compare(summary(), summary(local=LOCAL - 0.1 + NOISE / 3))
     assert found.changes[0].verdict == BETTER
     assert not found.worse
 
 
 @pytest.mark.parametrize(("margin", "verdict"), [(0.02, WORSE), (0.03, CANNOT_TELL), (0.05, SAME)])
-def test_the_margin_says_how_much_worse_is_accepted(margin, verdict):
+def test_a_change_for_the_worse_up_to_the_margin_is_accepted(margin, verdict):
     worse = summary(sync=SYNC + 0.03 + NOISE / 3)
     assert changes(summary(), worse, margin)["sync"].verdict == verdict
 
 
-def test_many_arms_pay_for_being_many():
+def test_holms_correction_is_over_all_arms_compared():
     shifted = SYNC + 0.004 + NOISE
     alone = {"sync": _arm(SYNC)}, {"sync": _arm(shifted)}
     quiet = {f"arm{i}": _arm(LOCAL) for i in range(20)}
@@ -125,7 +124,7 @@ def test_a_seed_that_never_had_a_number_is_left_out_and_named():
     assert "seeds [5] have no number in either" in found.note
 
 
-def test_only_shared_seeds_are_paired():
+def test_only_seeds_that_both_launches_have_are_paired():
     new = summary(LOCAL[2:], SYNC[2:], seeds=SEEDS[2:])
     found = compare(summary(), new)
     assert found.seeds == [2, 3, 4, 5]
@@ -137,7 +136,7 @@ def test_a_claim_that_is_no_longer_reproduced_is_worse():
     assert found.worse == ["claim 'sync_beats_local' (REPRODUCED -> INCONCLUSIVE)"]
 
 
-def test_a_claim_undecided_for_want_of_seeds_is_told_but_does_not_count():
+def test_a_claim_undecided_over_fewer_seeds_is_reported_but_does_not_count_as_worse():
     fewer = {"seeds": SEEDS[:3], "local": LOCAL[:3], "sync": SYNC[:3]}
     found = compare(summary(), summary(verdict="INCONCLUSIVE", **fewer))
     assert not found.worse
@@ -145,7 +144,7 @@ def test_a_claim_undecided_for_want_of_seeds_is_told_but_does_not_count():
     assert compare(summary(), summary(verdict="NOT REPRODUCED", **fewer)).worse
 
 
-def test_a_claim_that_is_gone_or_declared_otherwise_is_said_to_be():
+def test_a_claim_that_is_gone_or_declared_otherwise_is_named():
     gone, otherwise = summary(), summary(verdict="INCONCLUSIVE")
     gone["claims"] = []
     otherwise["claims"][0]["threshold"] = -0.4
@@ -153,7 +152,7 @@ def test_a_claim_that_is_gone_or_declared_otherwise_is_said_to_be():
     assert compare(summary(), otherwise).claims[0].note == "threshold was -0.2, is -0.4"
 
 
-def test_which_way_is_up_is_known_or_said():
+def test_the_better_direction_of_a_metric_is_known_or_has_to_be_given():
     assert [metric_of(m).lower_is_better for m in ("train_loss", "accuracy")] == [True, False]
     assert not metric_of("shift_slope:higher").lower_is_better
     with pytest.raises(UsageError, match="shift_slope:lower or shift_slope:higher"):
@@ -162,7 +161,7 @@ def test_which_way_is_up_is_known_or_said():
         metric_of("shift_slope:up")
 
 
-def test_less_of_what_should_be_high_is_worse():
+def test_a_fall_of_a_metric_that_should_be_high_is_worse():
     base, new = summary(), summary()
     base["arms"]["sync"]["accuracy"] = [0.9 + e for e in NOISE]
     new["arms"]["sync"]["accuracy"] = [0.8 + e for e in NOISE / 2]
@@ -176,7 +175,7 @@ def test_less_of_what_should_be_high_is_worse():
     [("cells_trained", "cells_trained"), ("seconds", "test_error"), ("step_ms", "test_error"),
      ("shift_slope", "test_error"), (None, "test_error")],
 )  # fmt: skip
-def test_without_a_metric_the_studys_own_is_compared_unless_it_is_a_time(primary, default):
+def test_the_primary_metric_is_compared_by_default_unless_it_is_a_time(primary, default):
     assert default_metric(summary(primary_metric=primary)).name == default
 
 
@@ -190,7 +189,7 @@ def test_without_a_metric_the_studys_own_is_compared_unless_it_is_a_time(primary
         ({"design": {"seeds": [5, 6, 7, 8, 9, 10]}}, r"share the seeds \[5\]"),
     ],
 )
-def test_what_is_not_one_study_is_refused_with_both_values(change, complaint):
+def test_summaries_of_two_studies_are_refused_with_both_values(change, complaint):
     new = copy.deepcopy(summary())
     for key, value in change.items():
         new[key] = new[key] | value if key == "design" else value
@@ -207,13 +206,13 @@ def test_an_older_summary_without_new_keys_can_be_compared():
     assert not compare(summary(), summary(virtual=False, tier="full", grid={})).worse
 
 
-def test_other_revisions_and_versions_are_told():
+def test_other_revisions_and_versions_are_listed():
     new = summary(git="bbb")
     new["versions"] = {"torch": "2.16.0"}
     assert differences(summary(), new) == ["revision: aaa -> bbb", "torch: 2.15.0 -> 2.16.0"]
 
 
-def test_as_values_and_as_text_it_says_the_same():
+def test_a_regression_says_the_same_as_json_and_as_text():
     found = compare(summary(), summary(sync=SYNC + 0.03 + NOISE / 3))
     plain = to_dict(found, [])
     assert json.loads(json.dumps(plain, allow_nan=False)) == plain
@@ -243,19 +242,3 @@ def test_the_verb_exits_with_9_where_it_got_worse_and_0_within_noise(folders, ca
     assert json.loads(said.out)["worse"]
     assert said.err.count("\n") == 1
     assert "test_error of arm 'sync'" in said.err
-
-
-@pytest.mark.parametrize(
-    ("content", "complaint"),
-    [
-        (None, "summary.json is missing"),
-        ("{", "cannot be read as JSON"),
-        ('{"final": {}, "steps": 3}', "no study's summary: 'study' is missing"),
-        (json.dumps(summary(LOCAL[:3])), "'test_error' of arm 'local'"),
-    ],
-)
-def test_a_folder_that_holds_no_study_is_refused(tmp_path, content, complaint):
-    if content is not None:
-        (tmp_path / "summary.json").write_text(content)
-    with pytest.raises(UsageError, match=complaint):
-        read_summary(tmp_path)

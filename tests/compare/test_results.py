@@ -2,7 +2,6 @@
 
 import json
 import math
-import shlex
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -18,10 +17,8 @@ from trial_files import (
 
 from syncbn.checks import check
 from syncbn.compare.results import write_results
-from syncbn.compare.study.preflight import measured
-from syncbn.compare.study.repeat import hydra_value, repeat_command
-from syncbn.compose import compose
-from syncbn.config import ClaimConfig, identity
+from syncbn.compare.study.preflight import claimable_metrics
+from syncbn.config import ClaimConfig
 from syncbn.errors import UsageError
 
 
@@ -69,7 +66,7 @@ def test_summary_has_the_agreed_keys(study):
     assert claim_keys | {"n", "p"} <= set(summary["claims"][0])
 
 
-def test_values_stand_in_the_order_of_the_seeds(tmp_path):
+def test_a_summarys_values_are_in_the_order_of_the_seeds(tmp_path):
     cfg = small(tmp_path, seeds=(7, 3, 5))
     summary = write_results(cfg)
     assert summary["design"]["seeds"] == [7, 3, 5]
@@ -78,7 +75,7 @@ def test_values_stand_in_the_order_of_the_seeds(tmp_path):
     assert summary["arms"]["local"]["seconds"] == pytest.approx([1.05, 1.0, 1.1])
 
 
-def test_demo_claims_are_judged(study):
+def test_a_summary_has_the_verdicts_on_its_claims(study):
     _, summary = study
     beats, equals = summary["claims"]
     assert (beats["verdict"], equals["verdict"]) == ("REPRODUCED", "REPRODUCED")
@@ -178,7 +175,7 @@ def test_a_time_limit_is_refused_in_a_study(tmp_path):
         check(study_config(tmp_path, time_limit_s=9.0))
 
 
-def test_places_and_services_may_differ(tmp_path):
+def test_trials_may_differ_in_timeouts_and_tracking(tmp_path):
     cfg = small(tmp_path)
     rewrite(cfg, "sync", 2, lambda trial: setattr(trial.launcher, "timeout_s", 7.0))
     rewrite(cfg, "sync", 1, lambda trial: setattr(trial.tracking, "name", "journal"))
@@ -201,7 +198,7 @@ def test_a_claim_may_speak_of_what_the_summary_has_and_of_nothing_else(tmp_path,
     for trial in (cfg.folder / "trials").iterdir():
         add_final(trial, "test_loss", 0.5)
     for arm in write_results(cfg)["arms"].values():
-        assert set(arm) == set(measured(cfg))
+        assert set(arm) == set(claimable_metrics(cfg))
 
 
 def add_final(folder: Path, metric: str, value: float) -> None:
@@ -232,16 +229,13 @@ def test_a_loss_that_is_no_number_reaches_summary_figures_and_parquet(tmp_path):
     assert any(math.isnan(value) for value in values)
 
 
-def test_writing_again_gives_the_same_bytes(study):
+def test_writing_results_again_gives_the_same_bytes_and_no_other_files(study):
     cfg, _ = study
     names = ("summary.json", "report.md", "report.html", "metrics.parquet")
-    before = [(cfg.folder / name).read_bytes() for name in names]
+    before, files = [(cfg.folder / name).read_bytes() for name in names], files_of(cfg)
     write_results(cfg)
     assert [(cfg.folder / name).read_bytes() for name in names] == before
-
-
-def test_no_temporary_file_stays_behind(study):
-    assert not [name for name in files_of(study[0]) if Path(name).name.startswith("tmp")]
+    assert files_of(cfg) == files
 
 
 def test_a_config_without_a_study_is_refused(tmp_path):
@@ -249,43 +243,6 @@ def test_a_config_without_a_study_is_refused(tmp_path):
     cfg.study = None
     with pytest.raises(UsageError, match="study is not set"):
         write_results(cfg)
-
-
-OVERRIDES = [
-    "study=demo",
-    "launcher.num_workers=4",
-    "train.steps=50",
-    "study.seeds=[3,1]",
-    "optim.clip_norm=1.5",
-    "data=mnist",
-    "data.root='a folder/it\\'s'",
-    "+study.arms.slow=['norm=local','optim.lr=0.01']",
-    "~study.arms.none",
-    "model.hidden=[7]",
-    "train.drop_last=false",
-]
-
-
-def test_the_command_in_the_report_repeats_the_study_exactly():
-    cfg = compose(OVERRIDES)
-    command = repeat_command(cfg)
-    assert command.startswith("python jobs/compare.py study=demo ")
-    again = compose(shlex.split(command)[2:])
-    assert identity(again) == identity(cfg)
-    assert again.study == cfg.study
-
-
-def test_the_command_of_an_unchanged_study_is_short():
-    assert repeat_command(compose(["study=demo"])) == "python jobs/compare.py study=demo"
-
-
-def test_a_study_that_no_file_holds_has_no_command(tmp_path):
-    assert repeat_command(study_config(tmp_path)) is None
-
-
-def test_numbers_and_truth_values_keep_their_kind_in_overrides():
-    value = {"a": [1, True, None, 0.5, 0, False], "b": "x: {y}"}
-    assert hydra_value(value) == "{a:[1,true,null,0.5,0,false],b:'x: {y}'}"
 
 
 def test_fabricated_studies_pass_the_checks_of_real_ones(tmp_path):

@@ -76,7 +76,7 @@ pre { overflow-x: auto; overflow-wrap: normal; background: #f5f5f5; padding: .8r
 
 
 def html(page: Page) -> str:
-    """The report as one HTML file that asks for nothing outside itself."""
+    """The report as one HTML file that loads nothing from outside itself."""
     body = "\n".join([*_lead(page), *_evidence(page), *_literature(page), *_repeat(page)])
     title = escape(f"{page.summary['study']}: {page.question}")
     return f"""<!doctype html>

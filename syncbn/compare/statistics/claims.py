@@ -25,7 +25,6 @@ VERDICTS = (REPRODUCED, NOT_REPRODUCED, INCONCLUSIVE)
 LEVEL = 0.05
 """Largest p value, after Holm's correction over the study's primary claims, that counts as shown."""
 
-
 Measurements = Mapping[str, Mapping[str, Sequence[float | None]]]
 """Arm -> metric -> one value a seed: None where it is missing, infinity where it is censored."""
 
@@ -34,7 +33,7 @@ Curve = Mapping[int, float]
 
 
 @dataclass(frozen=True)
-class Evidence:
+class _Evidence:
     """What the trials of a study measured."""
 
     arms: Measurements
@@ -60,7 +59,7 @@ class Verdict:
     """The 90 % paired t interval that the two one-sided tests amount to (`equivalent` only)."""
     n: int
     p: float
-    """Of the test that belongs to the claim's kind, see `FINDERS`."""
+    """Of the test that belongs to the claim's kind, see `TESTS`."""
     p_holm: float
     """`p` after Holm's correction over the study's primary claims; of a secondary claim `p` itself."""
     pairs: list[float]
@@ -87,7 +86,7 @@ class _Sample:
 
 
 @dataclass(frozen=True)
-class _Finding:
+class _TestResult:
     """The p value, and whether the evidence lies wholly where the claim says, or wholly elsewhere."""
 
     p: float
@@ -107,24 +106,24 @@ def judge(
     Raises:
         UsageError: an arm, its metric or the value of some seed is missing.
     """
-    evidence = Evidence(arms, seeds, curves or {})
+    evidence = _Evidence(arms, seeds, curves or {})
     samples = [_sample(claim, evidence) for claim in claims]
-    findings = [_find(sample) for sample in samples]
+    results = [_test(sample) for sample in samples]
     primary = [i for i, claim in enumerate(claims) if claim.primary]
-    corrected = dict(zip(primary, significance.holm([findings[i].p for i in primary]), strict=True))
+    corrected = dict(zip(primary, significance.holm([results[i].p for i in primary]), strict=True))
     return [
-        _verdict(sample, finding, corrected.get(i, finding.p), len(primary))
-        for i, (sample, finding) in enumerate(zip(samples, findings, strict=True))
+        _verdict(sample, result, corrected.get(i, result.p), len(primary))
+        for i, (sample, result) in enumerate(zip(samples, results, strict=True))
     ]
 
 
-def _sample(claim: ClaimConfig, evidence: Evidence) -> _Sample:
+def _sample(claim: ClaimConfig, evidence: _Evidence) -> _Sample:
     values = _paired(claim, evidence)
     rows = _ranked(claim, evidence) if claim.along else np.empty((0, 0))
     return _Sample(claim, values, effects.effect(values), rows)
 
 
-def _paired(claim: ClaimConfig, evidence: Evidence) -> Floats:
+def _paired(claim: ClaimConfig, evidence: _Evidence) -> Floats:
     """The claim's number of each seed, on the scale it is tested on: ratios as logarithms.
 
     Raises:
@@ -140,7 +139,7 @@ def _paired(claim: ClaimConfig, evidence: Evidence) -> Floats:
     return found
 
 
-def _contrast(claim: ClaimConfig, evidence: Evidence, arm: str, against: str | None) -> Floats:
+def _contrast(claim: ClaimConfig, evidence: _Evidence, arm: str, against: str | None) -> Floats:
     own = _values(claim, arm, evidence)
     if against is None:
         values = np.asarray(own, dtype=np.float64)
@@ -156,17 +155,17 @@ def _logarithms(values: Floats) -> Floats:
     return np.where(positive, np.log(values, where=positive, out=np.zeros_like(values)), np.nan)
 
 
-def _trend(claim: ClaimConfig, evidence: Evidence) -> Floats:
+def _trend(claim: ClaimConfig, evidence: _Evidence) -> Floats:
     """Kendall's tau-b of the metric against the order of the arms, within each seed."""
     return np.array([significance.kendall(row) for row in _ranked(claim, evidence)])
 
 
-def _ranked(claim: ClaimConfig, evidence: Evidence) -> Floats:
+def _ranked(claim: ClaimConfig, evidence: _Evidence) -> Floats:
     """The metric along the claim's arms, (seeds, arms), for a test of the trend."""
     return np.array([_values(claim, arm, evidence) for arm in claim.along], dtype=np.float64).T
 
 
-def _shares(claim: ClaimConfig, evidence: Evidence) -> Floats:
+def _shares(claim: ClaimConfig, evidence: _Evidence) -> Floats:
     """The share of the looks that both arms have at which `arm` lies below `against`; NaN without any."""
     one, other = (
         evidence.curves.get(arm or "", {}).get(claim.metric, ())
@@ -182,7 +181,7 @@ def _share_below(one: Curve, other: Curve) -> float:
     return sum(one[step] < other[step] for step in shared) / len(shared) if shared else math.nan
 
 
-def _values(claim: ClaimConfig, arm: str, evidence: Evidence) -> list[float]:
+def _values(claim: ClaimConfig, arm: str, evidence: _Evidence) -> list[float]:
     metrics = evidence.arms.get(arm, {})
     if claim.metric not in metrics:
         known = ", ".join(metrics) or "nothing"
@@ -200,35 +199,35 @@ def _values(claim: ClaimConfig, arm: str, evidence: Evidence) -> list[float]:
     return [value for value in values if value is not None]
 
 
-def _find(sample: _Sample) -> _Finding:
+def _test(sample: _Sample) -> _TestResult:
     if sample.claim.in_every_seed:
         return _in_every_seed(sample)
-    return FINDERS[sample.claim.kind](sample)
+    return TESTS[sample.claim.kind](sample)
 
 
-def _less(sample: _Sample) -> _Finding:
+def _less(sample: _Sample) -> _TestResult:
     """One-sided t test against the threshold."""
     interval, threshold = sample.effect.interval, sample.threshold
     p = significance.p_below(sample.values, threshold)
-    return _Finding(p, interval.high < threshold, interval.low > threshold)
+    return _TestResult(p, interval.high < threshold, interval.low > threshold)
 
 
-def _greater(sample: _Sample) -> _Finding:
+def _greater(sample: _Sample) -> _TestResult:
     """The same from the other side."""
     interval, threshold = sample.effect.interval, sample.threshold
     p = significance.p_below(-sample.values, -threshold)
-    return _Finding(p, interval.low > threshold, interval.high < threshold)
+    return _TestResult(p, interval.low > threshold, interval.high < threshold)
 
 
-def _equivalent(sample: _Sample) -> _Finding:
+def _equivalent(sample: _Sample) -> _TestResult:
     """Two one-sided t tests against the margin."""
     interval, margin = sample.effect.interval, sample.threshold
     test = significance.tost(sample.values, margin)
     outside = interval.low > margin or interval.high < -margin
-    return _Finding(test.p, test.p <= LEVEL, outside, test.interval)
+    return _TestResult(test.p, test.p <= LEVEL, outside, test.interval)
 
 
-def _within(sample: _Sample) -> _Finding:
+def _within(sample: _Sample) -> _TestResult:
     """Two one-sided t tests against the ends of the range, and the whole interval inside it."""
     low, high = sample.claim.range
     if sample.claim.scale == "ratio":
@@ -236,41 +235,41 @@ def _within(sample: _Sample) -> _Finding:
     interval = sample.effect.interval
     p = max(significance.p_below(sample.values, high), significance.p_below(-sample.values, -low))
     inside = low <= interval.low and interval.high <= high
-    return _Finding(p, inside, interval.low > high or interval.high < low)
+    return _TestResult(p, inside, interval.low > high or interval.high < low)
 
 
-def _different(sample: _Sample) -> _Finding:
+def _different(sample: _Sample) -> _TestResult:
     """Two-sided t test against no difference; contradicted where both one-sided tests put it within the margin."""
     interval, margin = sample.effect.interval, sample.threshold
     p = min(1.0, 2 * min(significance.p_below(sign * sample.values, 0.0) for sign in (1, -1)))
     negligible = margin > 0 and significance.tost(sample.values, margin).p <= LEVEL
     apart = interval.low > 0 or interval.high < 0
-    return _Finding(p, apart and not negligible, negligible)
+    return _TestResult(p, apart and not negligible, negligible)
 
 
-def _increasing(sample: _Sample) -> _Finding:
+def _increasing(sample: _Sample) -> _TestResult:
     """Page's test of an ordered alternative within seeds (Page 1963); the interval is that of Kendall's tau."""
     interval = sample.effect.interval
-    p = significance.page(sample.rows)
-    return _Finding(p, interval.low > sample.threshold, interval.high < sample.threshold)
+    p = significance.p_trend(sample.rows)
+    return _TestResult(p, interval.low > sample.threshold, interval.high < sample.threshold)
 
 
-def _decreasing(sample: _Sample) -> _Finding:
+def _decreasing(sample: _Sample) -> _TestResult:
     """The same with the order of the arms reversed."""
     interval, threshold = sample.effect.interval, -sample.threshold
-    p = significance.page(sample.rows[:, ::-1])
-    return _Finding(p, interval.high < threshold, interval.low > threshold)
+    p = significance.p_trend(sample.rows[:, ::-1])
+    return _TestResult(p, interval.high < threshold, interval.low > threshold)
 
 
-def _in_every_seed(sample: _Sample) -> _Finding:
+def _in_every_seed(sample: _Sample) -> _TestResult:
     """Sign test: every seed lies on the claimed side of the threshold, or the claim does not hold."""
     sign = -1 if sample.claim.kind == "greater" else 1
     on_side = sign * sample.values < sign * sample.threshold
     p = significance.p_sign(int(on_side.sum()), len(on_side))
-    return _Finding(p, bool(on_side.all()), not on_side.all())
+    return _TestResult(p, bool(on_side.all()), not on_side.all())
 
 
-FINDERS: dict[str, Callable[[_Sample], _Finding]] = {
+TESTS: dict[str, Callable[[_Sample], _TestResult]] = {
     "less": _less,
     "greater": _greater,
     "equivalent": _equivalent,
@@ -282,11 +281,11 @@ FINDERS: dict[str, Callable[[_Sample], _Finding]] = {
 """The test of each kind of claim."""
 
 
-def _verdict(sample: _Sample, finding: _Finding, p_holm: float, num_primary: int) -> Verdict:
+def _verdict(sample: _Sample, result: _TestResult, p_holm: float, num_primary: int) -> Verdict:
     """The verdict, with effect and intervals back on the scale of the claim."""
-    word, note = _decide(sample, finding, p_holm, num_primary)
+    word, note = _decide(sample, result, p_holm, num_primary)
     ratio = sample.claim.scale == "ratio"
-    bounds90 = finding.interval90
+    bounds90 = result.interval90
     return Verdict(
         claim=sample.claim,
         verdict=word,
@@ -294,23 +293,25 @@ def _verdict(sample: _Sample, finding: _Finding, p_holm: float, num_primary: int
         interval=_back_both(sample.effect.interval, ratio),
         interval90=None if bounds90 is None else _back_both(bounds90, ratio),
         n=sample.effect.n,
-        p=finding.p,
+        p=result.p,
         p_holm=p_holm,
         pairs=[_back(value, ratio) for value in sample.values.tolist()],
         note=note,
     )
 
 
-def _decide(sample: _Sample, finding: _Finding, p_holm: float, num_primary: int) -> tuple[str, str]:
+def _decide(
+    sample: _Sample, result: _TestResult, p_holm: float, num_primary: int
+) -> tuple[str, str]:
     """The word for what interval and corrected test say together, and a note where they part."""
     if not np.isfinite(sample.values).all():
         gaps = int((~np.isfinite(sample.values)).sum())
         return INCONCLUSIVE, f"{gaps} of {len(sample.values)} pairs are censored or not finite"
-    if finding.contradicted:
+    if result.contradicted:
         return NOT_REPRODUCED, ""
-    if finding.holds and p_holm <= LEVEL:
+    if result.holds and p_holm <= LEVEL:
         return REPRODUCED, ""
-    if finding.holds:
+    if result.holds:
         family = f" after Holm's correction over {num_primary} claims"
         return INCONCLUSIVE, f"p = {p_holm:.3f}{family if sample.claim.primary else ''}"
     return INCONCLUSIVE, ""

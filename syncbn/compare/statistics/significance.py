@@ -65,7 +65,7 @@ def kendall(values: Floats) -> float:
     return 0.0 if math.isnan(tau) else tau
 
 
-def page(rows: Floats) -> float:
+def p_trend(rows: Floats) -> float:
     """P value of Page's test that the columns of `rows`, (seeds, arms), rise from left to right (Page 1963).
 
     Exact where it can be; rows that are not finite test nothing: p is 1.

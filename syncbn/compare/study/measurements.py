@@ -42,7 +42,7 @@ def measure(
         tuned: arm to what the search chose for it.
     """
     metrics = dict.fromkeys(metric for own in arms.values() for t in own for metric in t.final)
-    table = {arm: measurements(own, metrics) for arm, own in arms.items()}
+    table = {arm: measurements_of(own, metrics) for arm, own in arms.items()}
     targets = targets_of(target, arms, len(study.seeds))
     for arm, own in arms.items():
         table[arm] |= {metric: at_step(own, metric) for metric in stepwise(study)}
@@ -57,7 +57,7 @@ def measure(
     return table
 
 
-def measurements(trials: Sequence[TrialRecord], metrics: Iterable[str]) -> Table:
+def measurements_of(trials: Sequence[TrialRecord], metrics: Iterable[str]) -> Table:
     """One arm's table: final metrics, and the best error on the way.
 
     What a diverged trial could not measure is infinite: censored, not missing.

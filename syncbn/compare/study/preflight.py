@@ -64,11 +64,11 @@ def refuse_unfit(cfg: Config, study: StudyConfig) -> None:
     _refuse_other_factors(arms, [*study.factor, *free_keys(study)], f"study.factor={study.factor}")
     _refuse_bad_search(study)
     for claim in study.claims:
-        _refuse_unmeasured(claim, measured(cfg))
+        _refuse_unmeasured(claim, claimable_metrics(cfg))
         _refuse_unlike_arms(claim, arms, study)
 
 
-def measured(cfg: Config) -> tuple[str, ...]:
+def claimable_metrics(cfg: Config) -> tuple[str, ...]:
     """The metrics that claims of the study in `cfg` may speak of."""
     study = cfg.study
     names = [*MEASURED, *(name for probe in cfg.probe.names for name in OF_PROBE.get(probe, ()))]

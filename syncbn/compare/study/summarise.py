@@ -13,7 +13,7 @@ from syncbn.compare.study import measurements
 from syncbn.compare.study.design import arm_configs, arms_of
 from syncbn.compare.study.records import TrialRecord
 from syncbn.compare.study.summary import finite
-from syncbn.compare.study.tuning import Choice, values_of
+from syncbn.compare.study.tuning import Choice, tuned_values
 from syncbn.config import Config, StudyConfig
 
 
@@ -31,7 +31,7 @@ def summarise(
     arms = measurements.by_arm(trials)
     target = measurements.target_of(cfg)
     targets = measurements.targets_of(target, arms, len(study.seeds))
-    table = measurements.measure(study, arms, target, values_of(choices or {}) or {})
+    table = measurements.measure(study, arms, target, tuned_values(choices or {}) or {})
     if study.grid and targets:
         table |= measurements.families(arms_of(study), table, targets[0])
     curves = {arm: _curves(own, study) for arm, own in arms.items()}
@@ -60,7 +60,7 @@ def _design(
     choices: Mapping[str, Choice],
 ) -> dict[str, Any]:
     """What was compared on what."""
-    runs = arm_configs(cfg, values_of(choices))
+    runs = arm_configs(cfg, tuned_values(choices))
     return {
         "data": cfg.data.name,
         "model": cfg.model.arch or cfg.model.name,

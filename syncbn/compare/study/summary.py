@@ -20,7 +20,6 @@ Summary = Mapping[str, Any]
 Cell = tuple[float, ...]
 """The values of a grid's keys in one of its cells."""
 
-
 _DUE: dict[str, type] = {"study": str, "design": dict, "arms": dict, "claims": list}
 
 
@@ -114,7 +113,7 @@ def median_of(summary: Summary, arm: str, metric: str) -> float | None:
 
 
 def contrast(summary: Summary, about: str | None = None) -> tuple[str, str]:
-    """The two arms a title speaks of: (against, arm).
+    """The two arms that a title contrasts: (against, arm).
 
     They are those of the first claim that compares two arms, of one on the metric `about` if there is such. Without
     any, they are the first arm and the last, or the arm that the first claim speaks of.
@@ -132,7 +131,7 @@ def contrast(summary: Summary, about: str | None = None) -> tuple[str, str]:
 
 
 def among(pair: Sequence[str], arms: Sequence[str]) -> list[str]:
-    """Those of `pair` that stand in `arms`, else the first and the last of `arms`: whom a title can speak of."""
+    """Those of `pair` that stand in `arms`, else the first and the last of `arms`."""
     known = list(dict.fromkeys(arm for arm in pair if arm in arms))
     return known if len(known) == 2 else list(dict.fromkeys((arms[0], arms[-1])))
 

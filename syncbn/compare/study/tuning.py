@@ -98,7 +98,7 @@ def followed(rule: str) -> tuple[str, float]:
         ) from None
 
 
-def values_of(choices: Mapping[str, Choice]) -> dict[str, float] | None:
+def tuned_values(choices: Mapping[str, Choice]) -> dict[str, float] | None:
     """What each arm runs with; None where nothing was searched for."""
     return {arm: choice.value for arm, choice in choices.items()} or None
 

@@ -33,8 +33,8 @@ class Ledger:
         self.entries[name] = timed(entry, seconds, trained, self.entries.get(name))
         self.entries = dict(sorted(self.entries.items(), key=lambda e: (e[1]["order"], e[0])))
         kept = list(self.entries.values())
-        write_whole(self.runs_dir / FILE, json.dumps(to_dict(kept), indent=2) + "\n")
-        write_whole(self.runs_dir / "studies.md", markdown(kept))
+        _write_atomically(self.runs_dir / FILE, json.dumps(to_dict(kept), indent=2) + "\n")
+        _write_atomically(self.runs_dir / "studies.md", markdown(kept))
 
 
 def entry(
@@ -80,7 +80,7 @@ def read(runs_dir: Path) -> dict[str, dict[str, Any]]:
         return {}
 
 
-def write_whole(path: Path, text: str) -> None:
+def _write_atomically(path: Path, text: str) -> None:
     """Put `text` at `path` at once: a reader sees the old file or the new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name}.part")

@@ -38,7 +38,7 @@ CLAIMS = ("claim", "verdict", "effect", "95 % interval", "seeds", "claimed", "p 
 
 
 @dataclass(frozen=True)
-class Shown:
+class FinishedStudy:
     """A finished study, and what the page needs beside its summary."""
 
     summary: Summary
@@ -49,7 +49,7 @@ class Shown:
 
 
 @dataclass(frozen=True)
-class Second:
+class CorrectedClaim:
     """A primary claim, corrected over those of all studies."""
 
     study: str
@@ -58,7 +58,7 @@ class Second:
     """After Holm's correction over the primary claims of all studies."""
 
 
-def generated(studies: Sequence[Shown], missing: Sequence[str] = ()) -> str:
+def generated(studies: Sequence[FinishedStudy], missing: Sequence[str] = ()) -> str:
     """All that is shown of `studies`: an overview, the second look, and a section each.
 
     Args:
@@ -76,7 +76,7 @@ def generated(studies: Sequence[Shown], missing: Sequence[str] = ()) -> str:
     )
 
 
-def _origin(studies: Sequence[Shown], missing: Sequence[str]) -> str:
+def _origin(studies: Sequence[FinishedStudy], missing: Sequence[str]) -> str:
     """Where the numbers come from, and what is not among them."""
     revisions = _each(study.summary["git"] for study in studies)
     torch = _each(study.summary["versions"].get("torch", "?") for study in studies)
@@ -93,7 +93,7 @@ def _each(listed: Iterable[str]) -> list[str]:
     return sorted({name for text in listed for name in text.split(", ")})
 
 
-def _overview(study: Shown) -> tuple[str, ...]:
+def _overview(study: FinishedStudy) -> tuple[str, ...]:
     claims = study.summary["claims"]
     counts = (str(sum(c["verdict"] == word for c in claims)) for word in VERDICTS)
     return (
@@ -105,7 +105,7 @@ def _overview(study: Shown) -> tuple[str, ...]:
     )
 
 
-def second_look(summaries: Sequence[Summary]) -> list[Second]:
+def second_look(summaries: Sequence[Summary]) -> list[CorrectedClaim]:
     """The primary claims of all studies, corrected together, in their order."""
     primary = [
         (summary["study"], claim)
@@ -115,12 +115,12 @@ def second_look(summaries: Sequence[Summary]) -> list[Second]:
     ]
     corrected = significance.holm([1.0 if c["p"] is None else c["p"] for _, c in primary])
     return [
-        Second(study, claim["name"], p)
+        CorrectedClaim(study, claim["name"], p)
         for (study, claim), p in zip(primary, corrected, strict=True)
     ]
 
 
-def overturned(summaries: Sequence[Summary]) -> list[Second]:
+def overturned(summaries: Sequence[Summary]) -> list[CorrectedClaim]:
     """The claims counted as reproduced that would not be, corrected over all studies together."""
     verdicts = {(s["study"], c["name"]): c["verdict"] for s in summaries for c in s["claims"]}
     return [
@@ -141,7 +141,7 @@ def second_look_words(summaries: Sequence[Summary]) -> str:
     return f"{opening} {len(changed)} would be inconclusive: {names}."
 
 
-def _section(study: Shown) -> list[str]:
+def _section(study: FinishedStudy) -> list[str]:
     """A study's part of the page."""
     summary = study.summary
     design = summary["design"]
@@ -215,10 +215,10 @@ def write_page(launches: Sequence[Launch], runs_dir: Path, page: Path) -> dict[s
 
 def _shown(
     launch: Launch, runs_dir: Path, docs: Path, entries: Mapping[str, ledger.Entry]
-) -> Shown:
+) -> FinishedStudy:
     folder = runs_dir / launch.name
     figure = copy_first(folder, launch.name, docs / "figures")
-    return Shown(
+    return FinishedStudy(
         summary=read_summary(folder),
         question=launch.question,
         seconds=entries.get(launch.name, {}).get("seconds", 0.0),

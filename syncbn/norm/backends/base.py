@@ -9,16 +9,18 @@ All backends give the same results within rounding and pass the same tests. No b
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import is_fake
 from torch.nn import Parameter
 
 from syncbn.norm.moments import AnyStatistics, Statistics
 
-DIFFERENTIABLE = 4
-"""The first operands of `NormArgs`, which may want a gradient: x, weight, bias, residual."""
+PLAIN = (Tensor, Parameter)
+"""Types of tensors that have memory of their own, where they are no meta tensors; subclasses may have none."""
 
 
 class NonFiniteStatistics(FloatingPointError):
@@ -87,7 +89,9 @@ class Backend(ABC):
     """
 
     fused = False
-    """Whether `fused_forward` and `fused_backward` may be called."""
+    """Whether there are `fused_forward` and `fused_backward`."""
+    fused_forward: Callable[..., tuple[Tensor, AnyStatistics]]
+    fused_backward: Callable[..., tuple[Tensor, Tensor]]
 
     @abstractmethod
     def local_stats(self, args: NormArgs) -> Tensor:
@@ -154,9 +158,9 @@ class Backend(ABC):
         return None
 
 
-def plain_tensor(x: Tensor) -> bool:
-    """Whether `x` is a tensor with memory of its own, rather than a subclass or a meta tensor that has none."""
-    return (type(x) is Tensor or type(x) is Parameter) and not x.is_meta
+def without_values(x: Tensor) -> bool:
+    """Whether `x` has a shape and no values (a meta or fake tensor): there is nothing to exchange or to check."""
+    return x.is_meta or (type(x) is not Tensor and is_fake(x))
 
 
 def check_statistics(gathered: Tensor, stats: AnyStatistics, args: NormArgs) -> None:
@@ -173,6 +177,8 @@ def check_statistics(gathered: Tensor, stats: AnyStatistics, args: NormArgs) -> 
         NonFiniteStatistics: a variance is not finite; among CPU ranks. Alone, NaN passes through as in torch.
         ValueError: one value per channel over all ranks.
     """
+    if without_values(gathered):
+        return
     if gathered.is_cuda:
         if args.mask is not None:
             torch._assert_async(stats.total != 1)  # pyright: ignore[reportPrivateImportUsage]

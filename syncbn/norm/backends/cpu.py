@@ -25,11 +25,11 @@ from torch.utils.dlpack import from_dlpack
 from syncbn.norm.backends.activations import ACTIVATIONS
 from syncbn.norm.backends.aten import AtenBackend
 from syncbn.norm.backends.base import (
+    PLAIN,
     Backend,
     NormArgs,
     Running,
     check_statistics,
-    plain_tensor,
 )
 from syncbn.norm.comm.exchange import BACKWARD, FORWARD, Exchange, Fingerprint
 from syncbn.norm.comm.transports.shared_memory import LOOK_NS, Ring
@@ -245,7 +245,7 @@ class CpuBackend(CpuFallback):
     def for_pass(self, args: NormArgs, exchange: Exchange | None) -> Backend:
         """The backend of a pass over these operands and ranks; the same in forward and backward."""
         x = args.x
-        if not plain_tensor(x):
+        if type(x) not in PLAIN or x.is_meta:
             return _ATEN
         if not _kernels_serve(args):
             return _fallback()
@@ -394,7 +394,7 @@ def _kernels_serve(args: NormArgs) -> bool:
         return False
     if args.act == "silu" and x.dtype is torch.float64:
         return False
-    return residual is None or (residual.dtype is x.dtype and plain_tensor(residual))
+    return residual is None or (residual.dtype is x.dtype and type(residual) in PLAIN)
 
 
 def _has_kernels(x: Tensor) -> bool:
@@ -513,7 +513,7 @@ def _updatable(running: Running) -> bool:
     return (
         mean.dtype in (torch.float32, torch.float64)
         and mean.dtype == var.dtype
-        and plain_tensor(mean)
+        and type(mean) in PLAIN
         and mean.is_contiguous()
         and var.is_contiguous()
         and not mean.is_inference()

@@ -30,10 +30,8 @@ def check_spec(spec: GroupSpec) -> None:
         TypeError: neither None, str, int nor ProcessGroup.
         ValueError: a string other than "world" and "node", or an int below 1.
     """
-    if spec is None or isinstance(spec, ProcessGroup):
+    if spec is None or isinstance(spec, ProcessGroup) or _lacks_this_rank(spec):
         return
-    if spec is dist.GroupMember.NON_GROUP_MEMBER:
-        raise ValueError("process_group does not contain this rank: give it only where it does")
     if isinstance(spec, bool) or not isinstance(spec, str | int):
         raise TypeError(
             f"process_group={spec!r} is not allowed: None, 'world', 'node', a group size or a ProcessGroup"
@@ -51,9 +49,14 @@ def resolve(spec: GroupSpec) -> ProcessGroup | None:
     size makes the groups, and is collective over all ranks.
 
     Raises:
-        ValueError: a size that does not divide the world size.
+        ValueError: a size that does not divide the world size, or a group that does not contain this rank.
         RuntimeError: a ProcessGroup that was destroyed.
     """
+    if _lacks_this_rank(spec):
+        rank = dist.get_rank() if dist.is_initialized() else 0
+        raise ValueError(
+            f"process_group does not contain rank {rank}, which cannot train a layer of that group"
+        )
     if not (dist.is_available() and dist.is_initialized()) or spec == 1:
         return None
     if isinstance(spec, ProcessGroup):
@@ -71,10 +74,17 @@ def resolve(spec: GroupSpec) -> ProcessGroup | None:
 
 def known(spec: GroupSpec) -> ProcessGroup | None:
     """The group that `spec` means, where that is known without asking other ranks; never a collective."""
+    if _lacks_this_rank(spec):
+        return None
     if isinstance(spec, str | int) and spec != "world":
         world = dist.group.WORLD if dist.is_initialized() else None
         return None if world is None else _made.get(world, {}).get(spec)
     return resolve(spec)
+
+
+def _lacks_this_rank(spec: GroupSpec) -> bool:
+    """Whether `spec` is what `torch.distributed.new_group` gives to a rank outside the group."""
+    return dist.is_available() and spec == dist.GroupMember.NON_GROUP_MEMBER
 
 
 def _alive(group: ProcessGroup) -> ProcessGroup:

@@ -117,9 +117,9 @@ def forward_pass(
     if call.exchange is not None and DistributedDataParallel._active_ddp_module is not None:
         refuse_ddp_join(call.layer)
     checkpointed = call.checkpointed
-    if checkpointed is not None and checkpointed.replaying:
-        stats = checkpointed.known(args.x.shape[1])
-        return backend.normalize(args, stats), stats
+    known = None if checkpointed is None else checkpointed.known(args.x.shape[1])
+    if known is not None:
+        return backend.normalize(args, known), known
     if backend.fused:
         what = call.fingerprint(args.x, needs_grad)
         y, stats = backend.fused_forward(args, call.exchange, what)

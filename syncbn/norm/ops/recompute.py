@@ -27,12 +27,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch._C import _autograd, _current_graph_task_id, _is_fwd_grad_enabled
-from torch._C._functorch import peek_interpreter_stack
 from torch.autograd import graph
 from torch.autograd.function import BackwardCFunction
 from torch.utils import checkpoint
 from torch.utils._python_dispatch import _disable_current_modes
-from torch.utils.checkpoint import _CheckpointFrame
+from torch.utils.checkpoint import _CheckpointFrame, _StopRecomputationError
 
 from syncbn.norm.moments import AnyStatistics
 
@@ -42,6 +41,8 @@ _RECORDS, _REPLAY = "_syncbn_records", "_syncbn_replay"
 _BACKWARD = tuple(f.__code__ for f in vars(BackwardCFunction).values() if isfunction(f))
 _ENGINE = graph._engine_run_backward.__code__
 _CHECKPOINT = checkpoint.__file__
+_KEYS = torch._C._TorchDispatchModeKey
+_COMPUTING = (_KEYS.FAKE, _KEYS.PROXY, _KEYS.FUNCTIONAL)
 _CALL_MODULE = nn.Module._call_impl.__code__
 
 
@@ -98,6 +99,7 @@ class Pass:
     def _add(self, recorded: Recorded) -> None:
         for records in self._records:
             records.append(recorded)
+        self._records = []  # the graph of a pass keeps no other pass's statistics
 
 
 def current() -> Pass | None:
@@ -117,8 +119,8 @@ def current() -> Pass | None:
     for pack in _pack_hooks():
         region, recomputed = _region_of(pack)
         if recomputed:
-            # one replay inside another repeats the same pass in both
-            recorded = _next(region, pack, None) if recorded is None else recorded
+            # a backward pass that runs inside the region is replayed with it: both name the same pass
+            recorded = _next(region, pack, None)
             break
         if region is not None:
             first.append(region)
@@ -146,6 +148,9 @@ def _next(region: Any, replay: Any, run: int | None) -> Recorded:
     records, (last, position) = _records(region), getattr(replay, _REPLAY, (run, 0))
     position = position if last == run else 0
     if position >= len(records):
+        if not getattr(region, "forward_completed", True):
+            # a backward pass inside a region replays as much of it as has run, and needs no more
+            raise _StopRecomputationError
         raise RuntimeError(
             f"activation checkpointing replays pass {position + 1} of a synchronised layer in a region that ran "
             f"{len(records)} the first time: the region must do the same both times, in the same mode "
@@ -197,7 +202,8 @@ def _in_functions(frame: FrameType | None) -> tuple[list[Any], Recorded | None]:
     while frame is not None and frame.f_code is not _ENGINE and not _recomputes(frame):
         region = _ctx(frame)
         if region is not None and frame.f_code.co_name == "forward":
-            first.append(region)
+            # a forward may call the one of its base class
+            first += [] if any(region is known for known in first) else [region]
         elif hasattr(region, _RECORDS):
             return first, _next(region, region, _current_graph_task_id())
         frame = frame.f_back
@@ -253,15 +259,7 @@ def unobserved() -> AbstractContextManager[Any]:
     Its cache is a list of operations, and the first run and the replay of a pass execute different ones. Modes that
     compute in another way (fake tensors, tracing) stay.
     """
-    modes = torch._C._len_torch_dispatch_stack()
-    if not modes or peek_interpreter_stack() is not None or _infrastructure():
+    computing = any(torch._C._get_dispatch_mode(key) is not None for key in _COMPUTING)
+    if computing or not torch._C._len_torch_dispatch_stack():
         return nullcontext()
     return _disable_current_modes()
-
-
-def _infrastructure() -> bool:
-    keys = torch._C._TorchDispatchModeKey
-    return any(
-        torch._C._get_dispatch_mode(key) is not None
-        for key in (keys.FAKE, keys.PROXY, keys.FUNCTIONAL)
-    )

@@ -14,7 +14,7 @@ from syncbn.compare.report.words.claims import (
     threshold_words,
     verdict_sentence,
 )
-from syncbn.compare.report.words.numbers import MINUS, NOTHING, TIMES, byte_words, number
+from syncbn.compare.report.words.numbers import MINUS, NOTHING, TIMES
 from syncbn.config import ClaimConfig
 
 PLAIN = str.maketrans({MINUS: "-", TIMES: "x", NOTHING: "-"})
@@ -218,7 +218,7 @@ def test_a_finding_is_one_plain_sentence(parts, sentence):
     assert finding(entry(**parts), MEDIANS).translate(PLAIN).startswith(sentence)
 
 
-def test_an_interval_ends_where_its_number_has_to():
+def test_an_interval_is_cut_at_the_bounds_of_its_number():
     trend = entry(**TREND | {"kind": "decreasing"})
     assert interval_words(trend, (-1.04, -0.891)).translate(PLAIN) == "-1.00 to -0.891"
     assert interval_words(entry(scale="share"), (0.87, 1.02)) == "87.0 to 100.0 %"
@@ -250,18 +250,3 @@ def test_a_study_has_one_verdict_only_where_its_primary_claims_share_it():
 )
 def test_an_arms_own_value_has_its_unit_and_no_sign(metric, value, text):
     assert effect_words(entry(metric=metric, against=None), value) == text
-
-
-@pytest.mark.parametrize(
-    ("value", "text"), [(12, "12 bytes"), (38_000, "38.0 kB"), (2.5e9, "2.50 GB")]
-)
-def test_bytes_have_the_largest_unit_that_fits(value, text):
-    assert byte_words(value) == text
-
-
-@pytest.mark.parametrize(
-    ("value", "text"),
-    [(7.714e-16, "7.71e-16"), (1e-8, "1e-8"), (0.0001, "1e-4"), (0.005, "0.00500")],
-)
-def test_small_numbers_have_a_short_exponent(value, text):
-    assert number(value).translate(PLAIN) == text

@@ -2,6 +2,7 @@
 
 import colorsys
 import io
+import subprocess
 import sys
 
 import numpy as np
@@ -12,7 +13,7 @@ from matplotlib.colors import to_rgb
 from matplotlib.image import imread
 from trial_files import DEMO_CLAIMS, demo_error, make_study, study_config
 
-from syncbn.compare.report.figures.canvas import Picture, columns_of, looks
+from syncbn.compare.report.figures.canvas import Picture, arm_styles, columns_of
 from syncbn.compare.report.figures.gallery import draw
 from syncbn.compare.report.figures.series import geometric_mean, shared_points, smooth
 from syncbn.compare.study.records import read_trials
@@ -102,36 +103,43 @@ def test_a_single_evaluation_is_no_curve_and_a_single_seed_can_be_drawn(tmp_path
     assert pictures["paired_differences"].title == "0 of 1 claim reproduced, 1 inconclusive"
 
 
-def test_drawing_leaves_no_pyplot_state_behind(pictures):
-    assert pictures
-    assert "matplotlib.pyplot" not in sys.modules
+def test_figures_are_drawn_without_pyplot():
+    code = f"""
+import sys
+sys.path[:] = {sys.path!r}
+from fabricated_studies import fabricate
+from syncbn.compare.report.figures.gallery import draw
+assert draw(*fabricate("equivalence", "study.seeds=[0,1]"))
+assert "matplotlib.pyplot" not in sys.modules
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_every_known_arm_has_a_marker_and_a_line_of_its_own():
-    given_looks = list(looks(ARMS).values())
+    given_looks = list(arm_styles(ARMS).values())
     for part in ("colour", "marker", "line"):
         assert len({getattr(look, part) for look in given_looks}) == len(ARMS)
 
 
 def test_arms_of_the_demo_differ_in_grey_too():
     demo = ("none", "local", "sync", "big_batch")
-    grey = [colorsys.rgb_to_yiq(*to_rgb(look.colour))[0] for look in looks(demo).values()]
+    grey = [colorsys.rgb_to_yiq(*to_rgb(look.colour))[0] for look in arm_styles(demo).values()]
     assert np.diff(sorted(grey)).min() > 0.02
 
 
-def test_an_arm_keeps_its_look_whatever_stands_beside_it():
-    assert looks(["sync", "local"])["sync"] == looks(["mine", "none", "sync"])["sync"]
+def test_an_arm_has_the_same_style_beside_any_other_arms():
+    assert arm_styles(["sync", "local"])["sync"] == arm_styles(["mine", "none", "sync"])["sync"]
 
 
-def test_arms_of_a_studys_own_get_looks_that_nobody_has():
+def test_arms_of_a_studys_own_get_styles_that_no_other_arm_has():
     names = ["sync", "local", "lr_0.1", "lr_1", "lr_3"]
-    assert len({look.marker for look in looks(names).values()}) == len(names)
+    assert len({look.marker for look in arm_styles(names).values()}) == len(names)
 
 
 def test_no_two_of_twenty_five_arms_look_alike():
     names = ["sync", *(f"arm_{i}" for i in range(24))]
-    assert len(set(looks(names).values())) == len(names)
-    eighteen = looks(names[:18]).values()
+    assert len(set(arm_styles(names).values())) == len(names)
+    eighteen = arm_styles(names[:18]).values()
     assert len({(look.colour, look.line) for look in eighteen}) == 18
     assert len({look.marker for look in eighteen}) == 18
 
@@ -145,11 +153,11 @@ def test_smoothing_keeps_length_and_stays_within_the_values(values, window):
     assert smoothed.max() <= max(values) + 1e-9
 
 
-def test_a_window_of_one_changes_nothing():
+def test_smoothing_over_a_window_of_one_changes_nothing():
     assert smooth(np.array([[1.0, 5.0, 2.0]]), 1).tolist() == [[1.0, 5.0, 2.0]]
 
 
-def test_no_values_stay_none():
+def test_smoothing_no_values_gives_no_values():
     assert smooth(np.empty((3, 0)), 2).shape == (3, 0)
 
 

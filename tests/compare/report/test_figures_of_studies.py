@@ -67,13 +67,13 @@ def study():
 
 
 @pytest.mark.parametrize("name", DRAWN)
-def test_a_study_has_the_figures_that_its_numbers_allow_and_no_others(study, name):
+def test_a_study_has_the_figures_that_it_has_numbers_for_and_no_others(study, name):
     without = {"seconds"} if name in VIRTUAL else set()
     assert set(names(*study(name))) == (ALWAYS | DRAWN[name]) - without
 
 
 @pytest.mark.parametrize("name", FIRST)
-def test_the_first_figure_is_about_what_the_study_is_about(study, name):
+def test_the_first_figure_is_about_the_primary_metric(study, name):
     assert names(*study(name))[0] == FIRST[name]
 
 
@@ -93,7 +93,7 @@ def test_every_figure_is_drawn_by_some_declared_study(study):
         ("smoothness", "smoothness", ("loss_range", "gradient_", "effective_")),
     ],
 )
-def test_a_figure_goes_with_its_numbers(study, name, figure, gone):
+def test_a_figure_is_left_out_where_its_numbers_are_missing(study, name, figure, gone):
     summary, trials = study(name)
     assert figure in names(summary, trials)
     bare = [
@@ -161,7 +161,7 @@ def test_a_title_says_what_was_found_and_the_figure_fits_the_common_width(study,
     assert "virtual ranks" in found.caption or "real rank" in found.caption
 
 
-def test_a_title_turns_with_the_numbers():
+def test_a_title_says_the_opposite_where_the_numbers_do():
     """The same study in which fewer samples do better says so."""
     errors = {"local": 0.05, "group_2": 0.02, "group_4": 0.06, "sync": 0.07}
     summary, trials = fabricate(
@@ -212,7 +212,7 @@ def test_a_censored_seed_is_counted_and_enters_no_mean():
     assert dots._reached_words(summary, "none") == "1000\n2 of 3 reached"
 
 
-def test_where_half_never_arrive_there_is_no_median():
+def test_steps_to_a_target_have_no_median_where_half_the_seeds_never_arrive():
     cfg = (
         "study.target.error=0.1",
         "study.target.arm=null",

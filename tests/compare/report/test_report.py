@@ -17,7 +17,7 @@ from syncbn.compare.report.markdown import markdown
 from syncbn.compare.report.page import Page
 from syncbn.compare.report.tables import arm_header, arm_rows, cell_tables, claim_rows
 from syncbn.compare.report.terminal import print_table
-from syncbn.compare.report.words.numbers import MINUS, NOTHING, TIMES, number
+from syncbn.compare.report.words.numbers import MINUS, NOTHING, TIMES
 from syncbn.compare.study.records import read_trials
 from syncbn.compare.study.summarise import summarise
 from syncbn.config import ClaimConfig
@@ -94,7 +94,7 @@ def outline(text: str) -> Outline:
     return parser
 
 
-def test_html_asks_for_nothing_outside_itself(summary):
+def test_html_refers_to_nothing_outside_itself(summary):
     text = html(page(summary))
     found = outline(text)
     assert found.references == ["data:image/png;base64," + base64.b64encode(PNG).decode()]
@@ -109,7 +109,7 @@ def test_html_fits_a_phone(summary):
     assert outline(text).tags.count("article") == len(DEMO_CLAIMS)
 
 
-def test_the_finding_stands_before_everything_else(summary):
+def test_the_finding_stands_before_the_evidence(summary):
     plain = outline(html(page(summary))).text
     places = [
         plain.index(part)
@@ -124,7 +124,7 @@ def test_the_finding_stands_before_everything_else(summary):
 
 
 @pytest.mark.parametrize("render", [markdown, html])
-def test_a_contradicted_study_says_so_as_loudly(tmp_path, render):
+def test_a_contradicted_claim_is_shown_as_prominently_as_a_reproduced_one(tmp_path, render):
     claim = ClaimConfig(name="c", arm="local", against="sync", threshold=-0.2)
     good = ClaimConfig(name="c", arm="sync", against="local", threshold=-0.2)
     bad, fine = (study(tmp_path / str(i), (c,)) for i, c in enumerate((claim, good)))
@@ -144,7 +144,7 @@ def test_text_of_a_study_cannot_become_markup(tmp_path):
     assert "\\| \\*bold\\* \\`code\\` \\[link\\]" in plain
 
 
-def test_every_picture_is_told_to_those_who_cannot_see_it(summary):
+def test_every_figure_has_its_title_and_caption_as_alternative_text(summary):
     text = html(page(summary))
     assert 'alt="local &lt;36 %&gt; error. 2 real ranks &amp; more"' in text
     assert "<figcaption>2 real ranks &amp; more</figcaption>" in text
@@ -157,11 +157,11 @@ def test_markdown_tables_have_as_many_cells_in_every_row(summary):
         assert len({len(re.findall(r"(?<!\\)\|", line)) for line in table.splitlines()}) == 1
 
 
-def test_a_study_of_its_own_points_to_its_config(summary):
+def test_a_study_that_no_file_holds_refers_to_its_config(summary):
     assert "the config below is the whole study" in markdown(page(summary, command=None))
 
 
-def test_arms_are_told_with_median_interval_range_and_time(summary):
+def test_an_arms_row_has_median_interval_range_and_time(summary):
     rows = {row[0]: row for row in arm_rows(summary)}
     assert rows["local"] == ("local", "35.9 %", "33.3 to 37.6 %", "31.6 to 37.4 %", "2", "1.05 s")
     assert rows["none"][4] == "none"
@@ -187,7 +187,7 @@ def test_a_grid_has_a_row_an_arm_and_a_table_of_its_cells():
     assert tables[0].rows[0][2].endswith("(0/1)")
 
 
-def test_what_the_study_is_about_has_a_column_of_its_own():
+def test_the_primary_metric_has_a_column_of_its_own():
     found, _ = fabricate("cost", "study.seeds=[0,1]")
     assert arm_header(found)[1] == "median time of a step"
     assert arm_rows(found)[0][1].endswith(" ms")
@@ -211,13 +211,13 @@ def test_literature_later_work_and_tuning_stand_in_the_report(render):
         assert part.lower() in text.lower(), part
 
 
-def test_the_fast_tier_is_not_mistaken_for_the_study(summary):
+def test_the_report_of_a_fast_tier_says_that_it_is_one(summary):
     design = summary["design"] | {"tier": "fast"}
     for render in (markdown, html):
         assert "fast tier: fewer seeds" in render(page(summary | {"design": design}))
 
 
-def test_claims_are_told_in_points(summary):
+def test_a_claims_row_has_its_effect_in_points(summary):
     assert tuple(cell.translate(PLAIN) for cell in claim_rows(summary)[0]) == (
         "sync_beats_local",
         "REPRODUCED",
@@ -226,13 +226,6 @@ def test_claims_are_told_in_points(summary):
         "below -20.0",
         "< 0.001",
     )
-
-
-@pytest.mark.parametrize(
-    ("value", "text"), [(None, "-"), (0.0, "0.00"), (1.0, "1.00"), (400, "400"), (12345, "12345")]
-)
-def test_numbers_have_three_significant_digits_and_no_needless_exponent(value, text):
-    assert number(value).translate(PLAIN) == text
 
 
 def test_the_terminal_gets_arms_claims_and_where_the_report_is(summary, tmp_path):

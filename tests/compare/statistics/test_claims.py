@@ -80,7 +80,7 @@ def test_equal_arms_are_equivalent():
     assert verdict(LOW, LOW, kind="equivalent", threshold=0.01).verdict == REPRODUCED
 
 
-def test_many_claims_pay_for_being_many():
+def test_holms_correction_is_over_all_primary_claims():
     noisy = [0.30, 0.32, 0.31, 0.35, 0.27, 0.36]
     arms = {"a": {"test_error": LOW}, "b": {"test_error": noisy}}
     threshold = -0.225

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from scipy.stats import ttest_1samp
+from scipy.stats import page_trend_test, ttest_1samp
 
 from syncbn.compare.statistics import effects, significance
 from syncbn.compare.statistics.effects import Interval
@@ -186,3 +186,25 @@ def test_band_is_the_middle_95_percent_at_each_step():
     assert low == pytest.approx([2.5, 1002.5])
     assert middle == pytest.approx([50, 1050])
     assert high == pytest.approx([97.5, 1097.5])
+
+
+def test_rank_statistics_agree_with_their_definitions():
+    assert significance.kendall(np.array([1.0, 2.0, 3.0])) == 1
+    assert significance.kendall(np.array([2.0, 2.0, 2.0])) == 0
+    assert math.isnan(significance.kendall(np.array([1.0, math.inf])))
+    assert significance.p_trend(np.ones((1, 4))) == 1  # one seed tests nothing
+    assert significance.p_trend(np.full((6, 4), math.nan)) == 1
+    assert significance.p_sign(5, 6) == pytest.approx(7 / 64)
+    assert significance.p_sign(0, 0) == 1
+
+
+def test_pages_test_agrees_with_his_published_example():
+    # Page 1963, as Siegel & Castellan (1988, table 7.6) and scipy's documentation quote it: L = 133.5.
+    table = [
+        [3, 4, 3], [2, 2, 4], [3, 3, 5], [1, 3, 2], [2, 3, 2], [2, 4, 5], [1, 2, 4], [3, 4, 4],
+        [2, 4, 5], [1, 3, 4],
+    ]  # fmt: skip
+    assert page_trend_test(table).statistic == 133.5
+    assert significance.p_trend(np.array(table, dtype=float)) == pytest.approx(
+        0.0018191161948127822
+    )

@@ -7,7 +7,7 @@ import pytest
 
 from syncbn.compare.study.design import Trial, arms_of, most_processes, num_trials, trials, waves
 from syncbn.compare.study.preflight import refuse_unfit
-from syncbn.compare.study.tuning import chosen, followed, search, values_of
+from syncbn.compare.study.tuning import chosen, followed, search, tuned_values
 from syncbn.compose import compose
 from syncbn.config import (
     ClaimConfig,
@@ -102,26 +102,26 @@ def test_the_search_gives_every_arm_the_same_values_seeds_and_held_out_samples(t
     assert not {t.seed for t in found} & set(cfg.study.seeds)
 
 
-def test_the_best_value_wins_the_smaller_of_equals(tmp_path):
+def test_the_search_chooses_the_smallest_error_and_the_smaller_of_equal_values(tmp_path):
     cfg = _tuned(tmp_path)
     _leave(cfg, ERRORS)
     choices = chosen(cfg)
-    assert values_of(choices) == {"none": 0.1, "bn": 0.1}
+    assert tuned_values(choices) == {"none": 0.1, "bn": 0.1}
     assert not choices["bn"].at_an_end
-    assert {t.config.optim.lr for t in trials(cfg, values_of(choices))} == {0.1}
-    assert {t.config.data.validation for t in trials(cfg, values_of(choices))} == {0.0}
+    assert {t.config.optim.lr for t in trials(cfg, tuned_values(choices))} == {0.1}
+    assert {t.config.data.validation for t in trials(cfg, tuned_values(choices))} == {0.0}
 
 
 def test_an_arm_may_follow_another_and_a_choice_at_an_end_says_so(tmp_path):
     cfg = _tuned(tmp_path, follow={"bn": "none*5"})
     _leave(cfg, ERRORS | {"none": {0.01: 0.05, 0.1: 0.1, 1.0: 0.9}})
     choices = chosen(cfg)
-    assert values_of(choices) == {"none": 0.01, "bn": pytest.approx(0.05)}
+    assert tuned_values(choices) == {"none": 0.01, "bn": pytest.approx(0.05)}
     assert choices["none"].at_an_end
     assert followed("none") == ("none", 1.0)
 
 
-def test_an_unfinished_search_is_named(tmp_path):
+def test_an_unfinished_trial_of_the_search_is_named(tmp_path):
     with pytest.raises(UsageError, match=r"trial none_0\.01-7 of the search"):
         chosen(_tuned(tmp_path))
 

@@ -80,7 +80,7 @@ def test_an_arms_table_has_its_targets_its_points_and_what_was_tuned():
 def test_a_diverged_trial_is_censored_where_it_measured_nothing():
     gone = trial({10: 1.0}, diverged=1.0)
     kept = trial({10: 0.5, 20: 0.2}, leak_gap=0.1)
-    assert measurements.measurements([kept, gone], ["leak_gap"])["leak_gap"] == [0.1, math.inf]
+    assert measurements.measurements_of([kept, gone], ["leak_gap"])["leak_gap"] == [0.1, math.inf]
     assert measurements.at_step([kept, gone], "test_error@20") == [0.2, math.inf]
     assert measurements.at_step([kept], "test_error@15") == [None]
 

@@ -9,7 +9,7 @@ from PIL import Image
 from syncbn.compare.suite import results_page
 from syncbn.compare.suite.results_page import (
     MOST_BYTES,
-    Shown,
+    FinishedStudy,
     first_figure,
     generated,
     overturned,
@@ -40,10 +40,10 @@ def summary(study="demo", *claims):
 
 
 def shown(*summaries):
-    return [Shown(s, f"What of {s['study']}?", 60.0, None) for s in summaries]
+    return [FinishedStudy(s, f"What of {s['study']}?", 60.0, None) for s in summaries]
 
 
-def test_every_claim_stands_there_with_all_that_its_verdict_rests_on():
+def test_the_page_shows_every_claim_with_what_its_verdict_rests_on():
     page = generated(shown(summary("demo", claim("beats"))), missing=["late"])
     row = next(line for line in page.splitlines() if line.startswith("| beats"))
     row = row.replace("\N{MINUS SIGN}", "-")
@@ -56,7 +56,7 @@ def test_every_claim_stands_there_with_all_that_its_verdict_rests_on():
     assert "Not finished: late." in page
 
 
-def test_every_revision_is_named_once_also_where_trials_of_a_study_had_several():
+def test_the_page_names_every_revision_once():
     mixed, later = summary("one"), summary("two")
     mixed["git"], later["git"] = "aaa, bbb", "bbb"
     assert "revision `aaa`, `bbb`, torch" in generated(shown(mixed, later))
@@ -79,7 +79,7 @@ def test_a_second_look_names_the_verdicts_that_it_would_change_and_changes_none(
     assert next(li for li in page.splitlines() if li.startswith("| weak")).count("REPRODUCED") == 1
 
 
-def test_a_secondary_claim_is_said_to_be_one():
+def test_the_page_marks_secondary_claims():
     assert "aside (secondary)" in generated(shown(summary("x", claim("aside", primary=False))))
 
 

@@ -11,10 +11,10 @@ import numpy as np
 
 from syncbn.compare.report.figures.canvas import (
     SOFT,
-    Look,
+    ArmStyle,
     Picture,
+    arm_styles,
     finish,
-    looks,
     new_figure,
     plain_log,
 )
@@ -34,9 +34,9 @@ Curve = list[tuple[int, str]]
 _SHARED = ("local", "sync_group", "sync", "torch_sync")
 """Norms that differ in how many ranks share statistics alone."""
 _STATISTICS = {
-    "test_error_running": Look("#0072b2", "o", "-"),
-    "test_error_precise": Look("#e69f00", "s", (0, (5, 2))),
-    "test_error_batch": Look("#009e73", "^", (0, (1, 1))),
+    "test_error_running": ArmStyle("#0072b2", "o", "-"),
+    "test_error_precise": ArmStyle("#e69f00", "s", (0, (5, 2))),
+    "test_error_batch": ArmStyle("#009e73", "^", (0, (1, 1))),
 }
 
 
@@ -94,8 +94,8 @@ def _layout(
 
 
 def _errors(axes: "Axes", summary: Summary, curves: Mapping[str, Curve]) -> None:
-    """A line a curve, its marks in the look of their arms; a level line for each arm without a batch."""
-    given = looks(arms_with(summary, "test_error"))
+    """A line a curve, its marks in the style of their arms; a level line for each arm without a batch."""
+    given = arm_styles(arms_with(summary, "test_error"))
     for curve in curves.values():
         sizes = [size for size, _ in curve]
         medians = [_percent(summary, arm, "test_error") for _, arm in curve]
@@ -103,21 +103,21 @@ def _errors(axes: "Axes", summary: Summary, curves: Mapping[str, Curve]) -> None
         for size, arm in curve:
             _point(axes, size, 100 * array_of(summary, arm, "test_error"), given[arm], arm)
     joined = {arm for curve in curves.values() for _, arm in curve}
-    for arm, look in given.items():
+    for arm, style in given.items():
         if arm not in joined:
             level = _percent(summary, arm, "test_error")
-            axes.axhline(level, color=look.colour, linestyle=look.line, label=arm)
+            axes.axhline(level, color=style.colour, linestyle=style.line, label=arm)
     _over_samples(axes, summary, sorted({size for curve in curves.values() for size, _ in curve}))
     axes.set_ylabel(f"{axis_label(summary, 'test_error')}, log")
     axes.legend(loc="upper right", ncols=2 if len(given) > 4 else 1, fontsize=10)
 
 
-def _point(axes: "Axes", size: int, values: Any, look: Look, label: str) -> None:
+def _point(axes: "Axes", size: int, values: Any, style: ArmStyle, label: str) -> None:
     """An arm's median with a thin mark for each seed."""
     sizes = np.full(len(values), float(size))
-    axes.plot(sizes, values, look.marker, color=look.colour, alpha=0.3, markersize=4)
+    axes.plot(sizes, values, style.marker, color=style.colour, alpha=0.3, markersize=4)
     median = np.median(values)
-    axes.plot([size], [median], look.marker, color=look.colour, markersize=9, label=label)
+    axes.plot([size], [median], style.marker, color=style.colour, markersize=9, label=label)
 
 
 def _percent(summary: Summary, arm: str, metric: str) -> float:
@@ -149,11 +149,13 @@ def _statistics(axes: "Axes | None", summary: Summary, main: Curve) -> bool:
     if axes is None or len(known) < 2:
         return len(known) > 1
     for metric in known:
-        look = _STATISTICS[metric]
+        style = _STATISTICS[metric]
         medians = [_percent(summary, arm, metric) for _, arm in main]
         label = metric.removeprefix("test_error_")
         sizes = [size for size, _ in main]
-        axes.plot(sizes, medians, marker=look.marker, color=look.colour, ls=look.line, label=label)
+        axes.plot(
+            sizes, medians, marker=style.marker, color=style.colour, ls=style.line, label=label
+        )
     _small(axes, summary, main, "By statistics used to evaluate", "Test error (%), log")
     axes.legend(fontsize=10)
     return True
@@ -182,10 +184,12 @@ def _small(axes: "Axes", summary: Summary, main: Curve, title: str, label: str) 
 def _published(axes: "Axes", summary: Summary) -> None:
     """Curves of the literature against the same kind of number, on other data and networks."""
     curves = published_curves(summary)
-    for (label, sizes, errors), look in zip(
-        curves, looks([*map(str, curves)]).values(), strict=True
+    for (label, sizes, errors), style in zip(
+        curves, arm_styles([*map(str, curves)]).values(), strict=True
     ):
-        axes.plot(sizes, errors, marker=look.marker, color=look.colour, ls=look.line, label=label)
+        axes.plot(
+            sizes, errors, marker=style.marker, color=style.colour, ls=style.line, label=label
+        )
     axes.set_xscale("log", base=2)
     ticks = sorted({size for _, sizes, _ in curves for size in sizes})
     axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks], fontsize=10)

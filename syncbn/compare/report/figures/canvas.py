@@ -1,8 +1,8 @@
 """How every figure of a study looks: one style, one colour and marker an arm, one way to finish.
 
-An arm has the same look in all figures of all studies, and differs from the others in colour (Okabe and Ito's, safe for
-colour-blind eyes), marker and line style at once, so that they are told apart in grey print too. pyplot is not used:
-figures hold no global state.
+An arm has the same style in all figures of all studies, and differs from the others in colour (Okabe and Ito's, safe
+for colour-blind eyes), marker and line style at once, so that they are told apart in grey print too. pyplot is not
+used: figures hold no global state.
 """
 
 import io
@@ -35,8 +35,8 @@ SOFT = "#555555"
 
 
 @dataclass(frozen=True)
-class Look:
-    """What an arm is drawn with."""
+class ArmStyle:
+    """Colour, marker and line that an arm is drawn with."""
 
     colour: str
     marker: str
@@ -53,40 +53,38 @@ class Picture:
     png: bytes
 
 
-_LOOKS = {
-    "none": Look("#6e6e6e", "s", (0, (1, 1))),
-    "local": Look("#d55e00", "^", (0, (5, 2))),
-    "sync": Look("#0072b2", "o", "-"),
-    "big_batch": Look("#000000", "x", (0, (3, 2, 1, 2))),
-    "group_norm": Look("#009e73", "D", (0, (4, 1, 1, 1, 1, 1))),
-    "sync_group": Look("#56b4e9", "v", (0, (7, 2))),
-    "ghost": Look("#cc79a7", "P", (0, (2, 1))),
-    "local_avg": Look("#e69f00", "<", (0, (3, 1, 1, 1))),
-    "torch_sync": Look("#8b5a2b", "*", (0, (6, 1, 1, 1))),
+_STYLES = {
+    "none": ArmStyle("#6e6e6e", "s", (0, (1, 1))),
+    "local": ArmStyle("#d55e00", "^", (0, (5, 2))),
+    "sync": ArmStyle("#0072b2", "o", "-"),
+    "big_batch": ArmStyle("#000000", "x", (0, (3, 2, 1, 2))),
+    "group_norm": ArmStyle("#009e73", "D", (0, (4, 1, 1, 1, 1, 1))),
+    "sync_group": ArmStyle("#56b4e9", "v", (0, (7, 2))),
+    "ghost": ArmStyle("#cc79a7", "P", (0, (2, 1))),
+    "local_avg": ArmStyle("#e69f00", "<", (0, (3, 1, 1, 1))),
+    "torch_sync": ArmStyle("#8b5a2b", "*", (0, (6, 1, 1, 1))),
 }
-
-
 _SPARE_MARKERS = (">", "p", "h", "8", "X", "d", "1", "3", "4")
-"""For a second round of looks, where a study has more arms than `_LOOKS`."""
+"""For a second round of styles, where a study has more arms than `_STYLES`."""
 
 
-def _look(place: int) -> Look:
-    """The look in that place of an endless row: no two share colour, marker and line style."""
-    known = list(_LOOKS.values())
+def _style(place: int) -> ArmStyle:
+    """The style in that place of an endless row: no two share colour, marker and line style."""
+    known = list(_STYLES.values())
     turn, i = divmod(place, len(known))
     if not turn:
         return known[i]
     marker = _SPARE_MARKERS[i] if turn == 1 else known[i - turn].marker
-    return Look(known[i].colour, marker, known[(i + turn) % len(known)].line)
+    return ArmStyle(known[i].colour, marker, known[(i + turn) % len(known)].line)
 
 
-def looks(arms: Sequence[str]) -> dict[str, Look]:
-    """The look of each arm: its own where it is a known norm, else the first that no arm here has."""
-    others = [arm for arm in arms if arm not in _LOOKS]
-    names = list(_LOOKS)
+def arm_styles(arms: Sequence[str]) -> dict[str, ArmStyle]:
+    """The style of each arm: its own where it is a known norm, else the first that no arm here has."""
+    others = [arm for arm in arms if arm not in _STYLES]
+    names = list(_STYLES)
     row = (i for i in range(len(names) + len(arms)) if i >= len(names) or names[i] not in arms)
-    given = {arm: _look(i) for arm, i in zip(others, row, strict=False)}
-    return {arm: _LOOKS.get(arm) or given[arm] for arm in arms}
+    given = {arm: _style(i) for arm, i in zip(others, row, strict=False)}
+    return {arm: _STYLES.get(arm) or given[arm] for arm in arms}
 
 
 def new_figure(height: float = HEIGHT) -> "Figure":

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from syncbn.compare.report.figures.canvas import Picture, finish, looks, new_figure
+from syncbn.compare.report.figures.canvas import Picture, arm_styles, finish, new_figure
 from syncbn.compare.report.figures.dots import at_the_right, spread
 from syncbn.compare.report.figures.series import Trials
 from syncbn.compare.report.words.numbers import byte_words, number, percent, value_words
@@ -55,15 +55,15 @@ def cost(summary: Summary, _: Trials) -> Picture:
 
 
 def _steps(axes: "Axes", summary: Summary, arms: list[str]) -> None:
-    for row, (arm, look) in enumerate(looks(arms).items()):
+    for row, (arm, style) in enumerate(arm_styles(arms).items()):
         whole = median_of(summary, arm, "step_ms") or np.nan
         waiting = median_of(summary, arm, "exchange_ms") or 0.0
-        axes.barh(row, whole - waiting, 0.6, color=look.colour)
+        axes.barh(row, whole - waiting, 0.6, color=style.colour)
         hatched = axes.barh(row, waiting, 0.6, whole - waiting, color="white", hatch="////")
         for bar in hatched:
-            bar.set_edgecolor(look.colour)
+            bar.set_edgecolor(style.colour)
         own = array_of(summary, arm, "step_ms")
-        axes.plot(own, spread(row, len(own)), look.marker, color="black", markersize=4, alpha=0.6)
+        axes.plot(own, spread(row, len(own)), style.marker, color="black", markersize=4, alpha=0.6)
         at_the_right(axes, row, _step_words(summary, arm))
     axes.set_yticks(range(len(arms)), arms)
     axes.invert_yaxis()
@@ -100,13 +100,13 @@ def layer_costs(summary: Summary) -> dict[str, dict[str, float]]:
 
 def _by_layer(axes: "Axes", summary: Summary, layers: dict[str, dict[str, float]]) -> None:
     """A row a layer, a mark an arm."""
-    given = looks(arms_with(summary, "step_ms"))
+    given = arm_styles(arms_with(summary, "step_ms"))
     names = list(next(iter(layers.values())))
     for arm, own in layers.items():
-        look = given[arm]
+        style = given[arm]
         rows = range(len(names))
-        axes.hlines(rows, 0, list(own.values()), color=look.colour, alpha=0.4, linewidth=1.5)
-        axes.plot(list(own.values()), rows, look.marker, color=look.colour, label=arm)
+        axes.hlines(rows, 0, list(own.values()), color=style.colour, alpha=0.4, linewidth=1.5)
+        axes.plot(list(own.values()), rows, style.marker, color=style.colour, label=arm)
     axes.set_yticks(range(len(names)), names, fontsize=9)
     axes.invert_yaxis()
     axes.set_xlim(left=0)

@@ -10,12 +10,12 @@ import numpy as np
 
 from syncbn.compare.report.figures.canvas import (
     HEIGHT,
-    Look,
+    ArmStyle,
     Picture,
+    arm_styles,
     finish,
     legend_above,
     legend_height,
-    looks,
     new_figure,
     plain_log,
 )
@@ -47,21 +47,28 @@ def reading(num_arms: int) -> str:
 
 
 def draw_lines(
-    axes: "Axes", steps: Floats, values: Floats, look: Look, label: str, *, few: bool, marked: bool
+    axes: "Axes",
+    steps: Floats,
+    values: Floats,
+    style: ArmStyle,
+    label: str,
+    *,
+    few: bool,
+    marked: bool,
 ) -> None:
     """Median of `values`, (seeds, steps); where `few` arms share the axes also the band and each seed's line."""
     low, middle, high = effects.band(values)
     if few and len(values) > 1:
-        axes.plot(steps, values.T, color=look.colour, linewidth=0.6, alpha=0.35)
-        axes.fill_between(steps, low, high, color=look.colour, alpha=0.12, linewidth=0)
+        axes.plot(steps, values.T, color=style.colour, linewidth=0.6, alpha=0.35)
+        axes.fill_between(steps, low, high, color=style.colour, alpha=0.12, linewidth=0)
     every = max(1, len(steps) // 12)
     axes.plot(
         steps,
         middle,
-        marker=look.marker if marked else "",
+        marker=style.marker if marked else "",
         markevery=every,
-        linestyle=look.line,
-        color=look.colour,
+        linestyle=style.line,
+        color=style.colour,
         label=label,
     )
 
@@ -82,9 +89,9 @@ def convergence(summary: Summary, trials: Trials) -> Picture:
     }
     figure = new_figure(HEIGHT + 0.3 + legend_height(list(words.values())))
     axes = figure.subplots()
-    for arm, look in looks(list(arms)).items():
+    for arm, style in arm_styles(list(arms)).items():
         steps, values = shared_points(arms[arm], "test_error")
-        draw_lines(axes, steps, 100 * values, look, words[arm], few=few, marked=True)
+        draw_lines(axes, steps, 100 * values, style, words[arm], few=few, marked=True)
     _over_steps(axes, axis_label(summary, "test_error"))
     _scale_of_errors(axes)
     caption = f"{setting(summary)}. {reading(len(arms))}"
@@ -135,12 +142,12 @@ def training_loss(summary: Summary, trials: Trials) -> Picture:
     figure = new_figure(HEIGHT + 0.3 + legend_height([f"{arm} 0.00" for arm in arms]))
     axes = figure.subplots()
     ends: dict[str, float] = {}
-    for arm, look in looks(list(arms)).items():
+    for arm, style in arm_styles(list(arms)).items():
         steps, values = shared_points(arms[arm], "train_loss")
         smoothed = smooth(values, max(1, len(steps) // 15))
         ends[arm] = float(np.median(smoothed[:, -1])) if len(steps) else np.nan
         label = f"{arm} {number(ends[arm], 2)}"
-        draw_lines(axes, steps, smoothed, look, label, few=few, marked=False)
+        draw_lines(axes, steps, smoothed, style, label, few=few, marked=False)
     _over_steps(axes, "Training loss (log scale)")
     axes.set_yscale("log")
     plain_log(axes.yaxis)

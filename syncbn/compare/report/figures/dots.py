@@ -12,11 +12,11 @@ import numpy as np
 
 from syncbn.compare.report.figures.canvas import (
     SOFT,
-    Look,
+    ArmStyle,
     Picture,
+    arm_styles,
     finish,
     legend_above,
-    looks,
     new_figure,
     plain_log,
 )
@@ -128,9 +128,9 @@ def _dots_by_arm(summary: Summary, metric: str, name: str, title: str, caption: 
     """A row an arm with each seed's value of `metric`, in percent where it is a share."""
     arms = arms_with(summary, metric)
     figure, axes = rows_of(arms)
-    for row, (arm, look) in enumerate(looks(arms).items()):
+    for row, (arm, style) in enumerate(arm_styles(arms).items()):
         values = array_of(summary, arm, metric)
-        _row_of_dots(axes, row, factor_of(metric) * values, look)
+        _row_of_dots(axes, row, factor_of(metric) * values, style)
         at_the_right(axes, row, _words_of(summary, arm, metric))
     axes.set_xlabel(axis_label(summary, metric))
     fit(axes)
@@ -167,9 +167,9 @@ def at_the_right(axes: "Axes", row: float, words: str) -> None:
     axes.annotate(words, (1.01, row), xycoords=axes.get_yaxis_transform(), va="center")
 
 
-def _row_of_dots(axes: "Axes", row: int, values: Floats, look: Look) -> None:
-    axes.plot(values, spread(row, len(values)), look.marker, color=look.colour, alpha=0.75, ms=7)
-    axes.vlines(np.median(values), row - 0.36, row + 0.36, color=look.colour, linewidth=2.5)
+def _row_of_dots(axes: "Axes", row: int, values: Floats, style: ArmStyle) -> None:
+    axes.plot(values, spread(row, len(values)), style.marker, color=style.colour, alpha=0.75, ms=7)
+    axes.vlines(np.median(values), row - 0.36, row + 0.36, color=style.colour, linewidth=2.5)
 
 
 def spread(row: float, num: int) -> Floats:
@@ -205,12 +205,12 @@ def leak(summary: Summary, _: Trials) -> Picture:
     """Error in training mode (hollow) and in evaluation mode (filled), a line a seed between them."""
     arms = arms_with(summary, *_MODES)
     figure, axes = rows_of(arms)
-    for row, (arm, look) in enumerate(looks(arms).items()):
+    for row, (arm, style) in enumerate(arm_styles(arms).items()):
         training, evaluation = (100 * array_of(summary, arm, mode) for mode in _MODES)
         heights = spread(row, len(training))
-        axes.hlines(heights, training, evaluation, color=look.colour, alpha=0.5, linewidth=1.2)
-        axes.plot(training, heights, "o", color=look.colour, markerfacecolor="white", ms=7)
-        axes.plot(evaluation, heights, "o", color=look.colour, ms=7)
+        axes.hlines(heights, training, evaluation, color=style.colour, alpha=0.5, linewidth=1.2)
+        axes.plot(training, heights, "o", color=style.colour, markerfacecolor="white", ms=7)
+        axes.plot(evaluation, heights, "o", color=style.colour, ms=7)
         at_the_right(axes, row, _mode_words(summary, arm))
     for face, mode in (("white", "training mode"), (SOFT, "evaluation mode")):
         axes.plot([], [], "o", color=SOFT, markerfacecolor=face, label=mode)
@@ -244,9 +244,9 @@ def steps_to_target(summary: Summary, trials: Trials) -> Picture:
     """Steps that each seed took to the target; those that never arrived stand hollow at their budget."""
     arms = counted(summary)
     figure, axes = rows_of(arms)
-    for row, (arm, look) in enumerate(looks(arms).items()):
+    for row, (arm, style) in enumerate(arm_styles(arms).items()):
         budget = budget_of([t for t in trials if t.arm == arm])
-        _row_of_steps(axes, row, array_of(summary, arm, "steps_to_target"), budget, look)
+        _row_of_steps(axes, row, array_of(summary, arm, "steps_to_target"), budget, style)
         at_the_right(axes, row, _reached_words(summary, arm))
     axes.set_xlabel("Optimiser steps to the target")
     fit(axes)
@@ -262,15 +262,15 @@ def counted(summary: Summary) -> list[str]:
     return [arm for arm in shown_arms(summary) if values_of(summary, arm, "steps_to_target")]
 
 
-def _row_of_steps(axes: "Axes", row: int, steps: Floats, budget: int, look: Look) -> None:
+def _row_of_steps(axes: "Axes", row: int, steps: Floats, budget: int, style: ArmStyle) -> None:
     there, heights = np.isfinite(steps), spread(row, len(steps))
-    style = {"color": look.colour, "markersize": 7, "linestyle": ""}
-    axes.plot(steps[there], heights[there], look.marker, alpha=0.75, **style)
+    drawn = {"color": style.colour, "markersize": 7, "linestyle": ""}
+    axes.plot(steps[there], heights[there], style.marker, alpha=0.75, **drawn)
     hollow = np.full((~there).sum(), budget)
-    axes.plot(hollow, heights[~there], "o", markerfacecolor="white", markeredgewidth=1.5, **style)
+    axes.plot(hollow, heights[~there], "o", markerfacecolor="white", markeredgewidth=1.5, **drawn)
     median = effects.steps_to_target(np.where(there, steps, np.inf).tolist()).median
     if median is not None:
-        axes.vlines(median, row - 0.36, row + 0.36, color=look.colour, linewidth=2.5)
+        axes.vlines(median, row - 0.36, row + 0.36, color=style.colour, linewidth=2.5)
 
 
 def arrivals(summary: Summary, arm: str) -> effects.StepsToTarget:

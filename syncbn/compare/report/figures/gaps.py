@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from syncbn.compare.report.figures.canvas import (
-    Look,
+    ArmStyle,
     Picture,
+    arm_styles,
     finish,
     legend_strip,
-    looks,
     panels,
     plain_log,
     strip_height,
@@ -113,20 +113,22 @@ def smoothness(summary: Summary, trials: Trials) -> Picture:
 def _panel(axes: "Axes", summary: Summary, trials: Trials, metric: str, floor: float) -> None:
     """Every arm's curve of `metric`, on a logarithmic axis."""
     arms = by_arm(summary, trials, metric)
-    for arm, look in looks(list(arms)).items():
+    for arm, style in arm_styles(list(arms)).items():
         steps, values = shared_points(arms[arm], metric)
-        _curve(axes, steps, np.maximum(values, floor), look, arm, len(arms) <= MOST_WITH_SEEDS)
+        _curve(axes, steps, np.maximum(values, floor), style, arm, len(arms) <= MOST_WITH_SEEDS)
     axes.set_yscale("log")
     plain_log(axes.yaxis)
     axes.set_title(_LABELS[metric], loc="left", fontsize=12)
 
 
-def _curve(axes: "Axes", steps: Floats, values: Floats, look: Look, label: str, few: bool) -> None:
-    style = {"color": look.colour, "linestyle": look.line, "marker": look.marker}
+def _curve(
+    axes: "Axes", steps: Floats, values: Floats, style: ArmStyle, label: str, few: bool
+) -> None:
+    drawn = {"color": style.colour, "linestyle": style.line, "marker": style.marker}
     if few:
-        axes.plot(steps, values.T, color=look.colour, linewidth=0.5, alpha=0.35)
+        axes.plot(steps, values.T, color=style.colour, linewidth=0.5, alpha=0.35)
     middle, every = np.median(values, axis=0), max(1, len(steps) // 8)
-    axes.plot(steps, middle, label=label, markevery=every, markersize=5, linewidth=1.6, **style)
+    axes.plot(steps, middle, label=label, markevery=every, markersize=5, linewidth=1.6, **drawn)
 
 
 def _outer(axes: "Axes", label: str) -> None:

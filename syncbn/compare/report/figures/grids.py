@@ -106,8 +106,8 @@ def _cell(
     """The cell's words, in a frame where every seed trained."""
     x, y = place
     colour = "white" if error > 0.55 else "black"
-    style = {"ha": "center", "va": "center", "color": colour, "fontsize": 11}
-    axes.text(x + 0.5, y + 0.5, cell_words(error, counts), **style)
+    drawn = {"ha": "center", "va": "center", "color": colour, "fontsize": 11}
+    axes.text(x + 0.5, y + 0.5, cell_words(error, counts), **drawn)
     if counts is not None and counts[0] == counts[1]:
         frame = np.array([(0.06, 0.06), (0.94, 0.06), (0.94, 0.94), (0.06, 0.94), (0.06, 0.06)])
         axes.plot(*(frame + place).T, color="black", linewidth=2.2)

@@ -1,4 +1,4 @@
-"""The figures by layer: quantiles, shift, saturation, gradients.
+"""The figures from inside a network: quantiles of a unit, saturation, gradients and shift by layer.
 
 Arms stand in panels on one scale, so that what is seen to differ does differ. Layers are ordered, so they have a
 sequential colour scale from dark to light, which also works in grey.
@@ -11,10 +11,10 @@ import numpy as np
 from syncbn.compare.report.figures.canvas import (
     HEIGHT,
     Picture,
+    arm_styles,
     finish,
     legend_above,
     legend_strip,
-    looks,
     new_figure,
     panels,
     plain_log,
@@ -51,12 +51,12 @@ def quantiles(summary: Summary, trials: Trials) -> Picture:
     """The 15, 50 and 85 % quantiles of one unit's input over the steps, a panel an arm."""
     arms = by_arm(summary, trials, "quantile")
     figure, axes, _ = panels(len(arms), 2, 2.1, shared="xy")
-    for panel, (arm, look) in zip(axes, looks(list(arms)).items(), strict=True):
+    for panel, (arm, style) in zip(axes, arm_styles(list(arms)).items(), strict=True):
         first = arms[arm][0]
         steps, low, middle, high = _quantiles_of(first)
-        panel.fill_between(steps, low, high, color=look.colour, alpha=0.15, linewidth=0)
-        panel.plot(steps, np.array([low, high]).T, color=look.colour, linewidth=1.1)
-        panel.plot(steps, middle, color=look.colour, linewidth=2.2)
+        panel.fill_between(steps, low, high, color=style.colour, alpha=0.15, linewidth=0)
+        panel.plot(steps, np.array([low, high]).T, color=style.colour, linewidth=1.1)
+        panel.plot(steps, middle, color=style.colour, linewidth=2.2)
         panel.set_title(arm, loc="left", fontsize=12)
         _few_steps(panel)
     figure.supylabel("Input of the activation", fontsize=12)
@@ -259,13 +259,13 @@ def shift(summary: Summary, trials: Trials) -> Picture:
     arms = by_arm(summary, trials, "shift")
     figure = new_figure(HEIGHT + 0.3)
     axes = figure.subplots()
-    for arm, look in looks(list(arms)).items():
+    for arm, style in arm_styles(list(arms)).items():
         layers, _, values = layered(arms[arm], "shift")
         own = np.nanmean(values, axis=2)
-        axes.plot(layers, own.T, color=look.colour, linewidth=0.6, alpha=0.4)
+        axes.plot(layers, own.T, color=style.colour, linewidth=0.6, alpha=0.4)
         middle = np.median(own, axis=0)
-        style = {"marker": look.marker, "color": look.colour, "linestyle": look.line}
-        axes.plot(layers, middle, label=arm, markersize=5, **style)
+        drawn = {"marker": style.marker, "color": style.colour, "linestyle": style.line}
+        axes.plot(layers, middle, label=arm, markersize=5, **drawn)
     axes.set_yscale("log")
     plain_log(axes.yaxis)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))

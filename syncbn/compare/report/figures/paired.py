@@ -117,7 +117,7 @@ def _spread_out(axes: "Axes", claim: Claim, pairs: Floats, scale: int) -> None:
 
 
 def demanded(claim: Claim) -> list[tuple[float, float]]:
-    """The stretches in which the claim wants the whole interval; infinite ends are the axes'."""
+    """The ranges in which the claim demands the whole interval; infinite ends are those of the axes."""
     threshold, low = claim["threshold"], -math.inf
     none = no_effect(claim) or 0.0
     ratio = form(claim) == "ratio"

@@ -3,7 +3,7 @@
 from dataclasses import asdict
 from typing import Any
 
-from syncbn.compare.advice import DO_NOT, SYNCHRONISE, WORSE, Advice, Cost, Group, Measured
+from syncbn.compare.advice import DO_NOT, SYNCHRONISE, WORSE, Advice, Cost, Group, PairedEffect
 from syncbn.compare.report.words.numbers import TIMES, number, percent
 from syncbn.compare.report.words.study import setting
 from syncbn.compare.report.words.text import aligned
@@ -32,7 +32,7 @@ def text(advice: Advice, summary: Summary) -> str:
 
 
 def _over(advice: Advice, summary: Summary) -> str:
-    """Over whom, after the verdict."""
+    """The ranks to synchronise over, after the verdict."""
     if advice.verdict == DO_NOT:
         return ""
     if advice.verdict != SYNCHRONISE:
@@ -144,7 +144,7 @@ def points(share: float) -> str:
     return f"{text} point" if text == "1" else f"{text} points"
 
 
-def _interval(effect: Measured) -> str:
+def _interval(effect: PairedEffect) -> str:
     low, high = finite(effect.interval.low), finite(effect.interval.high)
     return "no interval" if low is None or high is None else f"{percent(low)} to {percent(high)}"
 

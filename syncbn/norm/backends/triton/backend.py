@@ -20,7 +20,7 @@ from torch.autograd.graph import increment_version
 
 from syncbn.norm.backends.activations import ACTIVATIONS
 from syncbn.norm.backends.aten import AtenBackend
-from syncbn.norm.backends.base import Backend, NormArgs, Running, check_statistics, plain_tensor
+from syncbn.norm.backends.base import PLAIN, Backend, NormArgs, Running, check_statistics
 from syncbn.norm.backends.triton import derivative_bits, elementwise, reductions, statistics
 from syncbn.norm.backends.triton.launch import launch
 from syncbn.norm.backends.triton.tile_plan import Geometry, TilePlan, geometry_of
@@ -47,7 +47,7 @@ class TritonBackend(Backend):
     def for_pass(self, args: NormArgs, exchange: object) -> Backend:
         """The backend of a pass: ATen for subclasses of Tensor, whose memory may be no plain array."""
         del exchange
-        return self if plain_tensor(args.x) else _ATEN
+        return self if type(args.x) in PLAIN and not args.x.is_meta else _ATEN
 
     def local_stats(self, args: NormArgs) -> Tensor:
         """Count, mean and M2 per channel, in one pass and one more launch where programs share a channel."""

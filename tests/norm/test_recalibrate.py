@@ -88,3 +88,26 @@ def test_a_rank_alone_is_refused_where_its_layers_wait_for_others(world_size):
     model = syncbn.convert_sync_batchnorm(_model())
     with pytest.raises(ValueError, match=r"process_group has ranks \[\d\], but layer '1' is sync"):
         syncbn.recalibrate(model, [torch.randn(8, 3, dtype=torch.float64)], process_group=1)
+
+
+class Conditional(nn.BatchNorm1d):
+    """A local norm whose second argument is no mask."""
+
+    def forward(self, x, label):
+        return super().forward(x) * label
+
+
+@pytest.mark.parametrize("by_name", [False, True])
+def test_arguments_of_a_norm_of_another_class_are_not_taken_for_a_mask(by_name):
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm = Conditional(3)
+
+        def forward(self, x):
+            label = torch.ones(len(x), 1)
+            return self.norm(x=x, label=label) if by_name else self.norm(x, label)
+
+    model, x = Model(), torch.randn(8, 3)
+    syncbn.recalibrate(model, [x])
+    assert_close(model.norm.running_mean, x.mean(0), 1e-6)

@@ -1,7 +1,9 @@
 """The layer without ranks: arguments, plain behaviour, state."""
 
 import math
+from fractions import Fraction
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -11,7 +13,8 @@ from torch import nn
 
 import syncbn
 from syncbn.norm import backends as kernels
-from syncbn.norm.backends import EagerKernels
+from syncbn.norm.backends.aten import AtenBackend
+from syncbn.norm.backends.base import NormArgs
 from syncbn.norm.comm.groups import check_spec, resolve
 from syncbn.norm.moments import Moments, merge, unpack
 
@@ -24,24 +27,85 @@ from syncbn.norm.moments import Moments, merge, unpack
         ({"num_features": 2.5}, TypeError, "num_features=2.5"),
         ({"num_features": "64"}, TypeError, "num_features='64'"),
         ({"num_features": True}, TypeError, "num_features=True"),
+        ({"num_features": np.True_}, TypeError, "num_features=np.True_"),
+        ({"num_features": np.float64(4)}, TypeError, r"num_features=np.float64\(4.0\)"),
+        ({"num_features": np.int64(0)}, ValueError, r"num_features=np.int64\(0\)"),
+        ({"num_features": None}, TypeError, "num_features=None"),
         ({"num_features": 4, "eps": 0}, ValueError, "eps=0"),
         ({"num_features": 4, "eps": -1}, ValueError, "eps=-1"),
         ({"num_features": 4, "eps": math.nan}, ValueError, "eps=nan"),
         ({"num_features": 4, "eps": "x"}, TypeError, "eps='x'"),
+        ({"num_features": 4, "eps": None}, TypeError, "eps=None"),
+        ({"num_features": 4, "eps": np.True_}, TypeError, "eps=np.True_"),
+        ({"num_features": 4, "eps": np.float32(0)}, ValueError, r"eps=np.float32\(0.0\)"),
         ({"num_features": 4, "momentum": 5}, ValueError, "momentum=5"),
         ({"num_features": 4, "momentum": -0.1}, ValueError, "momentum=-0.1"),
         ({"num_features": 4, "momentum": math.nan}, ValueError, "momentum=nan"),
         ({"num_features": 4, "momentum": "x"}, TypeError, "momentum='x'"),
+        ({"num_features": 4, "momentum": np.False_}, TypeError, "momentum=np.False_"),
+        ({"num_features": 4, "momentum": np.float16(2)}, ValueError, r"momentum=np.float16\(2.0\)"),
         ({"num_features": 4, "process_group": "everyone"}, ValueError, "'world' or 'node'"),
         ({"num_features": 4, "process_group": 0}, ValueError, "process_group=0"),
         ({"num_features": 4, "process_group": True}, TypeError, "process_group=True"),
         ({"num_features": 4, "process_group": [0, 1]}, TypeError, "process_group="),
+        ({"num_features": 4, "process_group": np.int64(0)}, ValueError, "process_group=0"),
+        ({"num_features": 4, "process_group": np.True_}, TypeError, "process_group=np.True_"),
+        ({"num_features": 4, "process_group": 2.0}, TypeError, "process_group=2.0"),
     ],
     ids=str,
 )
 def test_bad_arguments_are_named_with_what_is_allowed(arguments, error, message):
     with pytest.raises(error, match=message):
         syncbn.SyncBatchNorm(**arguments)
+
+
+@pytest.mark.parametrize("integer", [np.int64, np.uint8, torch.tensor], ids=str)
+@pytest.mark.parametrize("number", [np.float64, np.float32, np.float16], ids=str)
+def test_numbers_of_numpy_are_taken_as_numbers(integer, number):
+    layer = syncbn.SyncBatchNorm(integer(4), number(0.25), number(0.5), process_group=np.int32(2))
+    plain = syncbn.SyncBatchNorm(4, 0.25, 0.5, process_group=2)
+    assert repr(layer) == repr(plain)
+    x = torch.randn(6, 4, 3)
+    assert torch.equal(layer(x), plain(x))
+    assert torch.equal(layer.running_var, plain.running_var)
+    result = syncbn.sync_batch_norm(
+        x, eps=number(0.25), momentum=number(0.5), process_group=np.int8(1)
+    )
+    assert torch.equal(result, syncbn.sync_batch_norm(x, eps=0.25))
+    assert syncbn.convert_sync_batchnorm(nn.BatchNorm1d(4), np.int64(2)).process_group == 2
+    syncbn.recalibrate(nn.Sequential(nn.BatchNorm1d(4)), [x], process_group=np.int64(1))
+    assert list(syncbn.in_lockstep([1], np.int64(1))) == [1]
+
+
+def test_any_real_number_is_an_eps():
+    assert syncbn.SyncBatchNorm(4, Fraction(1, 4), 1).eps == 0.25
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"eps": 0}, ValueError, "eps=0 is not allowed"),
+        ({"eps": "x"}, TypeError, "eps='x' is not allowed"),
+        ({"momentum": 5}, ValueError, "momentum=5 is not allowed"),
+        ({"act": "rleu"}, ValueError, "act='rleu' is not allowed"),
+        ({"process_group": "all"}, ValueError, "process_group='all' is not allowed"),
+        ({"weight": torch.ones(2)}, ValueError, r"expected weight of shape \(3,\), got \(2,\)"),
+        ({"bias": torch.ones(3, 1)}, ValueError, r"expected bias of shape \(3,\), got \(3, 1\)"),
+        ({"running_mean": torch.ones(4)}, ValueError, r"running_mean of shape \(3,\), got \(4,\)"),
+        ({"running_var": torch.ones(())}, ValueError, r"running_var of shape \(3,\), got \(\)"),
+        ({"weight": torch.ones(3, device="meta")}, ValueError, "weight on cpu, got meta"),
+    ],
+    ids=str,
+)
+def test_bad_arguments_of_the_function_are_named_with_what_is_allowed(arguments, error, message):
+    with pytest.raises(error, match=message):
+        syncbn.sync_batch_norm(torch.randn(4, 3), **arguments)
+
+
+def test_the_function_averages_all_batches_only_where_it_can_count_them():
+    statistics = (torch.zeros(3), torch.ones(3))
+    with pytest.raises(ValueError, match="momentum=None needs num_batches_tracked"):
+        syncbn.sync_batch_norm(torch.randn(4, 3), *statistics, momentum=None)
 
 
 shapes = pytest.mark.parametrize(
@@ -115,9 +179,11 @@ def test_merged_moments_are_those_of_the_whole_for_any_split(counts, seed, mean)
     whole = (
         torch.randn(sum(counts), 3, generator=torch.Generator().manual_seed(seed)).double() + mean
     )
-    parts = [EagerKernels().moments(part) for part in whole.split(counts)]
+    parts = [AtenBackend().local_stats(NormArgs(part)) for part in whole.split(counts)]
     merged = merge(*unpack(torch.stack(parts)))
-    expected = Moments(*(part[0] for part in unpack(EagerKernels().moments(whole).unsqueeze(0))))
+    expected = Moments(
+        *(part[0] for part in unpack(AtenBackend().local_stats(NormArgs(whole)).unsqueeze(0)))
+    )
     assert merged.count == sum(counts)
     torch.testing.assert_close(merged.mean, expected.mean, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(merged.M2, expected.M2, rtol=1e-9, atol=1e-9)

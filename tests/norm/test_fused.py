@@ -7,7 +7,7 @@ from oracle import assert_close
 from torch import nn
 
 import syncbn
-from syncbn.norm.backends import ACTIVATIONS
+from syncbn.norm.backends.activations import ACTIVATIONS
 
 ACTS = [None, *ACTIVATIONS]
 
