@@ -13,6 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm, _LazyNormBase
 from torch.nn.utils import parametrize
 
 from syncbn.norm.comm.groups import GroupSpec, check_spec
+from syncbn.norm.comm.watchdog import watch
 from syncbn.norm.counterparts import ATTRIBUTES, counterpart, counterpart_of_class
 from syncbn.norm.module import SyncBatchNorm
 
@@ -60,6 +61,7 @@ def convert_sync_batchnorm(
     if not isinstance(module, nn.Module):
         raise TypeError(f"module={type(module).__name__} is not allowed: a torch.nn.Module")
     check_spec(process_group)
+    watch()
     layers = dict(module.named_modules())
     conversions = [c for name, layer in layers.items() if (c := _conversion(name, layer))]
     if strict and all(c.left_alone for c in conversions):

@@ -22,7 +22,8 @@ from syncbn.norm.backends import Running, check_act
 from syncbn.norm.backends.activations import apply_act
 from syncbn.norm.comm.exchange import Exchange, exchange_of
 from syncbn.norm.comm.fingerprint import NAMED
-from syncbn.norm.comm.groups import GroupSpec, check_spec, known, resolve
+from syncbn.norm.comm.groups import GroupSpec, check_spec, resolve
+from syncbn.norm.comm.watchdog import watch
 from syncbn.norm.functional import complaint, fitted, tell
 from syncbn.norm.ops.autograd import SyncBatchNormFunction
 from syncbn.norm.ops.collectives import Call
@@ -86,6 +87,7 @@ class SyncBatchNorm(_BatchNorm):
         self.layer_name = ""  # what error messages call it; conversion sets its name in the model
         if act is not None:
             self.act = act
+        watch()
 
     def forward(
         self, input: Tensor, mask: Tensor | None = None, residual: Tensor | None = None
@@ -120,24 +122,10 @@ class SyncBatchNorm(_BatchNorm):
             momentum=0.0,
             eps=self.eps,
         )
-        if not is_scripting():
-            self._pass_by(y)
         if residual is not None:
             y = y + residual
         y = apply_act(self._activation(), y)
         return y if mask is None else y.masked_fill(~mask, 0.0)
-
-    def _pass_by(self, y: Tensor) -> None:
-        """Leave word for ranks that may wait for this one in training mode; sends nothing, waits for nobody."""
-        if not y.requires_grad or torch.compiler.is_compiling() or not dist.is_available():
-            return
-        group = known(self.process_group)
-        if group is None or dist.get_world_size(group) == 1 or y.is_cuda:
-            return
-        exchange = exchange_of(group)
-        layer = self._title()
-        exchange.pass_by(layer)
-        y.register_hook(lambda _: exchange.pass_by(layer, backward=True))
 
     @torch.jit.unused
     def _train(self, input: Tensor, mask: Tensor | None, residual: Tensor | None) -> Tensor:

@@ -36,7 +36,6 @@ from syncbn.norm.backends.native_call import (
 from syncbn.norm.backends.result_memory import empty_like
 from syncbn.norm.comm.exchange import Exchange
 from syncbn.norm.comm.fingerprint import BACKWARD, FORWARD
-from syncbn.norm.comm.transports.process_group import PAYLOAD_BYTES
 from syncbn.norm.comm.transports.shared_memory import LOOK_NS
 from syncbn.norm.moments import Block
 from syncbn.norm.native import library
@@ -79,7 +78,7 @@ def forward(
     form, exchange = form_of(x.shape, x.stride(), x.dtype, call.act), call.exchange
     if form is None or not serves(x, call.mask, residual):
         return None
-    if exchange is not None and (replaying() or not _meets(exchange, form)):
+    if exchange is not None and (replaying() or not exchange.native_ring(form.own_bytes)):
         return None
     x, moving = aligned(x, form.layout), moving_of(call)
     operands = coefficients(weight, bias, residual, form)
@@ -90,7 +89,7 @@ def forward(
     if status and meeting is not None:
         packed, status = _rest(status, words, meeting, block.own)
     if exchange is not None:
-        exchange.met(call.serial)
+        exchange.finished(call.fingerprint(x, needs_grad))
     settle(status, packed, x, block, call, moving)
     return y, block
 
@@ -133,7 +132,7 @@ def backward(
     form, exchange = form_of(x.shape, x.stride(), x.dtype, fused.act), call.exchange
     if form is None or dy.dtype is not x.dtype or not serves(x, call.mask, extra(fused)):
         return None
-    if exchange is not None and not _meets(exchange, form):
+    if exchange is not None and not exchange.native_ring(form.sums_bytes):
         return None
     x, dy = aligned(x, form.layout), aligned(dy, form.layout)
     operands = coefficients(weight, bias, extra(fused), form)
@@ -144,7 +143,7 @@ def backward(
     if status and meeting is not None:
         _rest(status, words, meeting, sums.view(-1))
     if exchange is not None:
-        exchange.met(call.serial)
+        exchange.finished(call.fingerprint(x, needs_grad=True))
     return dx, sums
 
 
@@ -162,17 +161,6 @@ def serves(x: Tensor, mask: Tensor | None, third: Tensor | None) -> bool:
     return not exotic and plain_kind(x) and isinstance(chosen(x.device.type), CpuKernels)
 
 
-def _meets(exchange: Exchange, form: Form) -> bool:
-    """Whether the library does the exchange too."""
-    if exchange.ring is None or not exchange.in_one_call:
-        return False
-    return (
-        form.own_bytes <= PAYLOAD_BYTES
-        if exchange.memory
-        else exchange.gathers(form.own_bytes, form.dtype)
-    )
-
-
 def _meeting(kind: int, x: Tensor, size: int, call: Call, needs_grad: bool) -> Meeting | None:
     """The exchange that comes next, which from here on must take place."""
     exchange = call.exchange
@@ -180,18 +168,8 @@ def _meeting(kind: int, x: Tensor, size: int, call: Call, needs_grad: bool) -> M
         return None
     if kind == FORWARD:
         refuse_ddp_join(call.name)
-    ring = exchange.ring
-    assert ring is not None, "ranks that have not met go step by step"
-    header, number = exchange.announce(
-        kind,
-        size,
-        layer=call.name,
-        channels=x.shape[1],
-        dtype=x.dtype,
-        needs_grad=needs_grad,
-        serial=call.serial,
-    )
-    return Meeting(exchange, ctypes.addressof(ring), header, number)
+    header, number = exchange.announce(kind, size, call.fingerprint(x, needs_grad))
+    return Meeting(exchange, exchange.native_ring(size), header, number)
 
 
 def _header(meeting: Meeting | None) -> bytes:
@@ -270,7 +248,7 @@ def _rest(status: int, words: bytes, meeting: Meeting, own: Tensor) -> tuple[Ten
     """Bring a pass to its end whose exchange has not ended well at once; what all ranks sent, and what is wrong."""
     exchange, _, header, number = meeting
     assert exchange is not None
-    gathered = exchange.brought(status, header, number, own)
+    gathered = exchange.complete(status, header, number, own)
     return gathered, native_rest()(words, gathered.data_ptr(), gathered.stride(0))
 
 

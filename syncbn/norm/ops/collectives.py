@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 from syncbn.norm.backends import Kernels, Running
-from syncbn.norm.comm.exchange import Exchange, Place
+from syncbn.norm.comm.exchange import Exchange, Fingerprint
 from syncbn.norm.comm.fingerprint import NAMED
 from syncbn.norm.moments import Statistics
 from syncbn.norm.ops.recompute import Remembered, Replays, replaying
+from syncbn.norm.sums import in_order
 from syncbn.norm.uneven_inputs import refuse_ddp_join
 
 
@@ -35,7 +36,7 @@ class Call(NamedTuple):
         running: what to update, or None.
         exchange: with the other ranks; None for a group of one.
         name: what error messages call the layer.
-        serial: of a layer without a name of its own, when it was built; see `syncbn.norm.comm.exchange.Place`.
+        serial: of a layer without a name of its own, when it was built; see `Fingerprint`.
         replays: where replays of this pass will look, or None.
     """
 
@@ -48,15 +49,9 @@ class Call(NamedTuple):
     serial: int = NAMED
     replays: Replays | None = None
 
-    def place(self, x: Tensor, needs_grad: bool) -> Place:
-        """What all ranks must agree on when they meet over `x`."""
-        return Place(
-            layer=self.name,
-            channels=x.shape[1],
-            dtype=x.dtype,
-            needs_grad=needs_grad,
-            serial=self.serial,
-        )
+    def fingerprint(self, x: Tensor, needs_grad: bool) -> Fingerprint:
+        """What all ranks must agree on when they exchange for `x`."""
+        return Fingerprint(self.name, x.shape[1], x.dtype, needs_grad, self.serial)
 
 
 class Reduced(NamedTuple):
@@ -106,25 +101,26 @@ def merged(own: Tensor, packed: Tensor, x: Tensor, kernel: Kernels, call: Call) 
 
 
 def moments_over_ranks(own: Tensor, x: Tensor, call: Call, needs_grad: bool) -> Tensor:
-    """Packed moments that merge into those of all ranks; see `Exchange.moments`."""
+    """Packed moments that merge into those of all ranks; see `Exchange.gather_statistics`."""
     if call.exchange is None:
         return own.unsqueeze(0)
     refuse_ddp_join(call.name)
-    return call.exchange.moments(own, **call.place(x, needs_grad))
+    return call.exchange.gather_statistics(own, call.fingerprint(x, needs_grad))
 
 
 def sums_over_ranks(sums: Tensor, x: Tensor, call: Call) -> Tensor:
     """`sums` `(k, C)` over all ranks, for the gradients of `x`; the same bits on each."""
     if call.exchange is None:
         return sums
-    return call.exchange.sums(sums, **call.place(x, needs_grad=True))
+    rows = call.exchange.gather_sums(sums, call.fingerprint(x, needs_grad=True))
+    return in_order(rows).view_as(sums)
 
 
 def addends_over_ranks(sums: Tensor, x: Tensor, call: Call) -> Tensor:
-    """What adds up to `sums` `(2, C)` over all ranks, row by row; see `Exchange.addends`."""
+    """What adds up to `sums` `(2, C)` over all ranks, row by row; see `Exchange.gather_sums`."""
     if call.exchange is None:
         return sums.view(1, -1)
-    return call.exchange.addends(sums, **call.place(x, needs_grad=True))
+    return call.exchange.gather_sums(sums, call.fingerprint(x, needs_grad=True))
 
 
 def check(packed: Tensor, statistics: Statistics, call: Call, x: Tensor) -> None:
