@@ -7,7 +7,6 @@ from syncbn.norm.comm.exchange import exchange_of
 from syncbn.norm.comm.groups import GroupSpec, resolve
 from syncbn.norm.ops.autograd import SyncBatchNormFunction
 from syncbn.norm.ops.collectives import Call, NonFiniteStatistics
-from syncbn.norm.ops.recompute import Replays
 from syncbn.norm.validation import (
     check_operands,
     check_per_channel,
@@ -36,11 +35,10 @@ def sync_batch_norm(
     num_batches_tracked: Tensor | None = None,
     process_group: GroupSpec = None,
     name: str = "",
-    replays: Replays | None = None,
 ) -> Tensor:
     """act(batch_norm(input) + residual), with the mean and variance of each channel over all ranks of a group.
 
-    A collective: every rank of the group calls it, an empty batch included. Without torch.distributed it is a
+    A collective: every rank of the group calls it, also with an empty batch. Without torch.distributed it is a
     group of one. Running statistics are updated in place, with the variance M2 / (N - 1) over all N values.
 
     Args:
@@ -58,7 +56,6 @@ def sync_batch_norm(
         num_batches_tracked: `()`, int64, counted up in place unless the batch is empty on all ranks.
         process_group: see `syncbn.norm.comm.groups.GroupSpec`.
         name: what error messages call the layer.
-        replays: memory of this layer's passes, so that one which activation checkpointing repeats is recognised.
 
     Returns:
         The normalised values in the shape, dtype and memory format of `input`.
@@ -94,6 +91,5 @@ def sync_batch_norm(
         running=running,
         exchange=None if group is None else exchange_of(group),
         name=name,
-        replays=replays,
     )
     return SyncBatchNormFunction.apply(input, weight, bias, residual, call)
