@@ -116,7 +116,7 @@ class SyncBatchNorm(_BatchNorm):
         A tracer looks into modules whose class is not torch's own. This is called within `Tracer.call_module`, whose
         bookkeeping therefore stands, and before hooks, which belong to the calls of the traced model.
         """
-        for value in (*args, *kwargs.values()):
+        for value in (*args, *kwargs.values()) if kwargs else args:
             if isinstance(value, Proxy) and isinstance(tracer := value.tracer, Tracer):
                 path = tracer.path_of_module(self)
                 return tracer.create_proxy("call_module", path, args, kwargs)
