@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from syncbn.norm.backends.activations import check_act
-from syncbn.norm.backends.base import NonFiniteStatistics, Running, without_values
+from syncbn.norm.backends.base import NonFiniteStatistics, Running
 from syncbn.norm.comm.exchange import exchange_for
 from syncbn.norm.comm.groups import GroupSpec
 from syncbn.norm.ops.autograd import Call, SyncBatchNormFunction
@@ -70,7 +70,7 @@ def sync_batch_norm(
         RanksDisagree: the ranks are not all in the same layer (CPU groups).
     """
     process_group = checked_group(process_group)
-    exchange = None if without_values(input) else exchange_for(process_group)
+    exchange = exchange_for(process_group, input)
     try:
         check_act(act)
         eps, momentum = checked_eps(eps), checked_momentum(momentum)

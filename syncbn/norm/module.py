@@ -20,10 +20,11 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from syncbn.norm import backends
 from syncbn.norm.backends.activations import apply_act, check_act
-from syncbn.norm.backends.base import NormArgs, Running, without_values
-from syncbn.norm.comm.exchange import Exchange, exchange_for, exchange_of
+from syncbn.norm.backends.base import NormArgs, Running
+from syncbn.norm.comm.exchange import Exchange, exchange_for
 from syncbn.norm.comm.fingerprint import NAMED
-from syncbn.norm.comm.groups import GroupSpec, known
+from syncbn.norm.comm.groups import GroupSpec
+from syncbn.norm.comm.watchdog import watch
 from syncbn.norm.ops.autograd import Call, SyncBatchNormFunction
 from syncbn.norm.ops.custom_op import compiled_batch_norm, group_text
 from syncbn.norm.ops.recompute import Pass, current, unchanged
@@ -105,6 +106,7 @@ class SyncBatchNorm(_BatchNorm):
         self.layer_name = ""  # what error messages call it; conversion sets its name in the model
         if act is not None:
             self.act = act
+        watch()
 
     def _call_impl(self, *args: Any, **kwargs: Any) -> Any:
         """Appear to `torch.fx` as one `call_module` node, as torch.nn.SyncBatchNorm does.
@@ -151,30 +153,16 @@ class SyncBatchNorm(_BatchNorm):
             momentum=0.0,
             eps=self.eps,
         )
-        if not is_scripting():
-            self._pass_by(y)
         if residual is not None:
             y = y + residual
         y = apply_act(self._activation(), y)
         return y if mask is None else y.masked_fill(~mask, 0.0)
 
-    def _pass_by(self, y: Tensor) -> None:
-        """Leave word for ranks that may wait for this one in training mode; sends nothing, waits for nobody."""
-        if not y.requires_grad or torch.compiler.is_compiling() or not dist.is_available():
-            return
-        group = known(self.process_group)
-        if group is None or dist.get_world_size(group) == 1 or y.is_cuda:
-            return
-        exchange = exchange_of(group)
-        layer = self._title()
-        exchange.pass_by(layer)
-        y.register_hook(lambda _: exchange.pass_by(layer, backward=True))
-
     @torch.jit.unused
     def _train(self, input: Tensor, mask: Tensor | None, residual: Tensor | None) -> Tensor:
         if torch.compiler.is_compiling():
             return self._train_compiled(input, mask, residual)
-        exchange = None if without_values(input) else exchange_for(self.process_group)
+        exchange = exchange_for(self.process_group, input)
         self._check_input(input, mask, residual, exchange)
         if exchange is None and self._torch_serves(input, mask, residual):
             return self._train_unfused(input, residual)

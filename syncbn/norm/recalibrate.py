@@ -16,7 +16,7 @@ from torch.distributed import ProcessGroup
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from syncbn.norm import backends as kernels
-from syncbn.norm.comm.exchange import FORWARD, exchange_of
+from syncbn.norm.comm.exchange import FORWARD, Fingerprint, exchange_of
 from syncbn.norm.comm.groups import GroupSpec, resolve
 from syncbn.norm.module import SyncBatchNorm
 from syncbn.norm.moments import Moments, merge, unpack
@@ -146,14 +146,8 @@ def _over_ranks(own: Moments, name: str, group: ProcessGroup | None) -> Moments:
     if group is None:
         return own
     values = torch.cat([own.count.view(1), own.mean, own.M2])
-    gathered = exchange_of(group).gather(
-        values,
-        kind=FORWARD,
-        layer=f"recalibrate {name}",
-        channels=own.mean.numel(),
-        dtype=values.dtype,
-        needs_grad=False,
-    )
+    what = Fingerprint(f"recalibrate {name}", own.mean.numel(), values.dtype, needs_grad=False)
+    gathered = exchange_of(group).gather(values, FORWARD, what)
     means, M2s = gathered[:, 1:].chunk(2, dim=1)
     return merge(gathered[:, 0], means, M2s)
 

@@ -250,7 +250,7 @@ class CpuBackend(CpuFallback):
         if not _kernels_serve(args):
             return _fallback()
         stats_bytes = geometry_of(x.shape, x.stride(), x.dtype).stats_bytes
-        fuses = exchange is None or exchange.native_ring(stats_bytes)
+        fuses = exchange is None or exchange.serves_native_calls(stats_bytes)
         return _fused() if fuses else self
 
     def normalize(self, args: NormArgs, stats: AnyStatistics) -> Tensor:

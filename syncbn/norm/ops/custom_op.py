@@ -36,6 +36,7 @@ def group_text(spec: GroupSpec) -> str:
 
 
 def _call(
+    x: Tensor,
     eps: float,
     act: str,
     mask: Tensor | None,
@@ -47,7 +48,9 @@ def _call(
     spec: Any = int(kind) if kind.isdigit() else kind
     if spec == "name":
         spec = resolve_process_group(cast(Any, group_name))
-    return Call(exchange_for(spec), mask, act or None, eps, layer=name, checkpointed=checkpointed)
+    return Call(
+        exchange_for(spec, x), mask, act or None, eps, layer=name, checkpointed=checkpointed
+    )
 
 
 @torch.library.custom_op("syncbn::forward", mutates_args=())
@@ -64,7 +67,7 @@ def _forward(
     needs_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """y, the statistics it was normalised with, and the number of values that count, which is 0 in a replay."""
-    call = _call(eps, act, mask, group, name, current())
+    call = _call(x, eps, act, mask, group, name, current())
     args = call.args(x, weight, bias, residual)
     backend = selected(x.device.type).for_pass(args, call.exchange)
     y, stats = forward_pass(args, backend, call, needs_grad)
@@ -110,7 +113,7 @@ def _backward(
     """
     x, weight, bias, residual, output, mask = operands
     assert x is not None
-    call = _call(eps, act, mask, group, name)
+    call = _call(x, eps, act, mask, group, name)
     args = call.args(x, weight, bias, residual)._replace(output=output)
     backend = selected(x.device.type).for_pass(args, call.exchange)
     found = backward_pass(dy, args, Statistics(*stats), backend, call, tuple(needs))
