@@ -3,11 +3,12 @@
 from dataclasses import dataclass
 
 DIST, UNIT, LAYER_TESTS, NORM = "tests/dist", "tests/unit", "tests/norm", "syncbn/norm"
+BACKENDS = f"{LAYER_TESTS}/backends"
 EQUIVALENCE = f"{LAYER_TESTS}/test_equivalence.py"
 ONE_BATCH = f"{EQUIVALENCE}::test_any_split_matches_one_big_batch_in_float64[2-ranks-4d]"
 LARGE_MEAN = f"{EQUIVALENCE}::test_float32_stays_within_its_bound_even_at_a_large_mean[2-ranks-100.0-0.01-0.001]"
 TRAINING = f"{DIST}/test_train_on_ranks.py::test_synchronised_ranks_train_as_one_process_on_the_whole_batch"
-EVERY_CUT = f"{UNIT}/test_cpu_kernels.py::test_every_cut_counts_each_value_once"
+EVERY_CUT = f"{BACKENDS}/test_cpu_kernels.py::test_every_cut_counts_each_value_once"
 
 
 @dataclass(frozen=True)
@@ -56,9 +57,9 @@ LAYER = [
     ),
     Mutant(
         "Bessel's correction with one rank's count",
-        f"{NORM}/kernels/eager.py",
-        "statistics.var * (total / (total - 1).clamp(min=1))",
-        "statistics.var * (total / 2 / (total / 2 - 1).clamp(min=1))",
+        f"{NORM}/backends/aten.py",
+        "stats.var * (total / (total - 1).clamp(min=1))",
+        "stats.var * (total / 2 / (total / 2 - 1).clamp(min=1))",
         ONE_BATCH,
         "eager",
     ),
@@ -71,7 +72,7 @@ LAYER = [
     ),
     Mutant(
         "E[x^2] - E[x]^2 in float32",
-        f"{NORM}/kernels/eager.py",
+        f"{NORM}/backends/aten.py",
         "deviations.square_().sum(_reduced(x))",
         "x.square().sum(_reduced(x)) - count * mean.square()",
         LARGE_MEAN,
@@ -79,7 +80,7 @@ LAYER = [
     ),
     Mutant(
         "momentum applied once a rank",
-        f"{NORM}/kernels/eager.py",
+        f"{NORM}/backends/aten.py",
         "factor = seen * running.momentum",
         "factor = seen * (1 - (1 - running.momentum) ** 2)",
         ONE_BATCH,
@@ -123,7 +124,7 @@ LAYER = [
     ),
     Mutant(
         "num_batches_tracked not counted",
-        f"{NORM}/kernels/eager.py",
+        f"{NORM}/backends/aten.py",
         "running.num_batches_tracked.add_(seen.to(running.num_batches_tracked.dtype))",
         "pass",
         ONE_BATCH,
@@ -131,7 +132,7 @@ LAYER = [
     ),
     Mutant(
         "an empty batch counted",
-        f"{NORM}/kernels/eager.py",
+        f"{NORM}/backends/aten.py",
         "seen = (total > 0).to(torch.float64)",
         "seen = (total >= 0).to(torch.float64)",
         f"{EQUIVALENCE}::test_a_batch_empty_on_all_ranks_changes_nothing",
@@ -160,8 +161,8 @@ LAYER = [
     ),
     Mutant(
         "masked positions in the sums of backward",
-        f"{NORM}/kernels/eager.py",
-        "    return _masked(dz, fused.mask)\n",
+        f"{NORM}/backends/aten.py",
+        "    return _masked(dz, args.mask)\n",
         "    return dz\n",
         f"{LAYER_TESTS}/test_fused.py::test_what_the_mask_leaves_out_has_no_part_in_anything",
     ),
@@ -295,21 +296,21 @@ KERNELS = [
         f"{NORM}/native/kernels/reductions.h",
         "shift[c] = moments ? sample_mean(op.x + first_of(block.row_begin, c), length)",
         "shift[c] = moments ? A(0)",
-        f"{UNIT}/test_kernels.py::test_a_mean_large_against_the_spread_leaves_the_variance",
+        f"{BACKENDS}/test_kernels.py::test_a_mean_large_against_the_spread_leaves_the_variance",
     ),
     Mutant(
         "relu's derivative forgotten",
         f"{NORM}/native/kernels/activations.h",
         "case syncbn::RELU: return z > 0 ? dy : Piece{};",
         "case syncbn::RELU: return dy;",
-        f"{UNIT}/test_cpu_kernels.py::test_every_fusion_is_as_exact_as_its_parts",
+        f"{BACKENDS}/test_cpu_kernels.py::test_every_fusion_is_as_exact_as_its_parts",
     ),
     Mutant(
         "a residual forgotten",
         f"{NORM}/native/kernels/operations.h",
         "if (role == syncbn::RESIDUAL) z = z + load(extra + i);",
         "",
-        f"{UNIT}/test_cpu_kernels.py::test_every_fusion_is_as_exact_as_its_parts",
+        f"{BACKENDS}/test_cpu_kernels.py::test_every_fusion_is_as_exact_as_its_parts",
     ),
 ]
 
