@@ -54,7 +54,7 @@ def test_without_the_library_one_warning_says_how_to_get_it(monkeypatch: pytest.
 
 
 def test_a_library_of_other_sources_or_none_is_not_used(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(sources, "ABI", sources.ABI + 1)
+    monkeypatch.setattr(sources, "ABI", -1)
     assert library.__wrapped__() is None
     monkeypatch.setattr(sources.sysconfig, "get_config_var", lambda name: ".nothing")
     assert library.__wrapped__() is None
@@ -156,7 +156,7 @@ def test_native_code_leaves_to_aten_what_it_has_no_kernels_for():
 @pytest.mark.parametrize(("ring", "fused"), [(True, True), (False, False)])
 def test_a_pass_among_ranks_takes_one_call_where_they_share_memory(ring: bool, fused: bool):
     class Ranks:
-        def native_ring(self, nbytes: int) -> bool:
+        def serves_native_calls(self, nbytes: int) -> bool:
             return ring and nbytes == 4 * (2 + 2 * 3)
 
     backend = CpuBackend().for_pass(NormArgs(torch.ones(4, 3, 5)), Ranks())
