@@ -39,7 +39,7 @@ def sync_batch_norm(
 ) -> Tensor:
     """act(batch_norm(input) + residual), with the mean and variance of each channel over all ranks of a group.
 
-    A collective: every rank of the group calls it, an empty batch included. Without torch.distributed it is a
+    A collective: every rank of the group calls it, also with an empty batch. Without torch.distributed it is a
     group of one. Running statistics are updated in place, with the variance M2 / (N - 1) over all N values.
 
     Args:

@@ -58,13 +58,14 @@ class SyncBatchNorm(_BatchNorm):
         num_features: C of an input `(N, C, *)`.
         eps: added to the variance.
         momentum: weight of the newest batch in the running statistics; None averages over all batches.
-        affine: learn a weight and a bias per channel.
+        affine: learn a weight and, with `bias`, a bias per channel.
         track_running_stats: keep running statistics for evaluation.
         process_group: the ranks that share statistics: None or "world" for all ranks, "node" for those of one
             machine, k for k consecutive ranks at a time, or a ProcessGroup. Groups given by name or size
             pickle, deep-copy and survive a checkpoint. What `torch.distributed.new_group` gives to a rank outside
             the group is accepted; that rank may evaluate and may not train.
         act: None, or an activation to apply in the same pass: "relu", "relu6", "leaky_relu", "silu" or "hardswish".
+        bias: see `affine`.
         device: where parameters and buffers live.
         dtype: of parameters and running statistics.
 
@@ -88,6 +89,7 @@ class SyncBatchNorm(_BatchNorm):
         process_group: GroupSpec = None,
         *,
         act: str | None = None,
+        bias: bool = True,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -101,6 +103,8 @@ class SyncBatchNorm(_BatchNorm):
             device,
             dtype,
         )
+        if not bias:
+            self.register_parameter("bias", None)
         self.process_group: GroupSpec = checked_group(process_group)
         self._serial = next(_serials)
         self.layer_name = ""  # what error messages call it; conversion sets its name in the model
@@ -114,7 +118,7 @@ class SyncBatchNorm(_BatchNorm):
         A tracer looks into modules whose class is not torch's own. This is called within `Tracer.call_module`, whose
         bookkeeping therefore stands, and before hooks, which belong to the calls of the traced model.
         """
-        for value in (*args, *kwargs.values()):
+        for value in (*args, *kwargs.values()) if kwargs else args:
             if isinstance(value, Proxy) and isinstance(tracer := value.tracer, Tracer):
                 path = tracer.path_of_module(self)
                 return tracer.create_proxy("call_module", path, args, kwargs)

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from syncbn.norm import backends as kernels
+from syncbn.norm.backends import selected
+from syncbn.norm.backends.base import NormArgs
 from syncbn.norm.comm.exchange import FORWARD, Fingerprint, exchange_of
 from syncbn.norm.comm.groups import GroupSpec, resolve
 from syncbn.norm.module import SyncBatchNorm
@@ -94,7 +95,8 @@ def _observed(
 
     def collect(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         x, mask = _operands(layer, args, kwargs)
-        packed = kernels.pick(x).moments(x, None if mask is None else fitted(mask, x))
+        args = NormArgs(x, mask=None if mask is None else fitted(mask, x))
+        packed = selected(x.device.type).for_pass(args, None).local_stats(args)
         new = unpack(packed.to(torch.float64).unsqueeze(0))
         own[layer] = merge(
             *(torch.cat([old.unsqueeze(0), n]) for old, n in zip(own[layer], new, strict=True))

@@ -18,7 +18,6 @@ import weakref
 from contextlib import suppress
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
@@ -211,5 +210,8 @@ def exchange_for(spec: GroupSpec, x: Tensor) -> Exchange | None:
     Raises:
         ValueError, RuntimeError: see `resolve`.
     """
-    group = resolve(spec) if has_values(x) else None
-    return None if group is None or dist.get_world_size(group) == 1 else exchange_of(group)
+    # the first test alone costs a layer no call
+    has_group = (type(x) is Tensor and not x.is_meta) or has_values(x)
+    group = resolve(spec) if has_group else None
+    exchange = None if group is None else exchange_of(group)
+    return None if exchange is None or exchange.world_size == 1 else exchange

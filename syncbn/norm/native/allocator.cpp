@@ -131,7 +131,7 @@ void delete_tensor(DLManagedTensor* managed) {
 
 // An uninitialised DLPack tensor of `bytes` without gaps, whose `layout` is `ndim` sizes followed by `ndim` strides; null
 // where there is no memory.
-SYNCBN_API void* syncbn_result(int64_t ndim, const int64_t* layout, int dtype, int64_t bytes) {
+SYNCBN_API void* syncbn_allocate(int64_t ndim, const int64_t* layout, int dtype, int64_t bytes) {
   auto* const managed = (DLManagedTensor*)malloc(sizeof(DLManagedTensor) + 2 * size_t(ndim) * sizeof(int64_t));
   void* const memory = managed ? allocator().allocate(size_class(bytes)) : nullptr;
   if (!memory) {
@@ -149,4 +149,4 @@ SYNCBN_API void* syncbn_result(int64_t ndim, const int64_t* layout, int dtype, i
 }
 
 // Return idle memory to the system; returns how many bytes.
-SYNCBN_API int64_t syncbn_release() { return allocator().release(); }
+SYNCBN_API int64_t syncbn_release_memory() { return allocator().release(); }

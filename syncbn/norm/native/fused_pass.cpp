@@ -12,7 +12,7 @@ namespace syncbn {
 // Results beside the statuses of an exchange: the statistics are unusable, or the caller has to exchange `own`.
 enum FusedStatus { NOT_FINITE = 4, ONE_VALUE = 5, EXCHANGE_PENDING = 6 };
 
-// syncbn/norm/backends/whole.py declares the same.
+// syncbn/norm/backends/cpu.py declares the same.
 struct FusedPassArgs {
   PassArgs pass;  // of NORMALIZE, whose mean and invstd are those of `stats`, or of BACKWARD_INPUT, without its sums
   void* own;  // what this rank sends: packed moments, or sums; a group of one has no moments
@@ -84,12 +84,12 @@ template <class A> int fused_pass(const FusedPassArgs& args, const char* body) {
 }  // namespace syncbn
 
 // The pass, with the exchange whose header is `body`; returns 0, an exchange's status, or a FusedStatus.
-SYNCBN_API int syncbn_whole(const syncbn::FusedPassArgs* args, const char* body) {
+SYNCBN_API int syncbn_fused_pass(const syncbn::FusedPassArgs* args, const char* body) {
   return (args->pass.dtype == syncbn::FLOAT64 ? syncbn::fused_pass<double> : syncbn::fused_pass<float>)(*args, body);
 }
 
 // The rest of a pass whose exchange did not complete in the call above, from the gathered rows, `stride` values apart.
-SYNCBN_API int syncbn_rest(const syncbn::FusedPassArgs* args, const void* gathered, int64_t stride) {
+SYNCBN_API int syncbn_finish_pass(const syncbn::FusedPassArgs* args, const void* gathered, int64_t stride) {
   const auto finish = args->pass.dtype == syncbn::FLOAT64 ? syncbn::finish<double> : syncbn::finish<float>;
   return finish(*args, gathered, stride);
 }

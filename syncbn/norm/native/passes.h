@@ -6,7 +6,7 @@
 
 namespace syncbn {
 
-// The arguments of one pass; syncbn/norm/backends/native_call.py declares the same. All tensors have the layout of x, and
+// The arguments of one pass; syncbn/norm/backends/cpu.py declares the same. All tensors have the layout of x, and
 // weight, bias and statistics have the statistics' dtype.
 struct PassArgs {
   int64_t kind, dtype, samples, channels, size, threads, act, extra_is;

@@ -57,7 +57,7 @@ template void update(const RunningStats&, const double*, const double*, double, 
 
 }  // namespace syncbn
 
-SYNCBN_API void syncbn_merge(int is_double, const void* packed, int64_t ranks, int64_t channels, double eps, double* total,
+SYNCBN_API void syncbn_merge_moments(int is_double, const void* packed, int64_t ranks, int64_t channels, double eps, double* total,
                              void* mean, void* var, void* invstd) {
   const syncbn::BatchStats out = {total, mean, var, invstd};
   const int64_t stride = 2 + 2 * channels;
@@ -65,7 +65,7 @@ SYNCBN_API void syncbn_merge(int is_double, const void* packed, int64_t ranks, i
   else syncbn::merge((const float*)packed, stride, ranks, channels, eps, out);
 }
 
-SYNCBN_API void syncbn_update(int running_double, void* running_mean, void* running_var, int64_t* tracked, double momentum,
+SYNCBN_API void syncbn_update_running_stats(int running_double, void* running_mean, void* running_var, int64_t* tracked, double momentum,
                               int is_double, const void* mean, const void* var, const double* count, int64_t channels) {
   const syncbn::RunningStats running = {running_mean, running_var, tracked, momentum, running_double};
   if (is_double) syncbn::update(running, (const double*)mean, (const double*)var, *count, channels);

@@ -39,6 +39,7 @@ _RECORDS, _REPLAY = "_syncbn_records", "_syncbn_replay"
 """Attributes of a region: what its first run recorded; of what replays it: how far it is."""
 
 _BACKWARD = tuple(f.__code__ for f in vars(BackwardCFunction).values() if isfunction(f))
+_NAMES = {"forward", *(code.co_name for code in _BACKWARD)}
 _ENGINE = graph._engine_run_backward.__code__
 _CHECKPOINT = checkpoint.__file__
 _KEYS = torch._C._TorchDispatchModeKey
@@ -199,9 +200,11 @@ def _in_functions(frame: FrameType | None) -> tuple[list[Any], Recorded | None]:
     as part of itself.
     """
     first: list[Any] = []
-    while frame is not None and frame.f_code is not _ENGINE and not _recomputes(frame):
-        region = _ctx(frame)
-        if region is not None and frame.f_code.co_name == "forward":
+    while frame is not None and (code := frame.f_code) is not _ENGINE:
+        if code.co_filename == _CHECKPOINT and _recomputes(frame):
+            break
+        region = _ctx(frame) if code.co_name in _NAMES else None
+        if code.co_name == "forward" and region is not None:
             # a forward may call the one of its base class
             first += [] if any(region is known for known in first) else [region]
         elif hasattr(region, _RECORDS):
@@ -211,11 +214,9 @@ def _in_functions(frame: FrameType | None) -> tuple[list[Any], Recorded | None]:
 
 
 def _recomputes(frame: FrameType) -> bool:
-    """Whether `frame` is the hook of torch.utils.checkpoint that runs a region again."""
-    code = frame.f_code
-    if code.co_filename != _CHECKPOINT or not code.co_freevars:
-        return False
-    return any(isinstance(frame.f_locals.get(name), _CheckpointFrame) for name in code.co_freevars)
+    """Whether `frame`, of torch.utils.checkpoint, is the hook that runs a region again."""
+    names = frame.f_code.co_freevars
+    return any(isinstance(frame.f_locals.get(name), _CheckpointFrame) for name in names)
 
 
 def _ctx(frame: FrameType) -> Any:
@@ -227,12 +228,10 @@ def _ctx(frame: FrameType) -> Any:
     code, caller = frame.f_code, frame.f_back
     in_module = caller is not None and caller.f_code is _CALL_MODULE
     in_forward = code.co_name == "forward" and code.co_argcount > 0 and not in_module
-    if not in_forward and code not in _BACKWARD:
+    if not in_forward and not any(code is known for known in _BACKWARD):
         return None
     ctx = frame.f_locals.get(code.co_varnames[0])
-    if not isinstance(ctx, BackwardCFunction) or _of_compiler(ctx):
-        return None
-    return ctx
+    return ctx if isinstance(ctx, BackwardCFunction) and not _of_compiler(ctx) else None
 
 
 def _of_compiler(ctx: Any) -> bool:

@@ -44,7 +44,7 @@ SPIN_NS = 10_000
 LOOK_NS = 50_000_000
 """Time between two looks after the others; also how late an interrupt may be noticed."""
 _CONTROL_BYTES = 256
-"""A control block; `kControlBytes` of native/exchange.cpp."""
+"""A control block; `CONTROL_BYTES` of native/exchange.cpp."""
 _LEFT = 10
 """The word of a control block beside the count; the next counts who sleeps until this rank publishes."""
 _FAILURE_BYTES = 1024
@@ -59,7 +59,7 @@ _INT, _POINTER = ctypes.c_int64, ctypes.c_void_p
 
 
 class Ring(ctypes.Structure):
-    """`SyncbnRing` of `native/exchange.cpp`."""
+    """`SharedMemory` of `native/exchange.h`."""
 
     _fields_ = (
         ("rank", _INT),

@@ -33,7 +33,7 @@ syncbn::Kernel syncbn::kernel_for(const KernelArgs& args) {
 }
 
 // Use no newer instruction set than `highest` (0 any processor's, 1 AVX2, 2 AVX-512), and return the one in use.
-SYNCBN_API int syncbn_limit_level(int highest) {
+SYNCBN_API int syncbn_limit_instruction_set(int highest) {
   const int found = highest_level();
   return level() = highest < found ? highest : found;
 }
