@@ -59,7 +59,7 @@ def test_bad_arguments_are_named_with_what_is_allowed(arguments, error, message)
         syncbn.SyncBatchNorm(**arguments)
 
 
-@pytest.mark.parametrize("integer", [np.int64, np.uint8, torch.tensor], ids=str)
+@pytest.mark.parametrize("integer", [np.int64, np.uint8, torch.tensor], ids=["int64", "uint8", "tensor"])
 @pytest.mark.parametrize("number", [np.float64, np.float32, np.float16], ids=str)
 def test_numbers_of_numpy_are_taken_as_numbers(integer, number):
     layer = syncbn.SyncBatchNorm(integer(4), number(0.25), number(0.5), process_group=np.int32(2))

@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import functional as F  # noqa: N812
 
 import syncbn
-from syncbn.norm.backends import ACTIVATIONS
+from syncbn.norm.backends.activations import ACTIVATIONS
 
 SHAPES = [(4, 3, 5, 5), (8, 64, 56, 56)]
 """One that torch's own operation serves alone, and one that the layer's kernels serve."""

@@ -117,6 +117,7 @@ def forward_pass(
     if call.exchange is not None and DistributedDataParallel._active_ddp_module is not None:
         refuse_ddp_join(call.layer)
     checkpointed = call.checkpointed
+    _check_per_channel(args, call.exchange)
     known = None if checkpointed is None else checkpointed.known(args.x.shape[1])
     if known is not None:
         return backend.normalize(args, known), known
@@ -174,6 +175,18 @@ def backward_pass(
         _gradient_of(args.bias, dbias, needs_bias),
         dz,
     )
+
+
+def _check_per_channel(args: NormArgs, exchange: Exchange | None) -> None:
+    """Raise where a parameter or a running statistic has another size than C: kernels would read past its end."""
+    running = (None, None) if args.running is None else args.running[:2]
+    num_channels = args.x.shape[1]
+    for values in (args.weight, args.bias, *running):
+        if values is not None and values.numel() != num_channels:
+            message = f"{args.layer}: expected one value for each of {num_channels} channels, got {tuple(values.shape)}"
+            if exchange is not None and not args.x.is_cuda:
+                exchange.fail(message)
+            raise ValueError(message)
 
 
 def kept_for_backward(args: NormArgs, y: Tensor) -> tuple[Tensor | None, Tensor | None]:

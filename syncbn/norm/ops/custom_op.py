@@ -45,7 +45,7 @@ def _call(
     checkpointed: Pass | None = None,
 ) -> Call:
     kind, _, group_name = group.partition(" ")
-    spec: Any = int(kind) if kind.isdigit() else kind
+    spec: Any = int(kind) if kind.lstrip("-").isdigit() else kind
     if spec == "name":
         spec = resolve_process_group(cast(Any, group_name))
     return Call(
