@@ -2,8 +2,8 @@
 
 `world_size`: one test function, run plainly in each rank of a gloo group. `triton_interpreter`: run where Triton's
 kernels run on the CPU, which is settled once a process, by its environment; both may be asked for. `layer`: given to
-every test that may run a line of the layer, by what its module imports; these alone are run under coverage, which costs
-half their time again.
+every test that may run a line of the layer, by its folder or by what its module imports; these alone are run under
+coverage, which costs half their time again.
 """
 
 import functools
@@ -19,6 +19,7 @@ from ranks import RankPool
 settings.register_profile("patient", deadline=None)  # a busy machine is slow, not wrong
 settings.load_profile("patient")
 
+_TESTS = Path(__file__).parent
 _LAYER = re.compile(r"^\s*(import syncbn$|from syncbn import|from syncbn\.norm)", re.MULTILINE)
 _pool = RankPool()
 _interpreter = RankPool(TRITON_INTERPRET="1")
@@ -39,7 +40,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @functools.cache
 def _is_of_the_layer(module: Path) -> bool:
-    return module.parent.name == "dist" or _LAYER.search(module.read_text()) is not None
+    folder = module.relative_to(_TESTS).parts[0]
+    return folder in ("dist", "norm") or _LAYER.search(module.read_text()) is not None
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

@@ -15,6 +15,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+from programs import SUPPORT
 from study_files import (
     STEPS,
     begin,
@@ -291,7 +292,7 @@ def test_a_process_ends_at_once_beside_a_server_that_hangs(tmp_path):
     )
     with socket.create_server(("127.0.0.1", 0)) as silent:
         uri = f"http://127.0.0.1:{silent.getsockname()[1]}"
-        command = [sys.executable, "-c", program, str(Path(__file__).parent), str(tmp_path), uri]
+        command = [sys.executable, "-c", program, str(SUPPORT), str(tmp_path), uri]
         result = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert result.returncode == 0, result.stderr
     unsent, closed_at = result.stdout.split()

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from programs import TRAIN, Bench, losses
+from programs import SUPPORT, TRAIN, Bench, losses
 
 from syncbn.errors import RankFailed
 
@@ -73,8 +73,8 @@ def test_the_interface_of_an_address_is_found():
 @pytest.mark.slow
 @pytest.mark.timeout(400)
 def test_failing_ranks_come_back_with_their_exit_codes(tmp_path):
-    bench = Bench(tmp_path, environ={"PYTHONPATH": str(Path(__file__).parent)})
-    program = str(Path(__file__).with_name("ray_work.py"))
+    bench = Bench(tmp_path, environ={"PYTHONPATH": str(SUPPORT)})
+    program = str(SUPPORT / "ray_work.py")
     result = bench.run(sys.executable, program, str(tmp_path / "runs"), timeout=380)
     assert result.returncode == 0, result.stderr
     outcomes = json.loads(result.stdout.splitlines()[-1])  # Ray tells of the dead worker before

@@ -8,7 +8,8 @@ import uuid
 from dataclasses import dataclass, field
 from pathlib import Path
 
-ROOT = Path(__file__).parents[2]
+SUPPORT = Path(__file__).parent
+ROOT = SUPPORT.parents[1]
 BIN = Path(sys.executable).parent
 TRAIN = (sys.executable, str(ROOT / "jobs" / "train.py"))
 COMPARE = (sys.executable, str(ROOT / "jobs" / "compare.py"))
