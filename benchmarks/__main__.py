@@ -18,7 +18,7 @@ from benchmarks.cases import DTYPES, LAYOUTS, SHAPES, Shape
 from benchmarks.contenders import LAYERS, PEERS, installed
 from benchmarks.verdicts import verdicts
 from syncbn.marked import insert
-from syncbn.norm import wire
+from syncbn.norm.comm.transports import process_group as wire
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -38,7 +38,6 @@ class Effort:
 BRIEF = Effort(SHAPES[:5:2], 0.1)
 FOUR_RANK_SHAPES = ((2, 64, 56, 56), (8, 128, 28, 28), (8, 1024, 14, 14))
 FUSED_SHAPES = ((8, 256, 56, 56), (8, 128, 28, 28), (8, 1024, 14, 14), (32, 2048, 7, 7))
-SIBLING_SHAPES = ((2, 64, 28, 28), (2, 128, 14, 14), (4, 256, 14, 14), (4, 512, 7, 7))
 FOUR = ("ours", "local", "naive")
 KEPT = ("ours", "local")
 ALONE = ("ours", "local", "floor", "floor_fresh")
@@ -100,18 +99,12 @@ def fused(effort: Effort) -> list[dict[str, Any]]:
     return ranks.run("fused:measure", 2, budget_s=3 * effort.scale, **given)
 
 
-def siblings(effort: Effort) -> list[dict[str, Any]]:
-    """Two norms of one block on two ranks, in one exchange and in two."""
-    return ranks.run("siblings:measure", 2, budget_s=6 * effort.scale, shapes=SIBLING_SHAPES)
-
-
 SECTIONS: dict[str, Callable[[Effort], list[dict[str, Any]]]] = {
     "layer": layer,
     "allocator": allocator,
     "model": model,
     "exchange": exchange,
     "fused": fused,
-    "siblings": siblings,
 }
 
 

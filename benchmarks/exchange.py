@@ -12,7 +12,7 @@ from torch.distributed import ProcessGroup
 
 from benchmarks.clock import interleaved, say
 from benchmarks.contenders import Run, group_by
-from syncbn.norm.exchange import BACKWARD, exchange_of
+from syncbn.norm.comm.exchange import BACKWARD, exchange_of
 
 BURST = 20
 """Exchanges timed at once."""

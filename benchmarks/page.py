@@ -6,7 +6,7 @@ measured, and a test holds the page to the newest file of results.
 
 from collections.abc import Iterable, Sequence
 
-from benchmarks import scaling, siblings
+from benchmarks import scaling
 from benchmarks.verdicts import (
     TARGETS,
     Results,
@@ -18,7 +18,7 @@ from benchmarks.verdicts import (
     select,
     verdicts,
 )
-from syncbn.norm.mesh import MESH_RANKS
+from syncbn.norm.comm.transports.sockets import MESH_RANKS
 
 BEGIN = "<!-- begin: written by `make bench` -->"
 END = "<!-- end: written by `make bench` -->"
@@ -68,8 +68,6 @@ def generated(results: Results) -> str:
         scaling_table(results),
         "### Fused residual and ReLU",
         fused_table(results["fused"]),
-        "### Two norms of one block",
-        siblings_table(results["siblings"]),
     ]
     return "\n\n".join(parts)
 
@@ -264,16 +262,3 @@ def fused_table(rows: Sequence[Row]) -> str:
     mean = f"{geometric_mean(ratios(rows, 'fused', 'sequence')):.2f}"
     head = ["shape, fp32", "fused, ms", "norm, add, ReLU, ms", "ratio"]
     return table(head, [*body, ["geometric mean", "", "", mean]])
-
-
-def siblings_table(rows: Sequence[Row]) -> str:
-    """Milliseconds of a block by the way of its exchanges: norms called, begun together, overlapped; and ratios."""
-    body = []
-    for row in rows:
-        for way in siblings.WAYS:
-            names = [f"{form}_{way}" for form in ("called", "together", "overlapped")]
-            shares = [f"{row['ms'][name] / row['ms'][names[0]]:.2f}" for name in names[1:]]
-            times = [_ms(row, name) for name in names]
-            body.append([f"{shape_words(row)}, {EXCHANGES[way]}", *times, *shares])
-    head = ["block's output, fp32", "called, ms", "together, ms", "overlapped, ms"]
-    return table([*head, "together / called", "overlapped / called"], body)

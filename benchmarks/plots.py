@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 from benchmarks import scaling
 from benchmarks.page import EXCHANGES, NAMES, fitted, shape_words
 from benchmarks.verdicts import Results, Row, combinations, geometric_mean, ratios, select
-from syncbn.compare.canvas import Picture, finish, new_figure, styled
+from syncbn.compare.report.figures.canvas import Picture, finish, new_figure, styled
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

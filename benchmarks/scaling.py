@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from math import log2
 
-from syncbn.norm.mesh import MESH_RANKS
+from syncbn.norm.comm.transports.sockets import MESH_RANKS
 
 RANKS = (8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
 GLOO_RANKS = tuple(ranks for ranks in RANKS if ranks > MESH_RANKS)

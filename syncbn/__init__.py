@@ -9,12 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from syncbn.norm import (
-        BegunNorm,
         Conversion,
         NonFiniteStatistics,
         RanksDisagree,
         SyncBatchNorm,
-        begin_norms,
         convert_sync_batchnorm,
         ddp_buffers_to_ignore,
         in_lockstep,
@@ -26,12 +24,10 @@ if TYPE_CHECKING:
     )
 
 __all__ = [
-    "BegunNorm",
     "Conversion",
     "NonFiniteStatistics",
     "RanksDisagree",
     "SyncBatchNorm",
-    "begin_norms",
     "convert_sync_batchnorm",
     "ddp_buffers_to_ignore",
     "in_lockstep",

@@ -55,8 +55,8 @@ def advise(
     """
     from syncbn.cli.guard import say
     from syncbn.compare.advice import advice
-    from syncbn.compare.advice_words import text, to_dict
-    from syncbn.compare.summaries import read_summary
+    from syncbn.compare.report.words.advice import text, to_dict
+    from syncbn.compare.study.summary import read_summary
     from syncbn.errors import UsageError
     from syncbn.launch.plan import as_yaml
 
@@ -84,8 +84,8 @@ def advise(
 
 def _measured_before(folder: Path, errors: dict[str, Any]) -> dict[str, Any] | None:
     """The study of cost that was run beside the one in `folder`, or that one itself where its ranks were real."""
-    from syncbn.compare.advise_study import cost_name
-    from syncbn.compare.summaries import read_summary
+    from syncbn.compare.advice import cost_name
+    from syncbn.compare.study.summary import read_summary
 
     beside = folder.resolve().with_name(cost_name(folder.resolve().name))
     if (beside / "summary.json").is_file():
@@ -100,7 +100,7 @@ def _error_plan(settings: Sequence[str]) -> "Plan":
         UsageError: settings that cannot be used, or a single rank, which has nobody to synchronise with.
     """
     from syncbn.cli.launching import make_plan
-    from syncbn.compare.advise_study import error_study
+    from syncbn.compare.advice import error_study
     from syncbn.compose import compose
     from syncbn.errors import UsageError
 
@@ -120,7 +120,7 @@ def _error_plan(settings: Sequence[str]) -> "Plan":
 def _cost_plans(plan: "Plan", settings: Sequence[str], sizes: Sequence[int]) -> "list[Plan]":
     """The study of cost, on real ranks; none where this machine has fewer cores than there are ranks."""
     from syncbn.cli.launching import make_plan
-    from syncbn.compare.advise_study import cost_study
+    from syncbn.compare.advice import cost_study
 
     cfg = plan.config
     local = cfg.launcher.name == "local"

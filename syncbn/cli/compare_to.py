@@ -34,11 +34,9 @@ def compare_to(
     correction, or when a seed diverged or lost its number; a study also when a claim is no longer reproduced.
     """
     from syncbn.cli.guard import say
-    from syncbn.compare.directions import metric_of
-    from syncbn.compare.launches import differences
-    from syncbn.compare.regression import compare
-    from syncbn.compare.regression_words import conclusion, text, to_dict
-    from syncbn.compare.summaries import read_summary
+    from syncbn.compare.regression import compare, differences, metric_of
+    from syncbn.compare.report.words.regression import conclusion, text, to_dict
+    from syncbn.compare.study.summary import read_summary
     from syncbn.errors import GotWorse
 
     old, late = read_summary(base), read_summary(new)

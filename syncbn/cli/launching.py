@@ -11,7 +11,7 @@ from importlib import import_module
 from typing import Any
 
 from syncbn.cli.guard import invoke, logged, say
-from syncbn.compare.preflight import refuse_unfit
+from syncbn.compare.study.preflight import refuse_unfit
 from syncbn.compose import compose, config_folder
 from syncbn.config import Config
 from syncbn.errors import UsageError

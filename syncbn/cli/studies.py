@@ -11,7 +11,7 @@ import click
 from syncbn.cli.options import as_json, dry_run
 
 if TYPE_CHECKING:
-    from syncbn.compare.tiers import Launch
+    from syncbn.compare.suite.tiers import Launch
     from syncbn.launch.studies import Job, Outcome
 
 
@@ -57,7 +57,7 @@ def studies(
         )
     chosen = _launches(tier or "full", names, settings)
     if show:
-        from syncbn.compare.results_files import write_page
+        from syncbn.compare.suite.results_page import write_page
 
         found = write_page(chosen, _runs_dir(settings), page)
         say(found, f"{len(found['studies'])} studies -> {page}", as_json)
@@ -76,7 +76,7 @@ def _launches(tier: str, names: Sequence[str], settings: Sequence[str]) -> "list
     Raises:
         UsageError: an unknown name, settings that would give all studies one folder, or torchrun around it all.
     """
-    from syncbn.compare.tiers import declared, studies_of
+    from syncbn.compare.suite.tiers import declared, studies_of
     from syncbn.compose import config_folder
     from syncbn.errors import UsageError
 
@@ -127,7 +127,7 @@ def _run(jobs: "Sequence[Job]", runs_dir: Path, as_json: bool) -> None:
         StudyFailed: with the exit code of the worst failure.
     """
     from syncbn.cli.guard import say
-    from syncbn.compare.ledger import Ledger, text, to_dict
+    from syncbn.compare.suite.ledger import Ledger, text, to_dict
     from syncbn.errors import Stopped, UsageError
     from syncbn.launch.studies import run_all
 
@@ -166,8 +166,8 @@ def _raise_failures(codes: "dict[str, int]") -> None:
 
 def _entry(outcome: "Outcome") -> dict[str, Any]:
     """What the ledger keeps of a study."""
-    from syncbn.compare.ledger import entry
-    from syncbn.compare.summaries import read_summary
+    from syncbn.compare.study.summary import read_summary
+    from syncbn.compare.suite.ledger import entry
     from syncbn.launch.studies import MEANINGS
 
     state = MEANINGS[outcome.code]

@@ -1,9 +1,11 @@
 """Whether to synchronise, over which ranks, at what cost: a pure function of what a study measured.
 
-The decision that shaped the file: two numbers are declared before anything is looked at - the smallest difference in
-error that matters (`margin`), and how much longer a step may take for each point of error saved (`point_worth`) - and
-everything is judged by whole 95 % intervals against them. Where those lie across, the advice is that these seeds cannot
-tell.
+Two numbers are declared beforehand: the smallest difference in error that matters (`margin`), and how much longer a
+step may take for each point of error saved (`point_worth`). Everything is judged by whole 95 % intervals against them;
+where an interval straddles its bound, the advice is that these seeds cannot tell.
+
+Two short studies give the numbers, as overrides of conf/study/advise.yaml. Errors are measured on virtual ranks, which
+any machine can run at any world size; costs on real ranks, and only where there is a core for each.
 """
 
 import math
@@ -13,9 +15,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from syncbn.compare import statistics
-from syncbn.compare.reading import Summary, values_of
-from syncbn.compare.statistics import Floats, Interval
+from syncbn.compare.statistics import effects
+from syncbn.compare.statistics.effects import Floats, Interval
+from syncbn.compare.study.repeat import hydra_value
+from syncbn.compare.study.summary import Summary, values_of
 from syncbn.errors import UsageError
 
 SYNCHRONISE, DO_NOT, CANNOT_TELL = "SYNCHRONISE", "DO NOT SYNCHRONISE", "CANNOT TELL"
@@ -27,7 +30,7 @@ _COSTS = ("step_ms", "seconds")
 
 
 @dataclass(frozen=True)
-class Measured:
+class PairedEffect:
     """A paired effect over seeds: median, 95 % interval, number of seeds."""
 
     median: float
@@ -37,13 +40,13 @@ class Measured:
 
 @dataclass(frozen=True)
 class Group:
-    """Synchronising over so many ranks; 1 is local, the world size is everybody."""
+    """Synchronising over groups of `size` ranks; 1 is local, the world size is all ranks."""
 
     arm: str
     size: int
     error: float
     """Median over seeds."""
-    excess: Measured
+    excess: PairedEffect
     """Error above that of the group with the smallest median."""
     standing: str
     """`AS_GOOD`: less than the margin above every other. `WORSE`: more than the margin above another."""
@@ -53,7 +56,7 @@ class Group:
 class Cost:
     """How many times as long a step takes as a local one."""
 
-    ratio: Measured
+    ratio: PairedEffect
     metric: str
     worth: float
     """As long as it may take, by the error that it saves."""
@@ -76,7 +79,7 @@ class Advice:
     """All, by size."""
     synchronised: Group
     """The best way to synchronise: the smallest group as good as every other, else the one with the smallest median."""
-    gain: Measured
+    gain: PairedEffect
     """Error that this saves: local - synchronised."""
     cost: Cost | None
     """None where it was not measured."""
@@ -123,7 +126,7 @@ def advice(
     )
 
 
-def _verdict(local: Group, gain: Measured, bill: Cost | None, margin: float) -> str:
+def _verdict(local: Group, gain: PairedEffect, bill: Cost | None, margin: float) -> str:
     if local.standing == AS_GOOD:
         return DO_NOT
     if gain.interval.low <= margin:
@@ -132,7 +135,7 @@ def _verdict(local: Group, gain: Measured, bill: Cost | None, margin: float) -> 
 
 
 def _groups(summary: Summary, margin: float) -> list[Group]:
-    """All groups by size, each held against every other."""
+    """All groups by size, each compared with every other."""
     sizes = arms_by_size(summary)
     errors = {arm: _errors(summary, arm) for arm in sizes}
     medians = {arm: float(np.median(values)) for arm, values in errors.items()}
@@ -199,26 +202,28 @@ def _errors(summary: Summary, arm: str) -> Floats:
     return np.array(values, dtype=np.float64)
 
 
-def _paired(summary: Summary, arm: str, against: str) -> Measured:
+def _paired(summary: Summary, arm: str, against: str) -> PairedEffect:
     return _effect(_errors(summary, arm) - _errors(summary, against))
 
 
-def _effect(values: Floats) -> Measured:
-    found = statistics.effect(values)
-    return Measured(found.median, found.interval, found.n)
+def _effect(values: Floats) -> PairedEffect:
+    found = effects.effect(values)
+    return PairedEffect(found.median, found.interval, found.n)
 
 
-def _cost(summary: Summary, arm: str, gain: Measured, point_worth: float) -> Cost | None:
+def _cost(summary: Summary, arm: str, gain: PairedEffect, point_worth: float) -> Cost | None:
     """The time of a step in `arm` over that of a local one; None where `summary` has no number for it."""
     for metric in _COSTS:
         times = [values_of(summary, name, metric) for name in (arm, "local")]
         if all(values and None not in values for values in times):
-            logs = statistics.effect(statistics.paired_log_ratios(*times))  # pyright: ignore
-            return _bill(metric, logs, gain, point_worth)
+            logs = effects.effect(effects.paired_log_ratios(*times))  # pyright: ignore
+            return _cost_of(metric, logs, gain, point_worth)
     return None
 
 
-def _bill(metric: str, logs: statistics.Effect, gain: Measured, point_worth: float) -> Cost | None:
+def _cost_of(
+    metric: str, logs: effects.Effect, gain: PairedEffect, point_worth: float
+) -> Cost | None:
     if not math.isfinite(logs.median):
         return None
     with np.errstate(over="ignore"):
@@ -226,9 +231,63 @@ def _bill(metric: str, logs: statistics.Effect, gain: Measured, point_worth: flo
     ends = (gain.interval.low, gain.median, gain.interval.high)
     least, worth, most = (1 + point_worth * 100 * max(end, 0.0) for end in ends)
     return Cost(
-        ratio=Measured(float(middle), Interval(float(low), float(high)), logs.n),
+        ratio=PairedEffect(float(middle), Interval(float(low), float(high)), logs.n),
         metric=metric,
         worth=worth,
         too_much=bool(middle > worth),
         sure=bool(low > most or high <= least),
     )
+
+
+COST_STEPS = 120
+COST_SEEDS = [0, 1, 2, 3, 4, 5]
+
+
+def group_sizes(world_size: int) -> list[int]:
+    """Sizes of groups between one rank and all: the proper divisors of `world_size`."""
+    return [size for size in range(2, world_size) if world_size % size == 0]
+
+
+def group_arm(size: int) -> str:
+    """The name of the arm that synchronises over groups of `size` ranks."""
+    return f"group_{size}"
+
+
+def error_study(settings: Sequence[str], world_size: int) -> list[str]:
+    """Overrides of the study of errors: `settings`, and an arm for each size of group between one rank and all."""
+    return ["study=advise", *settings, *_group_arms(group_sizes(world_size))]
+
+
+def cost_study(settings: Sequence[str], name: str, sizes: Sequence[int]) -> list[str]:
+    """Overrides of the study of cost: the same on real ranks, briefly, with clocks on the exchange.
+
+    Args:
+        settings: the user's own.
+        name: of the study of errors; this one is called `<name>-cost`.
+        sizes: groups that are timed beside `local` and `sync`.
+    """
+    return [
+        "study=advise",
+        *settings,
+        *_group_arms(sizes),
+        f"name={cost_name(name)}",
+        "train.virtual=false",
+        f"train.steps={COST_STEPS}",
+        "train.eval_every=0",
+        "probe.names=[exchange]",
+        f"study.seeds={hydra_value(COST_SEEDS)}",
+        "study.primary_metric=step_ms",
+        "study.question='What does synchronising cost this network on this machine?'",
+    ]
+
+
+def cost_name(name: str) -> str:
+    """What the study of cost is called that belongs to the study of errors `name`."""
+    return f"{name}-cost"
+
+
+def _group_arms(sizes: Sequence[int]) -> list[str]:
+    return [
+        f"+study.arms.{group_arm(k)}={hydra_value(['norm=sync_group', f'norm.group_size={k}'])}"
+        for k in sizes
+    ]

@@ -1,25 +1,98 @@
-"""Whether a study came out worse than before: two summaries of it, paired by seed.
+"""Whether a study came out worse than before: the summaries of two launches of it, paired by seed.
 
-The decision that shaped the file: an arm is called worse only when the whole 95 % interval of its change lies beyond
-the declared margin and survives Holm's correction over all that is looked at, so that a gate in CI is red when
-something broke and not when seeds differ. What left the numbers, a seed that diverged or never arrived, is worse
-without a test: it is counted, never averaged.
+An arm is called worse only where the whole 95 % interval of its change lies beyond the declared margin and survives
+Holm's correction over all that is compared, so that a gate in CI is red when something broke and not when seeds differ.
+A seed that diverged or lost its number makes its arm worse without a test: it is counted, never averaged. Two launches
+must share their design; code, versions and settings of the optimiser may differ, because those are what is compared.
+The direction of a metric is known by name where it is beyond doubt, and has to be given for any other: a gate that
+guesses it wrong is green when something broke.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
+from typing import Any
 
-from syncbn.compare import statistics
-from syncbn.compare.claims import LEVEL, REPRODUCED
-from syncbn.compare.directions import Metric, default_metric
-from syncbn.compare.launches import ClaimChange, lost_claims, refuse_unlike, shared_seeds
-from syncbn.compare.reading import Summary
-from syncbn.compare.statistics import Floats, Interval
-from syncbn.compare.summaries import by_seed
+from syncbn.compare.statistics import effects, significance
+from syncbn.compare.statistics.claims import INCONCLUSIVE, LEVEL, REPRODUCED
+from syncbn.compare.statistics.effects import Floats, Interval
+from syncbn.compare.study.summary import Summary, by_seed
 from syncbn.errors import UsageError
 
 WORSE, BETTER, SAME, CANNOT_TELL = "WORSE", "BETTER", "SAME", "CANNOT TELL"
+_LEAST_SEEDS = 2
+"""Fewer pairs bound no interval."""
+
+_SAME_IN_BOTH = (
+    "data",
+    "model",
+    "world_size",
+    "per_rank_batch",
+    "steps",
+    "split",
+    "virtual",
+    "tier",
+    "grid",
+)
+"""What of a design decides whether two launches can be compared."""
+
+_DECLARED = ("arm", "against", "beyond", "along", "metric", "kind", "threshold", "range", "scale")
+_LOWER_IS_BETTER = ("error", "loss", "seconds", "_ms", "_bytes", "diverged", "steps_to_target")
+_HIGHER_IS_BETTER = ("accuracy", "cells_trained")
+_TIMES = ("seconds", "_ms")
+
+
+@dataclass(frozen=True)
+class Metric:
+    """What is compared, and whether lower values of it are better."""
+
+    name: str
+    lower_is_better: bool = True
+
+
+def metric_of(text: str) -> Metric:
+    """The metric that `text` names: `test_error`, or `name:lower` and `name:higher`, which say what is better.
+
+    Raises:
+        UsageError: no direction is given, and none is known.
+    """
+    name, _, direction = text.partition(":")
+    if direction:
+        if direction not in ("lower", "higher"):
+            raise UsageError(f"metric={text!r} is not allowed: NAME:lower or NAME:higher")
+        return Metric(name, direction == "lower")
+    if name.endswith(_HIGHER_IS_BETTER):
+        return Metric(name, lower_is_better=False)
+    if name.startswith("steps_to_target") or name.endswith(_LOWER_IS_BETTER):
+        return Metric(name)
+    raise UsageError(
+        f"metric={name!r}: say which way is better, {name}:lower or {name}:higher; it goes without saying for errors, "
+        "losses, times, bytes, accuracies"
+    )
+
+
+def default_metric(summary: Summary) -> Metric:
+    """What the study is about, where that has a better and a worse; else, and for times, the test error.
+
+    Times differ from machine to machine, and with what else runs there.
+    """
+    primary = summary["design"].get("primary_metric") or "test_error"
+    try:
+        metric = metric_of(primary)
+    except UsageError:
+        return Metric("test_error")
+    return Metric("test_error") if primary.endswith(_TIMES) else metric
+
+
+@dataclass(frozen=True)
+class ClaimChange:
+    """A claim that was reproduced, and no longer is."""
+
+    name: str
+    verdict: str
+    counts: bool
+    """Whether it makes the study worse."""
+    note: str
 
 
 @dataclass(frozen=True)
@@ -84,7 +157,7 @@ class _Pairs:
     def worsening(self) -> Floats:
         """Positive where the new value is worse."""
         sign = 1 if self.metric.lower_is_better else -1
-        return sign * statistics.paired_differences(self.new, self.base)
+        return sign * effects.paired_differences(self.new, self.base)
 
 
 def compare(
@@ -101,8 +174,8 @@ def compare(
     Raises:
         UsageError: other studies or designs, fewer than two seeds in common, or a metric that was not measured.
     """
-    refuse_unlike(base, new)
-    seeds = shared_seeds(base, new)
+    _refuse_unlike(base, new)
+    seeds = _shared_seeds(base, new)
     wanted = metrics or (default_metric(base),)
     found = [pairs for metric in wanted for pairs in _all_pairs(base, new, metric, seeds)]
     return Regression(
@@ -110,7 +183,7 @@ def compare(
         margin=margin,
         seeds=seeds,
         changes=_judge(found, margin),
-        claims=lost_claims(base, new),
+        claims=_lost_claims(base, new),
     )
 
 
@@ -151,15 +224,15 @@ def _numbers(values: Mapping[int, float | None], seeds: Sequence[int]) -> list[f
 
 
 def _judge(found: Sequence[_Pairs], margin: float) -> list[Change]:
-    """Verdicts; a change for the better pays Holm's correction like one for the worse."""
-    worse = statistics.holm([statistics.p_below(-pairs.worsening, -margin) for pairs in found])
-    better = statistics.holm([statistics.p_below(pairs.worsening, -margin) for pairs in found])
+    """Verdicts; changes for the better are corrected by Holm's method like those for the worse."""
+    worse = significance.holm([significance.p_below(-pairs.worsening, -margin) for pairs in found])
+    better = significance.holm([significance.p_below(pairs.worsening, -margin) for pairs in found])
     return [_change(*each, margin) for each in zip(found, worse, better, strict=True)]
 
 
 def _change(pairs: _Pairs, p_worse: float, p_better: float, margin: float) -> Change:
-    effect = statistics.effect(statistics.paired_differences(pairs.new, pairs.base))
-    worsening = statistics.effect(pairs.worsening).interval
+    effect = effects.effect(effects.paired_differences(pairs.new, pairs.base))
+    worsening = effects.effect(pairs.worsening).interval
     verdict, note = _decide(worsening, p_worse, p_better, margin)
     if pairs.lost:
         verdict, note = WORSE, f"seeds {pairs.lost} diverged or have no number any more"
@@ -197,3 +270,89 @@ def _left_out(pairs: _Pairs) -> str:
     found = f"seeds {pairs.found} have a number now and had none" if pairs.found else ""
     never = f"seeds {pairs.never} have no number in either" if pairs.never else ""
     return "; ".join(filter(None, [found, never]))
+
+
+def _refuse_unlike(base: Summary, new: Summary) -> None:
+    """Refuse two summaries that are not launches of one study.
+
+    A key that only one of them has is left alone: an older version may not have written it.
+
+    Raises:
+        UsageError: another study, design or set of arms; names the key and both values.
+    """
+    _refuse("study", base["study"], new["study"])
+    for key in _SAME_IN_BOTH:
+        if key in base["design"] and key in new["design"]:
+            _refuse(f"design.{key}", base["design"][key], new["design"][key])
+    _refuse("arms", sorted(base["arms"]), sorted(new["arms"]))
+
+
+def _refuse(key: str, base: Any, new: Any) -> None:
+    if base != new:
+        raise UsageError(
+            f"{key} is {base!r} in the base and {new!r} in the new launch: not one study"
+        )
+
+
+def _shared_seeds(base: Summary, new: Summary) -> list[int]:
+    """The seeds that both have, in the order of the base.
+
+    Raises:
+        UsageError: they are fewer than two.
+    """
+    seeds = [seed for seed in base["design"]["seeds"] if seed in new["design"]["seeds"]]
+    if len(seeds) < _LEAST_SEEDS:
+        raise UsageError(
+            f"the launches share the seeds {seeds}, of {base['design']['seeds']} and {new['design']['seeds']}: at "
+            f"least {_LEAST_SEEDS} are needed, and 6 to see more than the largest changes"
+        )
+    return seeds
+
+
+def _lost_claims(base: Summary, new: Summary) -> list[ClaimChange]:
+    """The claims of `base` that were reproduced and are not in `new`.
+
+    One that is merely undecided now, over fewer seeds than before, does not count as worse.
+    """
+    now = {claim["name"]: claim for claim in new["claims"]}
+    fewer = not set(base["design"]["seeds"]) <= set(new["design"]["seeds"])
+    reproduced = [claim for claim in base["claims"] if claim["verdict"] == REPRODUCED]
+    return [
+        _claim_change(claim, now.get(claim["name"]), fewer)
+        for claim in reproduced
+        if now.get(claim["name"], {}).get("verdict") != REPRODUCED
+    ]
+
+
+def _claim_change(
+    was: Mapping[str, Any], now: Mapping[str, Any] | None, fewer: bool
+) -> ClaimChange:
+    if now is None:
+        return ClaimChange(was["name"], "not declared", True, "the new launch does not claim it")
+    excused = fewer and now["verdict"] == INCONCLUSIVE
+    notes = [
+        f"{key} was {was[key]!r}, is {now[key]!r}"
+        for key in _DECLARED
+        if key in was and key in now and was[key] != now[key]
+    ]
+    notes += ["over fewer seeds: not counted"] if excused else []
+    return ClaimChange(was["name"], now["verdict"], not excused, "; ".join(notes))
+
+
+def differences(base: Summary, new: Summary) -> list[str]:
+    """What else differs, a line each: revision, versions, what the search chose, the target."""
+    pairs = [("revision", base.get("git"), new.get("git"))]
+    old, late = base.get("versions", {}), new.get("versions", {})
+    pairs += [(name, old.get(name), late.get(name)) for name in dict.fromkeys([*old, *late])]
+    pairs += [("tuned", _tuned(base), _tuned(new))]
+    pairs += [("target", base["design"].get("target"), new["design"].get("target"))]
+    return [f"{name}: {was} -> {now}" for name, was, now in pairs if was != now]
+
+
+def _tuned(summary: Summary) -> dict[str, Any]:
+    """Arm to what the search chose for it."""
+    searched = summary["design"].get("tuned") or {}
+    return {
+        arm: {key: value for key, value in chosen.items() if key not in ("errors", "at_an_end")}
+        for arm, chosen in searched.items()
+    }

@@ -16,7 +16,7 @@ from torch.distributed.elastic.multiprocessing.api import DefaultLogsSpecs, Sign
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-from syncbn.compare.queue import run_trials
+from syncbn.compare.study.queue import run_trials
 from syncbn.config import Config, RunConfig
 from syncbn.launch.children import after_signal, failure, reports_in, told
 from syncbn.launch.outcomes import lost_ranks_named

@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from syncbn.compare.design import arms_of, most_processes
+from syncbn.compare.study.design import arms_of, most_processes
 from syncbn.config import Config
 from syncbn.tracking.redact import redact
 

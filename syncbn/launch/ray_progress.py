@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 
-from syncbn.compare.design import SEARCH, TRIALS, num_trials
+from syncbn.compare.study.design import SEARCH, TRIALS, num_trials
 from syncbn.config import Config
 from syncbn.launch.periodic import periodically
 from syncbn.tracking.journal import read_journal

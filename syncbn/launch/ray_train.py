@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from syncbn.compare.design import most_processes
+from syncbn.compare.study.design import most_processes
 from syncbn.config import Config
 from syncbn.launch.ray_access import prepare_environment
 
@@ -37,7 +37,7 @@ def launch_study(cfg: Config) -> dict[str, Any]:
         SyncbnError: see `prepare_environment`, `ray_cluster.connected` and `ray_fit.fit`.
     """
     with _ray(cfg, most_processes(cfg)):
-        from syncbn.compare.queue import run_trials
+        from syncbn.compare.study.queue import run_trials
         from syncbn.launch.ray_fit import fit
         from syncbn.launch.study import conduct
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from types import FrameType
 from typing import IO, Any
 
-from syncbn.compare.tiers import Launch
+from syncbn.compare.suite.tiers import Launch
 from syncbn.launch.plan import Plan
 
 COMPARE = (sys.executable, str(Path(__file__).parents[2] / "jobs" / "compare.py"))

@@ -16,8 +16,8 @@ import psutil
 from rich.console import Console
 
 from syncbn.checkpoint import RunLock
-from syncbn.compare.design import Trial, trials, waves
-from syncbn.compare.tuning import chosen, search, values_of
+from syncbn.compare.study.design import Trial, trials, waves
+from syncbn.compare.study.tuning import chosen, search, tuned_values
 from syncbn.config import Config
 from syncbn.launch.outcomes import was_stopped
 from syncbn.launch.tracked import probe_tracking
@@ -45,7 +45,7 @@ def conduct(cfg: Config, run: RunWave) -> dict[str, Any]:
         tracker.follow(folders)
         _search(cfg, run, clock)
         began = time.time()
-        _take(trials(cfg, values_of(chosen(cfg))), cfg, run)
+        _take(trials(cfg, tuned_values(chosen(cfg))), cfg, run)
         first = _first_start(folders, since=began)
         clock.lap("start", until=first)
         clock.lap("training")
@@ -53,7 +53,7 @@ def conduct(cfg: Config, run: RunWave) -> dict[str, Any]:
 
         summary = write_results(cfg)
         clock.lap("statistics, figures, report")
-    from syncbn.compare.report import print_table
+    from syncbn.compare.report.terminal import print_table
 
     console = Console()
     print_table(summary, console, cfg.folder)

@@ -4,24 +4,20 @@ Values flow through it in one direction: `module` and `functional` order the par
 arithmetic, `moments` merges ranks, and only `exchange` talks to a process group.
 """
 
-from syncbn.norm.begun import BegunNorm, begin_norms
+from syncbn.norm.backends.cpu import release_memory
+from syncbn.norm.comm.exchange import RanksDisagree
 from syncbn.norm.convert import Conversion, convert_sync_batchnorm, revert_sync_batchnorm
 from syncbn.norm.ddp import ddp_buffers_to_ignore
-from syncbn.norm.exchange import RanksDisagree
 from syncbn.norm.functional import NonFiniteStatistics, sync_batch_norm
-from syncbn.norm.join import join
-from syncbn.norm.kernels.results import release_memory
-from syncbn.norm.lockstep import in_lockstep
 from syncbn.norm.module import SyncBatchNorm
 from syncbn.norm.recalibrate import recalibrate
+from syncbn.norm.uneven_inputs import in_lockstep, join
 
 __all__ = [
-    "BegunNorm",
     "Conversion",
     "NonFiniteStatistics",
     "RanksDisagree",
     "SyncBatchNorm",
-    "begin_norms",
     "convert_sync_batchnorm",
     "ddp_buffers_to_ignore",
     "in_lockstep",

@@ -1,33 +1,51 @@
-"""BatchNorm to SyncBatchNorm and back, for whole models, losing nothing.
+"""Conversion of whole models from BatchNorm to SyncBatchNorm and back.
 
-A layer is converted by giving the *same object* another class (see `counterparts`). Parameters, buffers, hooks,
-attributes, the training flag and sharing between modules survive because nothing is copied; the class to go back to
-is kept. A parametrised layer has a class of its own made by torch, which is made again upon the other class.
+A layer is converted by giving the *same object* another class. Parameters, buffers, hooks, attributes, the training
+flag and sharing between modules survive because nothing is copied; the former class is kept, to revert to.
+
+A layer is converted only where its training forward is known to be torch's: torch's own classes, subclasses that keep
+`forward`, and timm's norm with an activation. A conversion so never changes what a layer computes on one rank. Other
+layers are left alone, and those of them that normalise with the batch are named in a warning.
 """
 
-from collections.abc import Callable
+import functools
+import types
+import warnings
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Any, cast
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm, _LazyNormBase
+from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.nn.utils import parametrize
 
-from syncbn.norm.counterparts import ATTRIBUTES, counterpart, counterpart_of_class
-from syncbn.norm.groups import GroupSpec, check_spec
-from syncbn.norm.module import SyncBatchNorm
+from syncbn.norm.comm.groups import GroupSpec
+from syncbn.norm.module import ORIGINAL_CLASS, REPLACED, SyncBatchNorm
+from syncbn.norm.validation import checked_group
 
-_ORIGINAL = "_syncbn_original_class"
-_REPLACED = "_syncbn_replaced"
-"""Values that a layer had under the names of `ATTRIBUTES`; they come back with its class."""
+_TORCHS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+_TIMMS = ("BatchNormAct2d", "SyncBatchNormAct")
+_ATTRIBUTES = ("layer_name", "process_group", "act")
+"""What a SyncBatchNorm has beside the attributes of torch's batch norms."""
 
 
 @dataclass(frozen=True)
 class Conversion:
-    """What became of one norm layer: its name in the model, its class before, and why it was left alone."""
+    """What a conversion does to one norm layer.
+
+    Attributes:
+        name: of the layer in the model; "" for the model itself.
+        cls: its class before.
+        left_alone: why it is not converted; None where it is.
+        local: whether it is left alone though it normalises with the batch, which then is that of its rank alone.
+    """
 
     name: str
     cls: type[nn.Module]
     left_alone: str | None = None
+    local: bool = False
 
 
 def convert_sync_batchnorm(
@@ -39,77 +57,183 @@ def convert_sync_batchnorm(
 ) -> nn.Module:
     """Turn every batch norm inside `module` into `SyncBatchNorm`, in place.
 
-    Converted are BatchNorm1d/2d/3d, torch.nn.SyncBatchNorm, subclasses of them that keep torch's forward (they stay
-    instances of their class), parametrised ones, and timm's BatchNormAct2d. Others are left alone and
-    reported. Idempotent: layers that are synchronised already keep their group, or get `process_group` where it is
-    given.
+    Converted are BatchNorm1d/2d/3d and their subclasses that keep torch's forward (they stay instances of their
+    class), torch.nn.SyncBatchNorm, parametrised ones, and timm's BatchNormAct2d. Other norms that keep running
+    statistics are left alone. Those that normalise with the batch, by a forward of their own, a replaced forward or
+    compiled by torch.jit, are named in one UserWarning; frozen norms and instance norms are not. Calls of
+    `torch.nn.functional.batch_norm`, and classes that keep no running statistics, cannot be seen.
+
+    Idempotent: layers that are synchronised already keep their group, or get `process_group` where it is given.
+    torch.nn.SyncBatchNorm keeps its group likewise.
 
     Args:
         module: a model, or one layer.
         process_group: as for `SyncBatchNorm`.
-        strict: raise when there is nothing to convert.
-        report: called with a `Conversion` for every layer with batch statistics, converted or left alone.
+        strict: raise when there is nothing to convert, or a norm that normalises with the batch is left alone.
+        report: called with a `Conversion` for every norm that keeps running statistics, converted or left alone.
 
     Returns:
         `module` itself.
 
     Raises:
         TypeError: `module` is no module.
-        ValueError: a lazy BatchNorm that has seen no batch; nothing converted, with `strict`. Nothing is changed.
+        ValueError: a lazy BatchNorm that has seen no batch; see `strict`. Nothing is changed.
     """
     if not isinstance(module, nn.Module):
         raise TypeError(f"module={type(module).__name__} is not allowed: a torch.nn.Module")
-    check_spec(process_group)
-    layers = dict(module.named_modules())
-    conversions = [c for name, layer in layers.items() if (c := _conversion(name, layer))]
-    if strict and all(c.left_alone for c in conversions):
-        raise ValueError(_nothing_converted(module, conversions))
+    process_group = checked_group(process_group)
+    layers = {name: m for name, m in module.named_modules() if _keeps_statistics(m)}
+    conversions = [_conversion(name, layer) for name, layer in layers.items()]
+    local = [c for c in conversions if c.local]
+    if strict and (local or all(c.left_alone for c in conversions)):
+        raise ValueError(_strict_message(module, local, conversions))
     for conversion in conversions:
         if conversion.left_alone is None:
             _convert(layers[conversion.name], conversion.name, process_group)
         if report is not None:
             report(conversion)
+    if local:
+        warnings.warn(
+            f"norm layers left alone, which normalise with the batch of one rank: {_listed(local)}",
+            stacklevel=2,
+        )
     return module
 
 
 def revert_sync_batchnorm(module: nn.Module) -> nn.Module:
     """Give every converted layer inside `module` its original class back, in place; returns `module`.
 
-    A layer that was made as a `SyncBatchNorm` has no class to go back to and stays as it is.
+    A layer that was made as a `SyncBatchNorm` has no other class and stays as it is.
 
     Raises:
         ValueError: a layer was given yet another class after its conversion; layers before it are reverted.
     """
     for name, layer in module.named_modules():
-        if _ORIGINAL in layer.__dict__:
+        if ORIGINAL_CLASS in layer.__dict__:
             _revert(layer, name)
     return module
 
 
-def _conversion(name: str, layer: nn.Module) -> Conversion | None:
-    """What is to become of `layer`; None where it is no batch norm."""
-    if isinstance(layer, _LazyNormBase) and isinstance(layer, _BatchNorm):
+class SyncBatchNormAct(SyncBatchNorm):
+    """What timm's BatchNormAct2d becomes: the norm, then the layer's own submodules `drop` and `act`."""
+
+    @property
+    def act(self) -> nn.Module:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """The submodule, which SyncBatchNorm's attribute of this name would hide."""
+        return cast(nn.Module, self._modules["act"])
+
+    def forward(self, input: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """act(drop(batch_norm(input))), `(N, C, H, W)` as `input`; raises what `SyncBatchNorm` does."""
+        return self.act(self.drop(super().forward(input)))  # pyright: ignore[reportCallIssue]
+
+    def _activation(self) -> None:
+        """Nothing is fused: the submodule may have hooks and parameters of its own."""
+
+
+class _LeftAlone(Exception):
+    """Why a norm layer has no synchronised class.
+
+    Args:
+        reason: for the user.
+        local: as in `Conversion`.
+    """
+
+    def __init__(self, reason: str, local: bool = True) -> None:
+        super().__init__(reason)
+        self.local = local
+
+
+def _keeps_statistics(layer: nn.Module) -> bool:
+    """Whether `layer` is a batch norm, or keeps running statistics as one does."""
+    if isinstance(layer, torch.jit.ScriptModule):
+        return "BatchNorm" in layer.original_name
+    kept = {"running_mean", "running_var"} <= layer._buffers.keys()
+    return isinstance(layer, _BatchNorm) or (kept and not isinstance(layer, _InstanceNorm))
+
+
+def _conversion(name: str, layer: nn.Module) -> Conversion:
+    """What is to become of `layer`, which is not changed yet."""
+    if isinstance(layer, _LazyNormBase):
         raise ValueError(
             f"{name or type(layer).__name__} is lazy: run one batch first, then convert"
         )
-    found = counterpart(layer)
-    if found is None:
-        return None
-    return Conversion(name, type(layer), found if isinstance(found, str) else None)
+    try:
+        _synchronised_class(layer)
+    except _LeftAlone as reason:
+        return Conversion(name, type(layer), str(reason), reason.local)
+    return Conversion(name, type(layer))
 
 
-def _nothing_converted(module: nn.Module, conversions: list[Conversion]) -> str:
-    left = "".join(f"; {c.name or 'the module'}: {c.left_alone}" for c in conversions)
-    return f"strict=True, but {type(module).__name__} has no batch norm to convert{left}"
+def _synchronised_class(layer: nn.Module) -> type[SyncBatchNorm]:
+    """The class that `layer` gets; raises `_LeftAlone` where it gets none."""
+    if isinstance(layer, torch.jit.ScriptModule):
+        name = layer.original_name
+        raise _left_alone(name, f"{name} is compiled by torch.jit: convert the model before it is")
+    name = type(layer).__name__
+    if not isinstance(layer, _BatchNorm):
+        raise _left_alone(name, f"{name} keeps running statistics in a class of its own")
+    cls = parametrize.type_before_parametrizations(layer)
+    if issubclass(cls, SyncBatchNorm):
+        return cls
+    if "forward" in layer.__dict__:
+        raise _LeftAlone("its forward was replaced, and would still be used")
+    found = _counterpart(cls)
+    if found is SyncBatchNormAct:
+        if {"drop", "act"} <= layer._modules.keys():
+            return found
+        raise _LeftAlone(f"{name} without its submodules drop and act")
+    for key in _ATTRIBUTES:
+        if key in layer._modules or hasattr(cls, key):
+            raise _LeftAlone(f"its {key!r} would be hidden by SyncBatchNorm's own")
+    return found
+
+
+def _left_alone(class_name: str, reason: str) -> _LeftAlone:
+    """The error for a class that torch does not know; classes with fixed statistics go by a name of this form."""
+    if class_name.startswith("Frozen"):
+        return _LeftAlone("has fixed statistics: nothing to synchronise", local=False)
+    return _LeftAlone(reason)
+
+
+@functools.cache
+def _counterpart(cls: type[nn.Module]) -> type[SyncBatchNorm]:
+    """The synchronised class for layers of class `cls`; raises `_LeftAlone` where their forward is not torch's."""
+    if cls in _TORCHS:
+        return SyncBatchNorm
+    if cls.__name__ in _TIMMS and cls.__module__.split(".")[0] == "timm":
+        return SyncBatchNormAct
+    if cls.forward is not _BatchNorm.forward:
+        name = cls.__name__
+        reason = f"{name} has a forward of its own, whose behaviour a conversion could change"
+        raise _left_alone(name, reason)
+    return _with_methods_of(cls)
+
+
+def _with_methods_of(cls: type[nn.Module]) -> type[SyncBatchNorm]:
+    """`SyncBatchNorm` that still is a `cls`, with its methods."""
+
+    def reduce(self: nn.Module, protocol: int) -> tuple[Any, ...]:
+        del protocol
+        return _blank, (cls,), self.__getstate__()
+
+    body = {"__module__": cls.__module__, "__doc__": cls.__doc__, "__reduce_ex__": reduce}
+    bases = (SyncBatchNorm, cls)
+    return types.new_class(f"Sync{cls.__name__}", bases, exec_body=lambda names: names.update(body))
+
+
+def _blank(cls: type[nn.Module]) -> nn.Module:
+    """A converted `cls` without state, for unpickling: its class has no name under which it could be imported."""
+    synchronised = _counterpart(cls)
+    return synchronised.__new__(synchronised)
 
 
 def _convert(layer: nn.Module, name: str, process_group: GroupSpec) -> None:
-    state = layer.__dict__
+    state, cls = layer.__dict__, _synchronised_class(layer)
     if not isinstance(layer, SyncBatchNorm):
-        cls = counterpart(layer)
-        assert isinstance(cls, type)
-        state[_REPLACED] = {key: state.pop(key) for key in ATTRIBUTES if key in state}
-        state[_ORIGINAL] = parametrize.type_before_parametrizations(layer)
+        if process_group is None and isinstance(layer, nn.SyncBatchNorm):
+            process_group = layer.process_group
+        state[REPLACED] = {key: state.pop(key) for key in _ATTRIBUTES if key in state}
+        state[ORIGINAL_CLASS] = parametrize.type_before_parametrizations(layer)
         state.update(layer_name=name, process_group=process_group)
         _give_class(layer, cls)
     elif process_group is not None:
@@ -118,15 +242,15 @@ def _convert(layer: nn.Module, name: str, process_group: GroupSpec) -> None:
 
 def _revert(layer: nn.Module, name: str) -> None:
     state = layer.__dict__
-    original = state[_ORIGINAL]
-    if parametrize.type_before_parametrizations(layer) is not counterpart_of_class(original):
+    original = state[ORIGINAL_CLASS]
+    if parametrize.type_before_parametrizations(layer) is not _counterpart(original):
         raise ValueError(
             f"{name or 'the module'} became a {type(layer).__name__} after it was converted: revert before that"
         )
     _give_class(layer, original)
-    for key in (_ORIGINAL, *ATTRIBUTES):
+    for key in (ORIGINAL_CLASS, *_ATTRIBUTES):
         state.pop(key, None)
-    state.update(state.pop(_REPLACED))
+    state.update(state.pop(REPLACED))
 
 
 def _give_class(layer: nn.Module, cls: type[nn.Module]) -> None:
@@ -140,3 +264,22 @@ def _give_class(layer: nn.Module, cls: type[nn.Module]) -> None:
     parametrize._inject_new_class(layer)
     for name, value in properties.items():
         setattr(type(layer), name, value)
+
+
+def _strict_message(
+    module: nn.Module, local: list[Conversion], conversions: list[Conversion]
+) -> str:
+    if local:
+        return f"strict=True, but norm layers that normalise with the batch would be left alone: {_listed(local)}"
+    left = f"; left alone: {_listed(conversions)}" if conversions else ""
+    return f"strict=True, but {type(module).__name__} has no batch norm to convert{left}"
+
+
+def _listed(conversions: Iterable[Conversion]) -> str:
+    """`'1', '4.bn' (Class): reason; ...`, each class and reason once."""
+    names: dict[tuple[str, str | None], list[str]] = {}
+    for c in conversions:
+        names.setdefault((c.cls.__name__, c.left_alone), []).append(
+            repr(c.name) if c.name else "the module"
+        )
+    return "; ".join(f"{', '.join(at)} ({cls}): {why}" for (cls, why), at in names.items())

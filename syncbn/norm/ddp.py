@@ -1,9 +1,9 @@
-"""What DistributedDataParallel need not broadcast: running statistics that all ranks have computed alike."""
+"""`ddp_buffers_to_ignore`: running statistics, equal on all ranks, that DistributedDataParallel need not broadcast."""
 
 import torch.distributed as dist
 from torch import nn
 
-from syncbn.norm.groups import resolve
+from syncbn.norm.comm.groups import resolve
 from syncbn.norm.module import SyncBatchNorm
 
 _STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
@@ -25,17 +25,19 @@ def ddp_buffers_to_ignore(model: nn.Module) -> list[str]:
         model: converted, and not yet wrapped. With torch.distributed initialised this resolves the groups of its
             layers, which is a collective where they are given by name or size.
     """
-    whole = {name for name, layer in model.named_modules() if _spans_all_ranks(layer)}
+    spanning = {name for name, layer in model.named_modules() if _spans_all_ranks(layer)}
     names = [name.rpartition(".") for name, _ in model.named_buffers()]
     return [
         f"{layer}{dot}{buffer}"
         for layer, dot, buffer in names
-        if layer in whole and buffer in _STATISTICS
+        if layer in spanning and buffer in _STATISTICS
     ]
 
 
 def _spans_all_ranks(layer: nn.Module) -> bool:
     if not isinstance(layer, SyncBatchNorm):
+        return False
+    if layer.process_group == dist.GroupMember.NON_GROUP_MEMBER:
         return False
     group = resolve(layer.process_group)
     world_size = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1

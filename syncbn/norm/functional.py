@@ -1,19 +1,22 @@
-"""`sync_batch_norm`: batch normalisation with the moments of all ranks of a group, as one function.
+"""`sync_batch_norm`: batch normalisation with the moments of all ranks of a group, as one function."""
 
-It checks what it is given, tells the other ranks when that is unusable, and hands the rest to autograd
-(`autograd`), to the exchange (`steps`) and to one rank's arithmetic (`kernels`).
-"""
-
-import torch
 from torch import Tensor
-from torch.distributed import ProcessGroup
 
-from syncbn.norm.autograd import SyncBatchNormFunction
-from syncbn.norm.exchange import exchange_of
-from syncbn.norm.groups import GroupSpec, resolve
-from syncbn.norm.kernels import Running, check_act
-from syncbn.norm.replay import Replays
-from syncbn.norm.steps import Call, NonFiniteStatistics
+from syncbn.norm.backends.activations import check_act
+from syncbn.norm.backends.base import NonFiniteStatistics, Running, without_values
+from syncbn.norm.comm.exchange import exchange_for
+from syncbn.norm.comm.groups import GroupSpec
+from syncbn.norm.ops.autograd import Call, SyncBatchNormFunction
+from syncbn.norm.ops.recompute import current
+from syncbn.norm.validation import (
+    check_operands,
+    check_per_channel,
+    checked_eps,
+    checked_group,
+    checked_momentum,
+    fitted,
+    tell_ranks,
+)
 
 __all__ = ["NonFiniteStatistics", "sync_batch_norm"]
 
@@ -33,7 +36,6 @@ def sync_batch_norm(
     num_batches_tracked: Tensor | None = None,
     process_group: GroupSpec = None,
     name: str = "",
-    replays: Replays | None = None,
 ) -> Tensor:
     """act(batch_norm(input) + residual), with the mean and variance of each channel over all ranks of a group.
 
@@ -49,86 +51,41 @@ def sync_batch_norm(
         residual: in the shape of `input`, added before `act`.
         mask: bool, `(N, 1, *)`: positions where it is false are left out of the statistics and of N; they come out
             as 0 and get no gradient.
-        act: None, or a name in `syncbn.norm.kernels.ACTIVATIONS`.
+        act: None, or a name in `syncbn.norm.backends.activations.ACTIVATIONS`.
         momentum: weight of the new statistics; None averages over all batches (needs num_batches_tracked).
         eps: added to the variance.
         num_batches_tracked: `()`, int64, counted up in place unless the batch is empty on all ranks.
-        process_group: see `syncbn.norm.groups.GroupSpec`.
+        process_group: see `syncbn.norm.comm.groups.GroupSpec`.
         name: what error messages call the layer.
-        replays: memory of this layer's passes, so that one which activation checkpointing repeats is recognised.
 
     Returns:
         The normalised values in the shape, dtype and memory format of `input`.
 
     Raises:
-        ValueError: shapes that do not fit, an unknown `act`; one value per channel over all ranks.
-        TypeError: an input that is not floating point.
+        ValueError: an argument out of range, shapes or devices that do not fit; one value per channel over all ranks;
+            a group that does not contain this rank.
+        TypeError: an input that is not floating point, an argument of the wrong type.
         NonFiniteStatistics: NaN, infinite or too large values on any rank of a CPU group (on CUDA, and in a group
             of one, they pass through, as in torch).
         RanksDisagree: the ranks are not all in the same layer (CPU groups).
     """
-    group = resolve(process_group)
-    check_act(act)
-    error = complaint(input, None, mask, residual)
-    if momentum is None and running_mean is not None and num_batches_tracked is None:
-        error = error or ValueError("momentum=None needs num_batches_tracked")
-    if error is not None:
-        tell(group, input, f"{name}: {error}")
-        raise error
+    process_group = checked_group(process_group)
+    exchange = None if without_values(input) else exchange_for(process_group)
+    try:
+        check_act(act)
+        eps, momentum = checked_eps(eps), checked_momentum(momentum)
+        check_operands(input, None, mask, residual)
+        check_per_channel(
+            input, running_mean=running_mean, running_var=running_var, weight=weight, bias=bias
+        )
+        if momentum is None and running_mean is not None and num_batches_tracked is None:
+            raise ValueError("momentum=None needs num_batches_tracked")
+    except (TypeError, ValueError) as error:
+        tell_ranks(exchange, input, f"{name}: {error}")
+        raise
     running = None
     if running_mean is not None and running_var is not None:
         running = Running(running_mean, running_var, num_batches_tracked, momentum)
-    call = Call(
-        eps=eps,
-        act=act,
-        mask=None if mask is None else fitted(mask, input),
-        running=running,
-        exchange=None if group is None else exchange_of(group),
-        name=name,
-        replays=replays,
-    )
+    kept = None if mask is None else fitted(mask, input)
+    call = Call(exchange, kept, act, eps, running, name, checkpointed=current())
     return SyncBatchNormFunction.apply(input, weight, bias, residual, call)
-
-
-def tell(group: ProcessGroup | None, input: Tensor, message: str) -> None:
-    """Tell the ranks that wait in this exchange that this one cannot take part."""
-    if group is not None and not input.is_cuda:
-        exchange_of(group).fail(message)
-
-
-def fitted(mask: Tensor, input: Tensor) -> Tensor:
-    """`mask` as kernels want it: `(N, 1, *)` with the trailing sizes of `input`, contiguous."""
-    return mask.expand(input.shape[0], 1, *input.shape[2:]).contiguous()
-
-
-def complaint(
-    input: Tensor, num_features: int | None, mask: Tensor | None, residual: Tensor | None
-) -> Exception | None:
-    """What is wrong with these operands, as the error to raise; None where nothing is."""
-    if input.dim() < 2:
-        return ValueError(f"expected input (N, C, *), got {input.dim()}D input")
-    if num_features is not None and input.shape[1] != num_features:
-        return ValueError(f"expected {num_features} channels, got {input.shape[1]}")
-    if not input.is_floating_point():
-        return TypeError(f"expected floating-point input, got {input.dtype}")
-    if residual is not None and residual.shape != input.shape:
-        return ValueError(
-            f"expected a residual of shape {tuple(input.shape)}, got {tuple(residual.shape)}"
-        )
-    if residual is not None and residual.device != input.device:
-        return ValueError(f"expected a residual on {input.device}, got {residual.device}")
-    return None if mask is None else _complaint_of_mask(mask, input)
-
-
-def _complaint_of_mask(mask: Tensor, input: Tensor) -> Exception | None:
-    if mask.device != input.device:
-        return ValueError(f"expected a mask on {input.device}, got {mask.device}")
-    if mask.dtype != torch.bool:
-        return TypeError(f"expected a mask of dtype torch.bool, got {mask.dtype}")
-    expected = (input.shape[0], 1, *input.shape[2:])
-    fits = mask.dim() == input.dim() and all(
-        have in (want, 1) for have, want in zip(mask.shape, expected, strict=True)
-    )
-    if not fits:
-        return ValueError(f"expected a mask that expands to {expected}, got {tuple(mask.shape)}")
-    return None

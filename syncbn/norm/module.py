@@ -6,34 +6,43 @@ CPU. With one rank, or none, and in eval mode, it does exactly what torch's Batc
 
 import copy
 import itertools
-import math
-from contextvars import ContextVar
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed import ProcessGroup
+from torch._C._functorch import peek_interpreter_stack
+from torch.distributed import GroupMember, ProcessGroup
+from torch.fx import Proxy, Tracer
 from torch.jit import is_scripting  # pyright: ignore[reportPrivateImportUsage]
 from torch.nn.functional import batch_norm
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from syncbn.norm import kernels
-from syncbn.norm.autograd import SyncBatchNormFunction
-from syncbn.norm.compiled import compiled_batch_norm, group_text
-from syncbn.norm.exchange import Exchange, exchange_of
-from syncbn.norm.functional import complaint, fitted, tell
-from syncbn.norm.groups import GroupSpec, check_spec, known, resolve
-from syncbn.norm.header import NAMED
-from syncbn.norm.kernels import Running, check_act
-from syncbn.norm.kernels.activations import apply_act
-from syncbn.norm.replay import replaying, replays_of
-from syncbn.norm.steps import Call
+from syncbn.norm import backends
+from syncbn.norm.backends.activations import apply_act, check_act
+from syncbn.norm.backends.base import NormArgs, Running, without_values
+from syncbn.norm.comm.exchange import Exchange, exchange_for, exchange_of
+from syncbn.norm.comm.fingerprint import NAMED
+from syncbn.norm.comm.groups import GroupSpec, known
+from syncbn.norm.ops.autograd import Call, SyncBatchNormFunction
+from syncbn.norm.ops.custom_op import compiled_batch_norm, group_text
+from syncbn.norm.ops.recompute import Pass, current, unchanged
+from syncbn.norm.validation import (
+    check_operands,
+    checked_eps,
+    checked_group,
+    checked_momentum,
+    checked_num_features,
+    fitted,
+    tell_ranks,
+)
+
+ORIGINAL_CLASS = "_syncbn_original_class"
+REPLACED = "_syncbn_replaced"
+"""Attributes of a converted layer: its former class, and the values of attributes that the conversion hid."""
 
 _serials = itertools.count()
 """When each layer was built: tells layers without names apart."""
-finishing: ContextVar[Any] = ContextVar("finishing", default=None)
-"""The `BegunNorm` whose layer is called to finish it."""
 
 
 class SyncBatchNorm(_BatchNorm):
@@ -50,9 +59,10 @@ class SyncBatchNorm(_BatchNorm):
         momentum: weight of the newest batch in the running statistics; None averages over all batches.
         affine: learn a weight and a bias per channel.
         track_running_stats: keep running statistics for evaluation.
-        process_group: who is synchronised with whom: None or "world" for all ranks, "node" for those of one
+        process_group: the ranks that share statistics: None or "world" for all ranks, "node" for those of one
             machine, k for k consecutive ranks at a time, or a ProcessGroup. Groups given by name or size
-            pickle, deep-copy and survive a checkpoint.
+            pickle, deep-copy and survive a checkpoint. What `torch.distributed.new_group` gives to a rank outside
+            the group is accepted; that rank may evaluate and may not train.
         act: None, or an activation to apply in the same pass: "relu", "relu6", "leaky_relu", "silu" or "hardswish".
         device: where parameters and buffers live.
         dtype: of parameters and running statistics.
@@ -80,15 +90,33 @@ class SyncBatchNorm(_BatchNorm):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        _check_arguments(num_features, eps, momentum)
-        check_spec(process_group)
         check_act(act)
-        super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype)
-        self.process_group: GroupSpec = process_group
+        super().__init__(
+            checked_num_features(num_features),
+            checked_eps(eps),
+            checked_momentum(momentum),
+            affine,
+            track_running_stats,
+            device,
+            dtype,
+        )
+        self.process_group: GroupSpec = checked_group(process_group)
         self._serial = next(_serials)
         self.layer_name = ""  # what error messages call it; conversion sets its name in the model
         if act is not None:
             self.act = act
+
+    def _call_impl(self, *args: Any, **kwargs: Any) -> Any:
+        """Appear to `torch.fx` as one `call_module` node, as torch.nn.SyncBatchNorm does.
+
+        A tracer looks into modules whose class is not torch's own. This is called within `Tracer.call_module`, whose
+        bookkeeping therefore stands, and before hooks, which belong to the calls of the traced model.
+        """
+        for value in (*args, *kwargs.values()):
+            if isinstance(value, Proxy) and isinstance(tracer := value.tracer, Tracer):
+                path = tracer.path_of_module(self)
+                return tracer.create_proxy("call_module", path, args, kwargs)
+        return super()._call_impl(*args, **kwargs)
 
     def forward(
         self, input: Tensor, mask: Tensor | None = None, residual: Tensor | None = None
@@ -138,8 +166,7 @@ class SyncBatchNorm(_BatchNorm):
         if group is None or dist.get_world_size(group) == 1 or y.is_cuda:
             return
         exchange = exchange_of(group)
-        begun = finishing.get()
-        layer = begun.title if begun is not None and begun.layer is self else self._title()
+        layer = self._title()
         exchange.pass_by(layer)
         y.register_hook(lambda _: exchange.pass_by(layer, backward=True))
 
@@ -147,62 +174,61 @@ class SyncBatchNorm(_BatchNorm):
     def _train(self, input: Tensor, mask: Tensor | None, residual: Tensor | None) -> Tensor:
         if torch.compiler.is_compiling():
             return self._train_compiled(input, mask, residual)
-        begun = finishing.get()
-        if begun is not None and begun.layer is self and begun.shares:
-            return begun.normalized(input, mask, residual)
-        group = resolve(self.process_group)
-        exchange = None if group is None else exchange_of(group)
-        if exchange is not None and exchange.world_size == 1:
-            group = exchange = None
-        self._check_input(input, mask, residual, group)
-        if exchange is None and self._is_torchs(input, mask, residual):
-            return self._replay_alone(input) if replaying() else super().forward(input)
-        call = self._call(input, mask, exchange)
+        exchange = None if without_values(input) else exchange_for(self.process_group)
+        self._check_input(input, mask, residual, exchange)
+        if exchange is None and self._torch_serves(input, mask, residual):
+            return self._train_unfused(input, residual)
+        if peek_interpreter_stack() is not None:
+            raise RuntimeError(
+                f"{self._title()}: torch.func transforms (vmap, grad, jvp, ...) do not pass through a training layer "
+                "that exchanges statistics or takes a mask; torch.autograd and eval mode do"
+            )
+        call = Call(
+            exchange,
+            None if mask is None else fitted(mask, input),
+            self._activation(),
+            self.eps,
+            self._running(),
+            self._title(),
+            NAMED if self.layer_name else self._serial,
+            current(),
+        )
         return SyncBatchNormFunction.apply(input, self.weight, self.bias, residual, call)
 
-    def _call(self, input: Tensor, mask: Tensor | None, exchange: Exchange | None) -> Call:
-        return Call(
-            eps=self.eps,
-            act=self._activation(),
-            mask=None if mask is None else fitted(mask, input),
-            running=self._running(),
-            exchange=exchange,
-            name=self._title(),
-            serial=NAMED if self.layer_name else self._serial,
-            replays=replays_of(self),
-        )
+    def _torch_serves(self, input: Tensor, mask: Tensor | None, residual: Tensor | None) -> bool:
+        """Whether torch's own operations serve a group of one: no kernel of ours is faster, or a transform runs."""
+        if mask is None and peek_interpreter_stack() is not None:
+            return True
+        plain = mask is None and residual is None and self._activation() is None
+        too_few = input.numel() <= input.shape[1]  # torch's own error, or its way with nothing
+        return plain and (too_few or not backends.faster_alone(input))
 
-    def _replay_alone(self, input: Tensor) -> Tensor:
-        """The numbers of torch's batch norm once more, counting nothing; it keeps the same tensors."""
-        running = self._running()
-        mean, var = (running.mean.clone(), running.var.clone()) if running else (None, None)
-        return batch_norm(input, mean, var, self.weight, self.bias, training=True, eps=self.eps)
+    def _train_unfused(self, input: Tensor, residual: Tensor | None) -> Tensor:
+        """Torch's batch norm, then what is fused, one operation after another."""
+        y = self._torch_batch_norm(input, current())
+        return apply_act(self._activation(), y if residual is None else y + residual)
+
+    def _torch_batch_norm(self, input: Tensor, checkpointed: Pass | None) -> Tensor:
+        """Torch's batch norm; a replay runs the same operations, and what it counts is undone."""
+        if checkpointed is None:
+            return super().forward(input)
+        if not checkpointed.replaying:
+            checkpointed.record(None)
+            return super().forward(input)
+        with unchanged(self.running_mean, self.running_var, self.num_batches_tracked):
+            return super().forward(input)
 
     def _train_compiled(
         self, input: Tensor, mask: Tensor | None, residual: Tensor | None
     ) -> Tensor:
         self._check_input(input, mask, residual)
         alone = not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1)
-        if alone and mask is None and residual is None:
-            return apply_act(self._activation(), super().forward(input))
-        return compiled_batch_norm(
-            input,
-            self.weight,
-            self.bias,
-            residual,
-            None if mask is None else fitted(mask, input),
-            self._running(),
-            eps=self.eps,
-            act=self._activation(),
-            group=group_text(self.process_group),
-            name=self._title(),
-        )
-
-    def _is_torchs(self, input: Tensor, mask: Tensor | None, residual: Tensor | None) -> bool:
-        """Whether torch's own batch norm serves a group of one: nothing is fused, and no kernel of ours is faster."""
-        plain = mask is None and residual is None and self._activation() is None
-        too_few = input.numel() <= input.shape[1]  # torch's own error, or its way with nothing
-        return plain and (too_few or not kernels.faster_alone(input))
+        if alone and mask is None:
+            y = super().forward(input)
+            return apply_act(self._activation(), y if residual is None else y + residual)
+        fused = (None if mask is None else fitted(mask, input), self._activation(), self.eps)
+        args = NormArgs(input, self.weight, self.bias, residual, *fused, layer=self._title())
+        return compiled_batch_norm(args, group_text(self.process_group), self._running())
 
     def _activation(self) -> str | None:
         """What is applied in the same pass; a subclass with a submodule `act` applies that itself, and nothing here."""
@@ -224,31 +250,26 @@ class SyncBatchNorm(_BatchNorm):
         input: Tensor,
         mask: Tensor | None,
         residual: Tensor | None,
-        group: ProcessGroup | None = None,
+        exchange: Exchange | None = None,
     ) -> None:
-        """Raise for unusable operands, after telling the ranks that would wait for this one."""
-        error = complaint(input, self.num_features, mask, residual)
-        error = error or self._complaint_of_original(input)
-        if error is not None:
-            tell(group, input, f"{self._title()}: {error}")
-            raise error
-
-    def _complaint_of_original(self, input: Tensor) -> ValueError | None:
-        """What the class that this layer was converted from says of the input's dimensions."""
-        original = self.__dict__.get("_syncbn_original_class")
+        """Raise for operands that do not fit, in a training pass after telling the other ranks of `exchange`."""
+        original = self.__dict__.get(ORIGINAL_CLASS)
         try:
+            check_operands(input, self.num_features, mask, residual)
             if original is not None:
                 original._check_input_dim(self, input)
-        except ValueError as error:
-            return error
-        return None
+        except (TypeError, ValueError) as error:
+            tell_ranks(exchange, input, f"{self._title()}: {error}")
+            raise
 
     def _check_input_dim(self, input: Tensor) -> None:
         """Satisfy torch's `_BatchNorm.forward`; `_check_input` has looked already."""
 
     def extra_repr(self) -> str:
-        """The arguments, the group among them where it is not everybody."""
+        """The arguments, with the group where it is not all ranks."""
         group = "" if self.process_group is None else f", process_group={self.process_group!r}"
+        if self.process_group == GroupMember.NON_GROUP_MEMBER:
+            group = ", process_group=<without this rank>"
         act = "" if self._activation() is None else f", act={self.act!r}"
         return super().extra_repr() + group + act
 
@@ -256,7 +277,7 @@ class SyncBatchNorm(_BatchNorm):
         """A copy in the same group: groups are shared, never copied."""
         for group in (
             self.process_group,
-            self.__dict__.get("_syncbn_replaced", {}).get("process_group"),
+            self.__dict__.get(REPLACED, {}).get("process_group"),
         ):
             if isinstance(group, ProcessGroup):
                 memo[id(group)] = group
@@ -273,20 +294,3 @@ class SyncBatchNorm(_BatchNorm):
         from syncbn.norm.convert import convert_sync_batchnorm
 
         return convert_sync_batchnorm(module, process_group)
-
-
-def _check_arguments(num_features: object, eps: object, momentum: object) -> None:
-    if isinstance(num_features, bool) or not isinstance(num_features, int):
-        raise TypeError(f"num_features={num_features!r} is not allowed: a whole number >= 1")
-    if num_features < 1:
-        raise ValueError(f"num_features={num_features!r} is not allowed: a whole number >= 1")
-    if not isinstance(eps, int | float):
-        raise TypeError(f"eps={eps!r} is not allowed: a finite number > 0")
-    if not (math.isfinite(eps) and eps > 0):
-        raise ValueError(f"eps={eps!r} is not allowed: a finite number > 0")
-    if momentum is None:
-        return
-    if not isinstance(momentum, int | float):
-        raise TypeError(f"momentum={momentum!r} is not allowed: None, or a number from 0 to 1")
-    if not 0 <= momentum <= 1:
-        raise ValueError(f"momentum={momentum!r} is not allowed: None, or a number from 0 to 1")

@@ -1,13 +1,15 @@
-"""Per-channel moments (count, mean, M2), and how the moments of several ranks become those of all.
+"""Per-channel moments (count, mean, M2), and the statistics that the moments of several ranks merge into.
 
 M2 is the sum of squared deviations from the mean. Moments are merged, never variances or raw sums of squares:
 the merge is exact for any counts, and it does not cancel when the mean is large against the spread.
 
-Between kernels, exchange and merge they travel *packed*, one tensor `(2 + 2C,)`: the count as two values, then C
-means, then C M2s, all in the dtype of the statistics.
+Between backends, the exchange and the merge moments travel *packed*, one tensor `(2 + 2C,)`: the count as two values,
+then C means, then C M2s, all in the dtype of the statistics. Over many ranks a reduction adds them as *sums*
+`(1 + 2C,)`, float64: (n, n mean, M2 + n mean^2). That loses about 1e-16 mean^2 / var of the variance: nothing for
+statistics kept in float32, too much for those kept in float64, which are always gathered.
 """
 
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -17,7 +19,7 @@ LOW_BITS = 2**20
 
 
 class Moments(NamedTuple):
-    """What a set of values per channel comes down to.
+    """The moments of a set of values per channel.
 
     Attributes:
         count: values per channel, `()`, float64 (exact to 2^53).
@@ -30,8 +32,21 @@ class Moments(NamedTuple):
     M2: Tensor
 
 
+class AnyStatistics(Protocol):
+    """The statistics of all ranks, in whatever memory a backend keeps them; see `Statistics`."""
+
+    @property
+    def total(self) -> Tensor: ...  # noqa: D102
+    @property
+    def mean(self) -> Tensor: ...  # noqa: D102
+    @property
+    def var(self) -> Tensor: ...  # noqa: D102
+    @property
+    def invstd(self) -> Tensor: ...  # noqa: D102
+
+
 class Statistics(NamedTuple):
-    """What all ranks normalise with.
+    """The statistics that all ranks normalise with.
 
     Attributes:
         total: values per channel over all ranks, `()`, float64.
@@ -46,57 +61,9 @@ class Statistics(NamedTuple):
     invstd: Tensor
 
 
-class Block:
-    """What a forward pass found, in one piece of memory: this rank's packed moments, and the statistics of all.
-
-    Tensors of them are made where somebody asks: most passes need addresses alone, and seven small tensors cost 15 us.
-
-    Args:
-        channels: C.
-        dtype: of the statistics.
-    """
-
-    __slots__ = ("__weakref__", "_channels", "values")
-
-    def __init__(self, channels: int, dtype: torch.dtype) -> None:
-        self._channels = channels
-        values = _total_values(dtype) + 2 + 5 * channels
-        self.values = torch.empty(values, dtype=dtype, device="cpu")
-
-    @property
-    def addresses(self) -> tuple[int, int, int, int, int]:
-        """Of the total, this rank's packed moments, the mean, var and invstd."""
-        total, channel_bytes = self.values.data_ptr(), self._channels * self.values.itemsize
-        own = total + 8
-        mean = own + self.own_bytes
-        return total, own, mean, mean + channel_bytes, mean + 2 * channel_bytes
-
-    @property
-    def own_bytes(self) -> int:
-        """Bytes of this rank's packed moments."""
-        return packed_bytes(self._channels, self.values.dtype)
-
-    @property
-    def own(self) -> Tensor:
-        """This rank's packed moments."""
-        first = _total_values(self.values.dtype)
-        return self.values[first : first + 2 + 2 * self._channels]
-
-    @property
-    def statistics(self) -> Statistics:
-        """Of all ranks."""
-        total = self.values[: _total_values(self.values.dtype)].view(torch.float64).squeeze(0)
-        return Statistics(total, *self.values[-3 * self._channels :].view(3, -1).unbind())
-
-
-def _total_values(dtype: torch.dtype) -> int:
-    """Values of `dtype` that the total takes the place of."""
-    return 8 // dtype.itemsize
-
-
-def packed_bytes(channels: int, dtype: torch.dtype) -> int:
-    """Bytes of packed moments, for statistics or inputs of `dtype`."""
-    return (2 + 2 * channels) * max(dtype.itemsize, 4)
+def stats_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of statistics over values of `dtype`: float64 for float64, else float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def pack(moments: Moments) -> Tensor:
@@ -132,3 +99,28 @@ def merge(counts: Tensor, means: Tensor, M2s: Tensor) -> Moments:
     mean = (weights * means).sum(0) / total.clamp(min=1)
     M2 = (M2s + weights * (means - mean) ** 2).sum(0)
     return Moments(total, mean.to(means.dtype), M2.to(M2s.dtype))
+
+
+def to_sums(packed: Tensor) -> Tensor:
+    """The sums `(1 + 2C,)`, float64, of packed moments `(2 + 2C,)`."""
+    counts, means, M2s = (part.to(torch.float64) for part in unpack(packed.unsqueeze(0)))
+    first = counts * means[0]
+    return torch.cat([counts, first, M2s[0] + first * means[0]])
+
+
+def from_sums(sums: Tensor) -> Tensor:
+    """The packed moments `(1, 2 + 2C)`, float64, of sums `(1 + 2C,)`."""
+    count = sums[0]
+    first, second = sums[1:].chunk(2)
+    mean = first / count.clamp(min=1)
+    return pack(Moments(count, mean, (second - first * mean).clamp(min=0))).unsqueeze(0)
+
+
+def add_rows(rows: Tensor) -> Tensor:
+    """The sum of `rows` `(W, k)`; on a CPU one after another, to the bits of the native library."""
+    if rows.is_cuda:
+        return rows.sum(0)
+    total = rows[0].clone()
+    for row in rows[1:]:
+        total += row
+    return total

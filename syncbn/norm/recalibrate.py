@@ -1,7 +1,8 @@
-"""Population statistics after training, over all ranks: Algorithm 2 of Ioffe & Szegedy (2015), "precise BN".
+"""`recalibrate`: population statistics after training, over all ranks ("precise BN").
 
-Running averages lag behind a model that still learns. Here the final model sees the data once more and every
-batch norm's buffers become the exact moments of what entered it: batches are merged by count, ranks too, in float64.
+Running averages lag behind a model that still learns. Here the final model sees the data once more and every batch
+norm's buffers become the exact moments of what entered it (Algorithm 2 of Ioffe & Szegedy 2015). Batches and ranks are
+merged by their counts, in float64.
 """
 
 from collections.abc import Iterable, Iterator
@@ -14,13 +15,13 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from syncbn.norm import kernels
-from syncbn.norm.exchange import FORWARD, exchange_of
-from syncbn.norm.functional import fitted
-from syncbn.norm.groups import GroupSpec, resolve
-from syncbn.norm.lockstep import in_lockstep
+from syncbn.norm import backends as kernels
+from syncbn.norm.comm.exchange import FORWARD, exchange_of
+from syncbn.norm.comm.groups import GroupSpec, resolve
 from syncbn.norm.module import SyncBatchNorm
 from syncbn.norm.moments import Moments, merge, unpack
+from syncbn.norm.uneven_inputs import in_lockstep
+from syncbn.norm.validation import checked_group, fitted
 
 
 @torch.no_grad()
@@ -29,14 +30,14 @@ def recalibrate(model: nn.Module, loader: Iterable[Any], process_group: GroupSpe
 
     One pass in training mode, so that each layer sees inputs normalised as in training; modes are restored,
     parameters and other layers are left alone. With torch.distributed, every rank of the group calls it with its
-    share of the data: any number of batches, none at all included. Where layers are synchronised, a rank that has
-    run out goes on with empty batches (see `in_lockstep`), which `model` must then accept.
+    share of the data: any number of batches, also none. Where layers are synchronised, a rank that has run out of
+    batches goes on with empty ones (see `in_lockstep`), which `model` must then accept.
 
     Args:
         model: called with each batch.
         loader: batches; of a tuple or list, the first element is the input.
-        process_group: whose data make the population, see `SyncBatchNorm`; it contains the layers' groups. With 1 a
-            rank asks no other, and may call it alone.
+        process_group: the ranks whose data make the population, see `SyncBatchNorm`; it contains the layers' groups.
+            With 1 a rank communicates with no other, and may call it alone.
 
     Raises:
         ValueError: no batch norm with running statistics in `model`, one that no data reached, or one whose group
@@ -50,12 +51,12 @@ def recalibrate(model: nn.Module, loader: Iterable[Any], process_group: GroupSpe
     }
     if not layers:
         raise ValueError("recalibrate: the model has no batch norm that tracks running statistics")
-    group = resolve(process_group)
+    group = resolve(checked_group(process_group))
     inputs = (batch[0] if isinstance(batch, tuple | list) else batch for batch in loader)
     if _are_synchronised(model, group):
         inputs = in_lockstep(inputs, group)
     own = _observed(model, inputs, list(layers.values()))
-    populations = {n: _over_ranks(own.get(m) or _nothing(m), n, group) for n, m in layers.items()}
+    populations = {n: _over_ranks(own[layer], n, group) for n, layer in layers.items()}
     for name, population in populations.items():
         if population.count == 0:
             raise ValueError(f"recalibrate: no data reached layer {name!r} on any rank")
@@ -64,9 +65,8 @@ def recalibrate(model: nn.Module, loader: Iterable[Any], process_group: GroupSpe
 
 
 def _are_synchronised(model: nn.Module, group: ProcessGroup | None) -> bool:
-    """Whether layers wait for other ranks, all of which must then be in `group`."""
-    widest = 1
-    own = _ranks(group)
+    """Whether layers of `model` wait for other ranks, all of which must then be in `group`."""
+    widest, own = 1, _ranks(group)
     for name, layer in model.named_modules():
         if isinstance(layer, SyncBatchNorm):
             ranks = _ranks(resolve(layer.process_group))
@@ -80,7 +80,7 @@ def _are_synchronised(model: nn.Module, group: ProcessGroup | None) -> bool:
 
 
 def _ranks(group: ProcessGroup | None) -> set[int]:
-    """The ranks of `group`; of none, this rank alone."""
+    """The ranks of `group`; this rank alone where it is None."""
     if group is not None:
         return set(dist.get_process_group_ranks(group))
     return {dist.get_rank() if dist.is_available() and dist.is_initialized() else 0}
@@ -89,20 +89,16 @@ def _ranks(group: ProcessGroup | None) -> set[int]:
 def _observed(
     model: nn.Module, inputs: Iterable[Any], layers: list[_BatchNorm]
 ) -> dict[nn.Module, Moments]:
-    """The moments of what enters each of `layers` on this rank; the model is left as it was."""
-    own: dict[nn.Module, Moments] = {}
+    """The moments of what enters each of `layers` on this rank, in float64; the model is left as it was."""
+    own: dict[nn.Module, Moments] = {layer: _no_moments(layer) for layer in layers}
 
     def collect(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        x, mask = _operands(*args, **kwargs)
+        x, mask = _operands(layer, args, kwargs)
         packed = kernels.pick(x).moments(x, None if mask is None else fitted(mask, x))
         new = unpack(packed.to(torch.float64).unsqueeze(0))
-        old = own.get(layer)
-        parts = (
-            new
-            if old is None
-            else Moments(*(torch.cat(c) for c in zip(_row(old), new, strict=True)))
+        own[layer] = merge(
+            *(torch.cat([old.unsqueeze(0), n]) for old, n in zip(own[layer], new, strict=True))
         )
-        own[layer] = merge(*parts)
 
     hooks = [layer.register_forward_pre_hook(collect, with_kwargs=True) for layer in layers]
     try:
@@ -132,18 +128,15 @@ def _training(model: nn.Module) -> Iterator[None]:
 
 
 def _operands(
-    input: Tensor, mask: Tensor | None = None, *_others: Any, **_other: Any
+    layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[Tensor, Tensor | None]:
-    """Of the arguments of a layer, those that make its statistics."""
-    return input, mask
+    """Of a layer's arguments, those that make its statistics: the input, and the mask of a SyncBatchNorm."""
+    named = dict(zip(("input", "mask"), args, strict=False)) | kwargs
+    x = named.get("input", next(iter(named.values())))
+    return x, named.get("mask") if isinstance(layer, SyncBatchNorm) else None
 
 
-def _row(moments: Moments) -> Moments:
-    """One set of moments as W = 1 sets."""
-    return Moments(*(values.unsqueeze(0) for values in moments))
-
-
-def _nothing(layer: _BatchNorm) -> Moments:
+def _no_moments(layer: _BatchNorm) -> Moments:
     assert layer.running_mean is not None
     zeros = torch.zeros_like(layer.running_mean, dtype=torch.float64)
     return Moments(zeros.new_zeros(()), zeros, zeros)

@@ -1,13 +1,13 @@
 """Probe `exchange`: what synchronising costs a step, in time and in bytes, layer by layer.
 
-One decision shaped this file: it listens where layers meet other ranks (`syncbn.norm.observed.observe`) and measures
+It listens where layers meet other ranks (`comm.observer.observe`) and measures
 on rank 0 alone, so what it adds to a step is two readings of a clock an exchange.
 """
 
 from statistics import median
 from typing import Any
 
-from syncbn.norm.observed import observe
+from syncbn.norm.comm.observer import observe
 from syncbn.probes.base import Probe
 from syncbn.probes.view import View
 

@@ -13,8 +13,9 @@ import torch
 import torch.distributed as dist
 
 import syncbn
-from syncbn.norm import patrol, shared
-from syncbn.norm.exchange import RankLost, exchange_of
+from syncbn.norm.comm import patrol
+from syncbn.norm.comm.transports import shared_memory as shared
+from syncbn.norm.comm.exchange import RankLost, exchange_of
 
 pytestmark = pytest.mark.skipif(
     shared._native() is None, reason="the native library is not built: there is no shared memory"

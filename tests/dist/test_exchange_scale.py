@@ -6,8 +6,9 @@ import torch.distributed as dist
 from oracle import assert_close
 
 import syncbn
-from syncbn.norm import moments, wire
-from syncbn.norm.exchange import exchange_of
+from syncbn.norm import moments
+from syncbn.norm.comm.transports import process_group as wire
+from syncbn.norm.comm.exchange import exchange_of
 
 CHANNELS = 5
 

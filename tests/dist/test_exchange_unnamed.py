@@ -5,7 +5,7 @@ import torch
 import torch.distributed as dist
 
 import syncbn
-from syncbn.norm.exchange import exchange_of
+from syncbn.norm.comm.exchange import exchange_of
 
 
 def _use(group, *serials):

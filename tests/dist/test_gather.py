@@ -5,8 +5,8 @@ import torch
 import torch.distributed as dist
 
 import syncbn
-from syncbn.norm.exchange import exchange_of
-from syncbn.norm.wire import PAYLOAD_BYTES, Wire
+from syncbn.norm.comm.exchange import exchange_of
+from syncbn.norm.comm.transports.process_group import PAYLOAD_BYTES, Wire
 
 
 def _gather(group, values, layer="bn1"):

@@ -12,9 +12,9 @@ from oracle import assert_close
 from torch import nn
 
 import syncbn
-from syncbn.norm import kernels
-from syncbn.norm.groups import resolve
-from syncbn.norm.wire import Wire
+from syncbn.norm import backends as kernels
+from syncbn.norm.comm.groups import resolve
+from syncbn.norm.comm.transports.process_group import Wire
 
 
 def _mean_seen(process_group):

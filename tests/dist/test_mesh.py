@@ -14,10 +14,11 @@ import torch.distributed as dist
 from own_ranks import run_ranks
 
 import syncbn
-from syncbn.norm import connect, memory, mesh
-from syncbn.norm.exchange import RankLost, exchange_of
-from syncbn.norm.mesh import CHUNK_BYTES, Mesh
-from syncbn.norm.wire import Wire
+from syncbn.norm.comm import connect
+from syncbn.norm.comm.transports import mapping as memory, sockets as mesh
+from syncbn.norm.comm.exchange import RankLost, exchange_of
+from syncbn.norm.comm.transports.sockets import CHUNK_BYTES, Mesh
+from syncbn.norm.comm.transports.process_group import Wire
 
 CHUNK = CHUNK_BYTES // 4
 """Values of float32 in one chunk."""

@@ -18,8 +18,8 @@ from syncbn.config import (
     TrainConfig,
 )
 from syncbn.errors import UsageError
-from syncbn.norm.exchange import BACKWARD, FORWARD, exchange_of
-from syncbn.norm.observed import observe
+from syncbn.norm.comm.exchange import BACKWARD, FORWARD, exchange_of
+from syncbn.norm.comm.observer import observe
 from syncbn.probes.oracle import KINDS
 from syncbn.runtime import TorchrunRuntime
 from syncbn.tracking import Untracked, read_journal

@@ -11,11 +11,11 @@ import torch.distributed as dist
 from oracle import batch_norm, forward_backward
 
 import syncbn
-from syncbn.norm import memory, shared
-from syncbn.norm.exchange import exchange_of
-from syncbn.norm.mesh import Mesh
-from syncbn.norm.shared import SharedMemory
-from syncbn.norm.wire import Wire
+from syncbn.norm.comm.transports import mapping as memory, shared_memory as shared
+from syncbn.norm.comm.exchange import exchange_of
+from syncbn.norm.comm.transports.sockets import Mesh
+from syncbn.norm.comm.transports.shared_memory import SharedMemory
+from syncbn.norm.comm.transports.process_group import Wire
 
 pytestmark = pytest.mark.skipif(
     shared._native() is None, reason="the native library is not built: there is no shared memory"

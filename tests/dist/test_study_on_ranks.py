@@ -10,8 +10,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from syncbn.compare.design import trials
-from syncbn.compare.queue import run_trials
+from syncbn.compare.study.design import trials
+from syncbn.compare.study.queue import run_trials
 from syncbn.config import (
     Config,
     DataConfig,

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 from programs import ROOT, SYNCBN, Bench, complaint
 
-from syncbn.compare.tiers import Launch
+from syncbn.compare.suite.tiers import Launch
 from syncbn.launch import studies as running
 from syncbn.launch.studies import Job, run_all
 

@@ -5,11 +5,11 @@ import os
 
 import torch.distributed as dist
 
-from syncbn.norm.exchange import exchange_of
+from syncbn.norm.comm.exchange import exchange_of
 
 
 def by_way(way):
-    """Decorate a test: groups that meet for the first time in it go this way (see `syncbn.norm.ways`)."""
+    """Decorate a test: groups that meet for the first time in it go this way (`comm.transports.choice`)."""
 
     def decorate(test):
         @functools.wraps(test)

@@ -1,19 +1,22 @@
-"""What every implementation of the layer's kernels must do: one suite of checks, EagerKernels in float64 the truth.
+"""What every backend must do: one suite of checks, with AtenBackend in float64 as the truth.
 
-A test file parametrises the checks over its kernels and hands them `Case`s; which case is a hypothesis strategy
-here, so that all implementations face the same inputs. Truth is computed from the very values the kernels got.
+A test file parametrises the checks over its backends and passes them `Case`s; which cases there are is a hypothesis
+strategy here, so that all backends are given the same inputs. The truth is computed from the values the backend got.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from syncbn.norm.kernels import ACTIVATIONS, Affine, EagerKernels, Fused, Kernels, Running
+from syncbn.norm.backends.activations import ACTIVATIONS
+from syncbn.norm.backends.aten import AtenBackend
+from syncbn.norm.backends.base import Backend, NormArgs, Running
 from syncbn.norm.moments import Moments, Statistics, pack, unpack
 
-TRUTH = EagerKernels()
+TRUTH = AtenBackend()
 ROUNDING = {
     torch.float64: 1e-12,
     torch.float32: 2e-6,
@@ -44,13 +47,19 @@ class Case(NamedTuple):
 
 
 class Inputs(NamedTuple):
-    """The tensors of a case."""
+    """The tensors of a case: the gradient of y, the operands of a pass, and statistics to normalise with."""
 
-    x: Tensor
     dy: Tensor
-    affine: Affine
-    residual: Tensor | None
-    mask: Tensor | None
+    args: NormArgs
+    stats: Statistics
+
+    def double(self) -> "Inputs":
+        """The same values in float64."""
+        args = self.args
+        operands = [None if t is None else t.double() for t in args[:4]]
+        output = None if args.output is None else args.output.double()
+        args = NormArgs(*operands, *args[4:10], output)  # pyright: ignore
+        return Inputs(self.dy.double(), args, Statistics(*(t.double() for t in self.stats)))
 
 
 def shapes() -> st.SearchStrategy[tuple[int, ...]]:
@@ -63,7 +72,7 @@ def shapes() -> st.SearchStrategy[tuple[int, ...]]:
 
 
 def cases(dtypes: tuple[torch.dtype, ...] = tuple(ROUNDING)) -> st.SearchStrategy[Case]:
-    """Every combination of what kernels are promised to take."""
+    """Every combination of what backends take."""
     return st.builds(
         Case,
         shape=shapes(),
@@ -78,8 +87,8 @@ def cases(dtypes: tuple[torch.dtype, ...] = tuple(ROUNDING)) -> st.SearchStrateg
     )
 
 
-def inputs(case: Case, device: str = "cpu") -> Inputs:
-    """The tensors of `case`, on `device`."""
+def forward_inputs(case: Case, device: str = "cpu") -> Inputs:
+    """The tensors of `case`, on `device`, as a forward pass takes them."""
     generator = torch.Generator().manual_seed(case.seed)
 
     def random(*shape: int) -> Tensor:
@@ -89,7 +98,6 @@ def inputs(case: Case, device: str = "cpu") -> Inputs:
         return _laid_out(random(*case.shape).to(case.dtype), case).to(device)
 
     channels = case.shape[1]
-    stats = torch.promote_types(case.dtype, torch.float32)
     weight = bias = None
     if case.parameters is not None:
         weight, bias = (random(channels).to(device, case.parameters) for _ in range(2))
@@ -97,121 +105,137 @@ def inputs(case: Case, device: str = "cpu") -> Inputs:
     mask = None
     if case.masked:
         mask = torch.rand(case.shape[0], 1, *case.shape[2:], generator=generator) < 0.6
-    return Inputs(
-        laid_out(),
-        laid_out(),
-        Affine(mean.to(device, stats), invstd.to(device, stats), weight, bias),
-        laid_out() if case.residual else None,
-        None if mask is None else mask.to(device),
-    )
+        mask = mask.to(device)
+    x, dy = laid_out(), laid_out()
+    args = NormArgs(x, weight, bias, laid_out() if case.residual else None, mask, case.act)
+    total = torch.full((), max(x.numel() // channels, 1), dtype=torch.float64, device=device)
+    dtype = torch.promote_types(case.dtype, torch.float32)
+    per_channel = (values.to(device, dtype) for values in (mean, invstd**-2, invstd))
+    return Inputs(dy, args, Statistics(total, *per_channel))
 
 
-def check_moments(kernels: Kernels, case: Case, device: str = "cpu") -> None:
+def backward_inputs(case: Case, device: str = "cpu") -> Inputs:
+    """The same as a backward pass takes them, with no gradient where the derivative jumps."""
+    given = forward_inputs(case, device)
+    dy, args, _ = given
+    _, wide, stats = given.double()
+    z = TRUTH.normalize(wide._replace(act=None), stats)
+    for kink in KINKS:
+        dy.masked_fill_((z - kink).abs() < 1e-2, 0)
+    residual = output = None
+    if case.act is not None and args.residual is not None:
+        if ACTIVATIONS[case.act].from_output:
+            output = torch.empty_like(args.x).copy_(TRUTH.normalize(wide, stats))
+        else:
+            residual = args.residual
+    return given._replace(args=args._replace(residual=residual, output=output))
+
+
+def check_local_stats(backend: Backend, case: Case, device: str = "cpu") -> None:
     """Count, mean and M2 are those of the values where the mask is true."""
-    given = inputs(case, device)
-    packed = kernels.moments(given.x, given.mask)
-    expected = TRUTH.moments(given.x.double(), given.mask)
-    assert packed.dtype == given.affine.mean.dtype
+    given = forward_inputs(case, device)
+    x = given.args.x
+    packed = serving(backend, given.args).local_stats(given.args)
+    expected = TRUTH.local_stats(given.double().args)
+    assert packed.dtype == given.stats.mean.dtype
     assert packed.shape == expected.shape
     assert torch.equal(packed[:2].double(), expected[:2])
     bound = 1e-11 if case.dtype == torch.float64 else 2e-6
     _, mean, M2 = unpack(packed[None])
     _, true_mean, true_M2 = unpack(expected[None])
-    close(mean, true_mean, bound, given.x.double().abs().amax() if given.x.numel() else None)
+    close(mean, true_mean, bound, x.double().abs().amax() if x.numel() else None)
     close(M2, true_M2, bound)
 
 
-def check_normalize(kernels: Kernels, case: Case, device: str = "cpu") -> None:
+def check_normalize(backend: Backend, case: Case, device: str = "cpu") -> None:
     """act((x - mean) * invstd * weight + bias + residual), in the dtype and layout of x."""
-    given, fused = forward_inputs(case, device)
-    y = kernels.normalize(given.x, given.affine, fused)
-    truth = TRUTH.normalize(given.x.double(), *_double(given, case, None))
-    _assert_like(y, given.x)
-    terms = [t for t in (truth, given.affine.bias, given.residual) if t is not None and t.numel()]
+    given = forward_inputs(case, device)
+    _, args, stats = given
+    y = serving(backend, args).normalize(args, stats)
+    truth = TRUTH.normalize(*given.double()[1:])
+    _assert_like(y, args.x)
+    terms = [t for t in (truth, args.bias, args.residual) if t is not None and t.numel()]
     largest = torch.stack([t.double().abs().max() for t in terms]).max() if y.numel() else None
     close(y, truth, ROUNDING[case.dtype], largest)
 
 
-def check_backward(kernels: Kernels, case: Case, device: str = "cpu") -> None:
+def check_backward(backend: Backend, case: Case, device: str = "cpu") -> None:
     """Both sums, the gradient of the input and that of the residual."""
-    given, fused = backward_inputs(case, device)
-    affine, truth = _double(given, case, fused)
-    wide = (given.dy.double(), given.x.double(), affine, truth)
-    exact = given.affine.mean.dtype == torch.float64
-    sums = kernels.backward_sums(given.dy, given.x, given.affine, fused)
-    assert sums.dtype == given.affine.mean.dtype
+    given = backward_inputs(case, device)
+    dy, args, stats = given
+    wide = given.double()
+    backend = serving(backend, args)
+    exact = stats.mean.dtype == torch.float64
+    sums, nothing = backend.local_grad_sums(dy, args, stats)
+    assert nothing is None
+    assert sums.dtype == stats.mean.dtype
     assert sums.shape == (2, case.shape[1])
-    close(sums, TRUTH.backward_sums(*wide), 1e-11 if exact else 4e-6, _sum_scale(*wide[:3]))
-    total = torch.full((), max(given.x.numel() // case.shape[1], 1), dtype=torch.float64)
-    total = total.to(device)
-    dx = kernels.backward_input(given.dy, given.x, given.affine, fused, sums, total)
-    _assert_like(dx, given.x)
-    expected = TRUTH.backward_input(*wide, sums.double(), total)
-    largest = None
-    if dx.numel():
-        largest = _largest_term(wide[0], wide[1], affine, sums.double() / total)
+    close(sums, TRUTH.local_grad_sums(*wide)[0], 1e-11 if exact else 4e-6, _sum_scale(wide))
+    ranks = torch.stack([sums.view(-1), -0.5 * sums.view(-1)])
+    dx = backend.finish_backward(dy, args, stats, ranks)
+    _assert_like(dx, args.x)
+    largest = _largest_term(wide, ranks.double().sum(0) / stats.total) if dx.numel() else None
+    expected = TRUTH.finish_backward(*wide, ranks.double())
     close(dx, expected, ROUNDING[case.dtype], largest)
-    if case.act is not None:
-        dresidual = kernels.backward_residual(given.dy, given.x, given.affine, fused)
-        _assert_like(dresidual, given.dy)
-        largest = given.dy.double().abs().amax() if dx.numel() else None
-        close(dresidual, TRUTH.backward_residual(*wide), ROUNDING[case.dtype], largest)
+    largest = dy.double().abs().amax() if dx.numel() else None
+    dz = backend.grad_residual(dy, args, stats)
+    close(dz, TRUTH.grad_residual(*wide), ROUNDING[case.dtype], largest)
+    if case.act is not None or case.masked:
+        _assert_like(dz, args.x)
+    else:
+        assert dz is dy
+    both, same = backend.local_grad_sums(dy, args, stats, needs_dz=True)
+    assert same is not None
+    assert torch.equal(same, dz)
+    # a backend may add dz before or after its rounding
+    largest = _sum_scale(wide)
+    close(both, TRUTH.local_grad_sums(*wide)[0], max(ROUNDING[case.dtype], 4e-6), largest)
 
 
-def forward_inputs(case: Case, device: str = "cpu") -> tuple[Inputs, Fused]:
-    """The case, and what the layer hands to forward for it."""
-    given = inputs(case, device)
-    return given, Fused(case.act, given.residual, given.mask)
+def check_finish_forward(backend: Backend, case: Case, device: str = "cpu") -> None:
+    """`finish_forward` gives the bits of merge, update and normalize, bits of the derivative included."""
+    _, args, _ = forward_inputs(case, device)
+    args = args._replace(world_size=2)
+    backend = serving(backend, args)
+    others = args._replace(x=args.x * 0.5 + 1)
+    gathered = torch.stack([backend.local_stats(args), backend.local_stats(others)])
+    if float(unpack(gathered).count.sum()) == 1:
+        return
+    buffers = torch.ones(2, case.shape[1], device=device)
+    counted = torch.full((), 3, device=device)
+    one = Running(*buffers, counted, (0.1, None)[case.seed % 2])
+    other = clones(one)
+    bits = _marked(backend, args)
+    y, stats = backend.finish_forward(args._replace(running=one, bits=bits), gathered)
+    expected = backend.merge(gathered, args.eps)
+    backend.update(other, expected)
+    own_bits = _marked(backend, args)
+    expected_y = backend.normalize(args._replace(bits=own_bits), expected)
+    assert same_bits([y], [expected_y])
+    names = ("total", "mean", "var", "invstd")
+    assert same_bits([getattr(stats, n) for n in names], [getattr(expected, n) for n in names])
+    assert same_bits(list(one[:3]), list(other[:3]))
+    if bits is not None and own_bits is not None:
+        assert torch.equal(bits, own_bits)
 
 
-def backward_inputs(case: Case, device: str = "cpu") -> tuple[Inputs, Fused]:
-    """The case with no gradient where the derivative jumps, and what the layer hands to backward for it."""
-    given = inputs(case, device)
-    affine, forward = _double(given, case, None)
-    z = TRUTH.normalize(given.x.double(), affine, forward._replace(act=None))
-    for kink in KINKS:
-        given.dy.masked_fill_((z - kink).abs() < 1e-2, 0)
-    fused = Fused(case.act, mask=given.mask)
-    if case.act is not None and given.residual is not None:
-        if ACTIVATIONS[case.act].from_output:
-            y = TRUTH.normalize(given.x.double(), affine, forward)
-            output = torch.empty_like(given.x).copy_(y)
-            fused = fused._replace(output=output)
-        else:
-            fused = fused._replace(residual=given.residual)
-    return given, fused
-
-
-def check_far_mean(kernels: Kernels, mean: float, spread: float, case: Case) -> None:
+def check_far_mean(backend: Backend, mean: float, spread: float, case: Case) -> None:
     """The variance survives a mean that is large against it, which E[x^2] - E[x]^2 in float32 does not."""
-    x = inputs(case).x.double() * spread + mean
-    x = _laid_out(x.to(case.dtype), case)
-    packed = unpack(kernels.moments(x, None)[None])
-    expected = unpack(TRUTH.moments(x.double(), None)[None])
+    x = forward_inputs(case).args.x.double() * spread + mean
+    args = NormArgs(_laid_out(x.to(case.dtype), case))
+    packed = unpack(serving(backend, args).local_stats(args)[None])
+    expected = unpack(TRUTH.local_stats(NormArgs(args.x.double()))[None])
     close(packed.mean, expected.mean, 2e-7)
     assert ((packed.M2 / expected.M2) - 1).abs().max() < 1e-4
 
 
-def check_deterministic(kernels: Kernels, case: Case, device: str = "cpu") -> None:
+def check_deterministic(backend: Backend, case: Case, device: str = "cpu") -> None:
     """The same bits from the same input."""
-    given, fused = backward_inputs(case, device)
-
-    def everything() -> list[Tensor]:
-        sums = kernels.backward_sums(given.dy, given.x, given.affine, fused)
-        total = torch.full((), 7.0, dtype=torch.float64, device=device)
-        return [
-            kernels.moments(given.x, given.mask),
-            kernels.normalize(given.x, given.affine, Fused(case.act, given.residual, given.mask)),
-            sums,
-            kernels.backward_input(given.dy, given.x, given.affine, fused, sums, total),
-        ]
-
-    for first, second in zip(everything(), everything(), strict=True):
-        assert torch.equal(first, second)
+    assert same_bits(everything(backend, case, device), everything(backend, case, device))
 
 
 def check_merge(
-    kernels: Kernels, counts: list[int], channels: int, dtype: torch.dtype, device: str = "cpu"
+    backend: Backend, counts: list[int], channels: int, dtype: torch.dtype, device: str = "cpu"
 ) -> None:
     """W ranks' moments become those of the union, empty ranks left out."""
     generator = torch.Generator().manual_seed(len(counts))
@@ -221,7 +245,7 @@ def check_merge(
         M2 = torch.rand(channels, generator=generator, dtype=torch.float64) * count
         ranks.append(pack(Moments(torch.tensor(float(count), dtype=torch.float64), mean, M2)))
     packed = torch.stack(ranks).to(device, dtype)
-    merged = kernels.merge(packed, 1e-5)
+    merged = backend.merge(packed, 1e-5)
     truth = TRUTH.merge(packed.double(), 1e-5)
     assert merged.total.dtype == torch.float64
     assert merged.total.shape == ()
@@ -232,19 +256,19 @@ def check_merge(
 
 
 def check_update(
-    kernels: Kernels, total: float, momentum: float | None, dtype: torch.dtype, device: str = "cpu"
+    backend: Backend, total: float, momentum: float | None, dtype: torch.dtype, device: str = "cpu"
 ) -> None:
-    """Running statistics move as in EagerKernels, and autograd is told that they were written."""
+    """Running statistics move as in AtenBackend, and autograd is told that they were written."""
     generator = torch.Generator().manual_seed(1)
     mean, var, running_mean, running_var = torch.rand(4, 11, generator=generator).to(device)
     count = torch.full((), total, dtype=torch.float64, device=device)
-    statistics = Statistics(count, mean, var, torch.rsqrt(var))
+    stats = Statistics(count, mean, var, torch.rsqrt(var))
     for tracked in (torch.full((), 3, device=device), None)[: 1 if momentum is None else 2]:
         ours = Running(running_mean.to(dtype), running_var.to(dtype), tracked, momentum)
-        ours, truth = (_clones(ours) for _ in range(2))
+        ours, truth = (clones(ours) for _ in range(2))
         versions = [ours.mean._version, ours.var._version]
-        kernels.update(ours, statistics)
-        TRUTH.update(truth, statistics)
+        backend.update(ours, stats)
+        TRUTH.update(truth, stats)
         bound = 1e-12 if dtype == torch.float64 else ROUNDING[dtype]
         close(ours.mean, truth.mean.double(), max(bound, 2e-7))
         close(ours.var, truth.var.double(), max(bound, 2e-7))
@@ -257,18 +281,34 @@ def check_update(
         assert ours.var._version > versions[1]
 
 
-def everything(kernels: Kernels, case: Case) -> list[Tensor]:
-    """All that kernels compute of a case."""
-    given, fused = backward_inputs(case)
-    sums = kernels.backward_sums(given.dy, given.x, given.affine, fused)
-    total = torch.full((), 7.0, dtype=torch.float64)
+def everything(backend: Backend, case: Case, device: str = "cpu") -> list[Tensor]:
+    """All that a backend computes of a case."""
+    _, forward, _ = forward_inputs(case, device)
+    dy, args, stats = backward_inputs(case, device)
+    backend = serving(backend, args)
+    sums, dz = backend.local_grad_sums(dy, args, stats, needs_dz=True)
+    assert dz is not None
     return [
-        kernels.moments(given.x),
-        kernels.normalize(given.x, given.affine, Fused(case.act, given.residual)),
+        backend.local_stats(forward),
+        backend.normalize(forward, stats),
+        backend.local_grad_sums(dy, args, stats)[0],
         sums,
-        kernels.backward_input(given.dy, given.x, given.affine, fused, sums, total),
-        kernels.backward_residual(given.dy, given.x, given.affine, fused),
+        dz,
+        backend.finish_backward(dy, args, stats, sums.view(1, -1)),
+        backend.grad_residual(dy, args, stats),
     ]
+
+
+def serving(backend: Backend, args: NormArgs) -> Backend:
+    """The backend that `backend` chooses for a pass of this rank alone."""
+    for_pass: Callable[[NormArgs, None], Backend] = backend.for_pass  # pyright: ignore
+    return for_pass(args, None)
+
+
+def same_bits(one: list[Tensor], other: list[Tensor]) -> bool:
+    """Whether all values are equal, NaN to NaN."""
+    pairs = zip(one, other, strict=True)
+    return all(torch.equal(a.nan_to_num(7), b.nan_to_num(7)) for a, b in pairs)
 
 
 def close(actual: Tensor, expected: Tensor, bound: float, scale: Tensor | None = None) -> None:
@@ -283,6 +323,20 @@ def close(actual: Tensor, expected: Tensor, bound: float, scale: Tensor | None =
     assert actual.isfinite().all()
 
 
+def clones(running: Running) -> Running:
+    """The same running statistics in memory of their own."""
+    mean, var, tracked, momentum = running
+    return Running(
+        mean.clone(), var.clone(), None if tracked is None else tracked.clone(), momentum
+    )
+
+
+def _marked(backend: Backend, args: NormArgs) -> Tensor | None:
+    """Memory for the bits of a pass, none of which is right yet."""
+    bits = backend.empty_bits(args)
+    return None if bits is None else bits.fill_(0xAA)
+
+
 def _laid_out(values: Tensor, case: Case) -> Tensor:
     """A copy in the case's memory format that starts `case.offset` elements into its storage."""
     layout = torch.contiguous_format
@@ -293,37 +347,24 @@ def _laid_out(values: Tensor, case: Case) -> Tensor:
     return storage.as_strided(values.shape, values.stride(), case.offset).copy_(values)
 
 
-def _double(given: Inputs, case: Case, fused: Fused | None) -> tuple[Affine, Fused]:
-    fused = fused or Fused(case.act, given.residual, given.mask)
-    wide = [None if values is None else values.double() for values in given.affine]
-    residual = None if fused.residual is None else fused.residual.double()
-    output = None if fused.output is None else fused.output.double()
-    return Affine(*wide), fused._replace(residual=residual, output=output)  # pyright: ignore
+def _xhat_of(wide: Inputs) -> Tensor:
+    return TRUTH.normalize(NormArgs(wide.args.x), wide.stats).abs()
 
 
-def _sum_scale(dy: Tensor, x: Tensor, affine: Affine) -> Tensor:
+def _sum_scale(wide: Inputs) -> Tensor:
     """The sums of magnitudes, against which the rounding of a sum is measured; |act'| is at most about 1."""
-    xhat = TRUTH.normalize(x, Affine(affine.mean, affine.invstd), Fused()).abs()
-    dims = [dim for dim in range(x.dim()) if dim != 1]
-    return torch.stack([dy.abs().sum(dims), (dy.abs() * xhat).sum(dims)])
+    dims = [dim for dim in range(wide.dy.dim()) if dim != 1]
+    dy = wide.dy.abs()
+    return torch.stack([dy.sum(dims), (dy * _xhat_of(wide)).sum(dims)])
 
 
-def _largest_term(dy: Tensor, x: Tensor, affine: Affine, means: Tensor) -> Tensor:
+def _largest_term(wide: Inputs, means: Tensor) -> Tensor:
     """The largest term of dx, against which its rounding is measured: they may cancel."""
-    xhat = TRUTH.normalize(x, Affine(affine.mean, affine.invstd), Fused()).abs()
-    scale = affine.invstd if affine.weight is None else affine.invstd * affine.weight
-    terms = dy.abs().amax() + means[0].abs().amax() + xhat.amax() * means[1].abs().amax()
+    invstd, weight = wide.stats.invstd, wide.args.weight
+    scale = invstd if weight is None else invstd * weight
+    mean_dz, mean_dz_xhat = (part.abs().amax() for part in means.chunk(2))
+    terms = wide.dy.abs().amax() + mean_dz + _xhat_of(wide).amax() * mean_dz_xhat
     return scale.abs().amax() * terms
-
-
-def _clones(running: Running) -> Running:
-    tracked = running.num_batches_tracked
-    return Running(
-        running.mean.clone(),
-        running.var.clone(),
-        None if tracked is None else tracked.clone(),
-        running.momentum,
-    )
 
 
 def _assert_like(result: Tensor, x: Tensor) -> None:

@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))  # benchmarks are no part of the package
 
 from benchmarks import __main__ as program  # noqa: E402
-from benchmarks import machine, page, plots, ranks, scaling, siblings  # noqa: E402
+from benchmarks import machine, page, plots, ranks, scaling  # noqa: E402
 from benchmarks.cases import DTYPES, LAYOUTS, Case, all_cases  # noqa: E402
 from benchmarks.contenders import memory_passes  # noqa: E402
 from benchmarks.verdicts import (  # noqa: E402
@@ -27,7 +27,7 @@ from benchmarks.verdicts import (  # noqa: E402
     verdicts,
 )
 from syncbn.marked import insert  # noqa: E402
-from syncbn.norm.mesh import MESH_RANKS  # noqa: E402
+from syncbn.norm.comm.transports.sockets import MESH_RANKS  # noqa: E402
 
 RESULTS = sorted((ROOT / "benchmarks/results").glob("*.json"))
 positive = st.floats(1e-3, 1e3)
@@ -51,8 +51,6 @@ def _results() -> dict[str, Any]:
     about = {"memory_gib": 8, "torch": "2.15.0", "simd": "AVX2", "revision": "abc"}
     step = {"ours": 90.0, "local": 100.0, "naive": 200.0, "without": 60.0}
     fused = [_row(ms={"fused": 1.0, "sequence": 2.0})]
-    forms = {"called": 4.0, "together": 3.0, "overlapped": 5.0}
-    block = {f"{form}_{way}": ms for form, ms in forms.items() for way in siblings.WAYS}
     return {
         "machine": {**known, **about, "load_before": 0.1, "load_after": 2.0},
         "gather_bytes": 2**20,
@@ -64,7 +62,6 @@ def _results() -> dict[str, Any]:
         "model": [{"arch": "resnet18", "images": [8, 3, 64, 64], "ms": step, "rounds": 5}],
         "exchange": [_exchange(w, c) for w in (2, 4) for c in (64, 2048)],
         "fused": fused,
-        "siblings": [_row(ms=block)],
     }
 
 
@@ -217,7 +214,7 @@ def test_a_resnet50_has_53_norm_layers_that_exchange_twice_each() -> None:
 
 
 def test_the_exchange_turns_to_reductions_where_the_layer_does() -> None:
-    from syncbn.norm.wire import GATHER_BYTES
+    from syncbn.norm.comm.transports.process_group import GATHER_BYTES
 
     assert scaling.gathers(2048, GATHER_BYTES // 16384, GATHER_BYTES)
     assert not scaling.gathers(2048, GATHER_BYTES // 16384 + 1, GATHER_BYTES)
@@ -260,12 +257,6 @@ def test_two_ranks_measure_each_way_of_an_exchange() -> None:
     (row,) = ranks.run("exchange:measure", 2, timeout_s=120, channels=(4,), budget_s=0.01)
     assert list(row["us"]) == ["shared", "sockets", "gloo", "reduction"]
     assert all(us > 0 for us in row["us"].values())
-
-
-def test_two_ranks_measure_a_block_in_each_form_and_way() -> None:
-    (row,) = ranks.run("siblings:measure", 2, timeout_s=120, shapes=((2, 4, 3, 3),), budget_s=0.01)
-    assert set(row["ms"]) == {f"{f}_{w}" for f in siblings.FORMS for w in siblings.WAYS}
-    assert "| 4.00 | 3.00 | 5.00 | 0.75 | 1.25 |" in page.siblings_table(_results()["siblings"])
 
 
 def test_a_rank_that_fails_ends_the_run() -> None:

@@ -4,7 +4,7 @@ import socket
 
 import pytest
 
-from syncbn.norm import connect
+from syncbn.norm.comm import connect
 
 SECRET = bytes(range(16))
 

@@ -7,11 +7,11 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from syncbn.norm import arrival, kernels, processes, shared
+from syncbn.norm import backends as kernels
+from syncbn.norm.comm import arrival, processes
+from syncbn.norm.comm.fingerprint import FORWARD, NAMED, RanksDisagree, packed
+from syncbn.norm.comm.transports import shared_memory as shared
 from syncbn.norm.functional import sync_batch_norm
-from syncbn.norm.header import FORWARD, NAMED, RanksDisagree, packed
-from syncbn.norm.moments import Statistics
-from syncbn.norm.replay import Remembered, Replays, _chosen_on_device
 
 HEADER = packed(FORWARD, NAMED, 3, torch.float32, True, 32, "bn")
 
@@ -65,15 +65,6 @@ def test_what_proc_does_not_tell_is_unknown(monkeypatch: pytest.MonkeyPatch):
 def test_a_library_without_exchanges_shares_no_memory(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(shared, "library", lambda: None)
     assert shared._native.__wrapped__() is None
-
-
-def test_a_replay_is_chosen_among_passes_without_looking_on_the_host():
-    passes = [
-        Remembered(torch.full((4,), float(n)), Statistics(*(torch.tensor([float(n)]),) * 4))
-        for n in range(3)
-    ]
-    assert float(_chosen_on_device(torch.full((4,), 2.0), passes).mean) == 2.0
-    assert Replays().recall(torch.zeros(4)) is None
 
 
 def test_an_average_over_all_batches_needs_their_number():

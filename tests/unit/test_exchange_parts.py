@@ -9,11 +9,20 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from syncbn.norm import patrol, sums
-from syncbn.norm.header import BACKWARD, FORWARD, NAMED, Header, RankLost, RanksDisagree, Serials
+from syncbn.norm import sums
+from syncbn.norm.comm import patrol
+from syncbn.norm.comm.fingerprint import (
+    BACKWARD,
+    FORWARD,
+    NAMED,
+    Header,
+    RankLost,
+    RanksDisagree,
+    Serials,
+)
+from syncbn.norm.comm.patrol import Absent, Patrol
+from syncbn.norm.comm.processes import Process, Rest
 from syncbn.norm.moments import Moments, merge, pack, unpack
-from syncbn.norm.patrol import Absent, Patrol
-from syncbn.norm.processes import Process, Rest
 
 
 @given(

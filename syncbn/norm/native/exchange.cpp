@@ -1,4 +1,4 @@
-// One exchange of frames between processes that share memory; syncbn/norm/shared.py tells the protocol.
+// One exchange of frames between processes that share memory; syncbn/norm/comm/transports/shared_memory.py tells the protocol.
 //
 // Every rank has a control block, whose first word counts the frames it has published, and two slots, used in
 // turn. A frame is a header and a payload. Publishing is a release store of the count, reading starts with an

@@ -13,7 +13,7 @@ constexpr int64_t HEADER_BYTES = CALL_BYTES + BODY_BYTES;
 
 }  // namespace syncbn
 
-// Mirrors `Ring` in syncbn/norm/shared.py.
+// Mirrors `Ring` in syncbn/norm/comm/transports/shared_memory.py.
 struct SyncbnRing {
   int64_t rank;
   int64_t world_size;

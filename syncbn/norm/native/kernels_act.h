@@ -1,4 +1,4 @@
-// The activations of syncbn/norm/kernels/activations.py and their derivatives, on vectors. Kinks and NaN go as in
+// The activations of syncbn/norm/backends/activations.py and their derivatives, on vectors. Kinks and NaN go as in
 // torch: comparisons are turned so that NaN takes the branch which keeps it.
 #pragma once
 

@@ -5,7 +5,7 @@
 
 namespace syncbn {
 
-// syncbn/norm/kernels/call.py declares the same. All tensors have the layout of x, and the affine's are of the
+// syncbn/norm/backends/native_call.py declares the same. All tensors have the layout of x, and the affine's are of the
 // statistics' dtype.
 struct Call {
   int64_t kind, dtype, samples, channels, size, threads, act, extra_is;

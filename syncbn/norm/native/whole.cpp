@@ -16,7 +16,7 @@ constexpr int APART = 6;
 
 }  // namespace
 
-// What a whole pass is given; syncbn/norm/whole.py declares the same.
+// What a whole pass is given; syncbn/norm/backends/whole.py declares the same.
 struct Whole {
   Call call;  // of NORMALIZE, whose mean and invstd are those below, or of BACKWARD_INPUT, without its sums
   void* own;  // of this rank: packed moments, or sums; alone no moments

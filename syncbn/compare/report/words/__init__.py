@@ -1,0 +1,1 @@
+"""All wording: what figures, report and terminal call metrics, numbers, arms, claims, advice and regressions."""

@@ -1,0 +1,118 @@
+"""From the trials of a study to its summary: what was compared, what each arm measured, the verdict on each claim.
+
+It is a pure function of configs and records; `results` writes what it returns.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+from syncbn.compare.statistics import claims
+from syncbn.compare.statistics.claims import Curve, Verdict
+from syncbn.compare.study import measurements
+from syncbn.compare.study.design import arm_configs, arms_of
+from syncbn.compare.study.records import TrialRecord
+from syncbn.compare.study.summary import finite
+from syncbn.compare.study.tuning import Choice, tuned_values
+from syncbn.config import Config, StudyConfig
+
+
+def summarise(
+    cfg: Config,
+    study: StudyConfig,
+    trials: Sequence[TrialRecord],
+    choices: Mapping[str, Choice] | None = None,
+) -> dict[str, Any]:
+    """The content of `summary.json`; a number that JSON has none for is None.
+
+    Raises:
+        UsageError: a claim's metric is missing in some trial.
+    """
+    arms = measurements.by_arm(trials)
+    target = measurements.target_of(cfg)
+    targets = measurements.targets_of(target, arms, len(study.seeds))
+    table = measurements.measure(study, arms, target, tuned_values(choices or {}) or {})
+    if study.grid and targets:
+        table |= measurements.families(arms_of(study), table, targets[0])
+    curves = {arm: _curves(own, study) for arm, own in arms.items()}
+    verdicts = claims.judge(study.judged, table, study.seeds, curves)
+    summary = {
+        "study": cfg.name,
+        "versions": _shared([trial.versions for trial in trials]),
+        "git": ", ".join(sorted({trial.git for trial in trials})),
+        "design": _design(cfg, study, targets, choices or {}),
+        "arms": table,
+        "claims": [_claim_entry(verdict) for verdict in verdicts],
+    }
+    return finite(summary)
+
+
+def _curves(trials: Sequence[TrialRecord], study: StudyConfig) -> dict[str, list[Curve]]:
+    """The curves that claims on shares speak of."""
+    metrics = {claim.metric for claim in study.judged if claim.scale == "share"}
+    return {metric: [trial.points.get(metric, {}) for trial in trials] for metric in metrics}
+
+
+def _design(
+    cfg: Config,
+    study: StudyConfig,
+    targets: Sequence[float] | None,
+    choices: Mapping[str, Choice],
+) -> dict[str, Any]:
+    """What was compared on what."""
+    runs = arm_configs(cfg, tuned_values(choices))
+    return {
+        "data": cfg.data.name,
+        "model": cfg.model.arch or cfg.model.name,
+        "world_size": cfg.launcher.num_workers,
+        "per_rank_batch": cfg.train.per_rank_batch,
+        "steps": cfg.train.steps,
+        "seeds": list(study.seeds),
+        "split": "validation" if cfg.data.validation else "test",
+        "virtual": cfg.train.virtual,
+        "normalisation_batch": {
+            a: measurements.normalisation_batch(run) for a, run in runs.items()
+        },
+        "tuned": {arm: _tuned(study, choice) for arm, choice in choices.items()},
+        "target": measurements.middle(targets),
+        "grid": study.grid,
+        "families": {arm.name: arm.family for arm in arms_of(study)} if study.grid else {},
+        "tier": study.tier if study.tiers else None,
+        "primary_metric": study.primary_metric,
+        "statement": study.statement,
+        "later": study.later,
+        "published": [asdict(table) for table in study.published],
+    }
+
+
+def _tuned(study: StudyConfig, choice: Choice) -> dict[str, Any]:
+    """What the search chose for an arm, and the mean validation error of each value that it tried."""
+    assert study.tune is not None
+    errors = {f"{value:g}": sum(found) / len(found) for value, found in choice.errors.items()}
+    return {study.tune.key: choice.value, "errors": errors, "at_an_end": choice.at_an_end}
+
+
+def _claim_entry(verdict: Verdict) -> dict[str, Any]:
+    """A verdict as `summary.json` holds it."""
+    bounds90 = verdict.interval90
+    return {
+        **asdict(verdict.claim),
+        "effect": verdict.effect,
+        "ci": [verdict.interval.low, verdict.interval.high],
+        "ci90": None if bounds90 is None else [bounds90.low, bounds90.high],
+        "verdict": verdict.verdict,
+        "n": verdict.n,
+        "p": verdict.p,
+        "p_holm": verdict.p_holm,
+        "pairs": verdict.pairs,
+        "note": verdict.note,
+    }
+
+
+def _shared(versions: Sequence[Mapping[str, str]]) -> dict[str, str]:
+    """One version a package; all that were used where trials ran under several."""
+    packages = dict.fromkeys(package for each in versions for package in each)
+    return {
+        package: ", ".join(sorted({each[package] for each in versions if package in each}))
+        for package in packages
+    }

@@ -1,0 +1,585 @@
+"""The CPU backend: native kernels in C++, and a whole pass, its exchange included, in one native call.
+
+* Each pass reads memory as often as it must and no more. Results have the same bits with any number of threads and
+  on any instruction set: sums are cut and ordered by the shape alone.
+* Alone, and among ranks that share memory, a pass is one native call: the steps one by one cost 250 us of Python a
+  layer and training step, more than small layers take. Elsewhere it is two calls with the exchange between them.
+* Masks, mixed dtypes and empty batches go to `CpuFallback`, which is ATen but for the per-channel arithmetic.
+* Large results use the memory of the last step's (`native/allocator`): glibc gives large blocks back to the kernel at
+  once, and page faults then cost more than the passes over memory (8x64x56x56 in float32, forward and backward: 2.5 ms,
+  and 9 ms with 3100 faults).
+"""
+
+import ctypes
+import functools
+import math
+import struct
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import increment_version
+from torch.utils.dlpack import from_dlpack
+
+from syncbn.norm.backends.activations import ACTIVATIONS
+from syncbn.norm.backends.aten import AtenBackend
+from syncbn.norm.backends.base import (
+    PLAIN,
+    Backend,
+    NormArgs,
+    Running,
+    check_statistics,
+)
+from syncbn.norm.comm.exchange import BACKWARD, FORWARD, Exchange, Fingerprint
+from syncbn.norm.comm.transports.shared_memory import LOOK_NS, Ring
+from syncbn.norm.moments import AnyStatistics, Statistics, stats_dtype
+from syncbn.norm.native import library
+
+SMALLEST_KEPT_BYTES = 1 << 18
+"""Below it glibc keeps what is freed, and PyTorch's own allocation is shorter."""
+
+_DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
+_CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
+_MOMENTS, _NORMALIZE, _BACKWARD_SUMS, _BACKWARD_INPUT, _BACKWARD_RESIDUAL = range(5)
+_NOTHING, _RESIDUAL, _OUTPUT = range(3)
+
+_PASS = struct.Struct("8q10P")
+"""The arguments of one pass, as in native/kernels; packing is faster than a ctypes.Structure."""
+_FUSED_PASS = struct.Struct("8q10P2P2qd4P3Pdq")
+"""The same, then what a whole pass needs beside them."""
+_NO_RUNNING = (0, 0, 0, 0.0, 0)
+
+
+class Geometry(NamedTuple):
+    """What inputs of one shape, layout and dtype have in common.
+
+    Attributes:
+        memory_format: in which the library reads them.
+        words: dtype, samples, channels and values per channel, as the library takes them.
+        num_channels: C.
+        dtype: of the statistics.
+        stats_bytes: of packed moments, the most that a pass sends.
+    """
+
+    memory_format: torch.memory_format
+    words: tuple[int, int, int, int]
+    num_channels: int
+    dtype: torch.dtype
+    stats_bytes: int
+
+
+@functools.lru_cache(maxsize=4096)
+def geometry_of(shape: torch.Size, stride: tuple[int, ...], dtype: torch.dtype) -> Geometry:
+    """The geometry of inputs of this shape, which are not empty, once they are contiguous in their memory format."""
+    samples, channels = shape[:2]
+    size = math.prod(shape[2:])
+    memory_format = _CHANNELS_LAST.get(len(shape), torch.contiguous_format)
+    # a single channel is both: then it is told by what follows
+    if len(shape) in _CHANNELS_LAST and stride[1] == 1 and channels > 1 and size > 1:
+        samples, size = samples * size, 1
+    else:
+        memory_format = torch.contiguous_format
+    of_stats = stats_dtype(dtype)
+    words = (_DTYPES[dtype], samples, channels, size)
+    return Geometry(
+        memory_format, words, channels, of_stats, (2 + 2 * channels) * of_stats.itemsize
+    )
+
+
+class StatisticsBlock:
+    """What a whole pass finds, in one piece of memory: this rank's packed moments, and the statistics of all ranks.
+
+    Tensors of them are made on demand: most passes need addresses alone, and seven small tensors cost 15 us.
+
+    Args:
+        geometry: of the pass.
+    """
+
+    __slots__ = ("__weakref__", "_num_channels", "_values")
+
+    def __init__(self, geometry: Geometry) -> None:
+        self._num_channels = geometry.num_channels
+        size = 8 // geometry.dtype.itemsize + 2 + 5 * geometry.num_channels
+        self._values = torch.empty(size, dtype=geometry.dtype, device="cpu")
+
+    @property
+    def addresses(self) -> tuple[int, int, int, int, int]:
+        """Of the total, the packed moments, mean, var and invstd."""
+        total, item = self._values.data_ptr(), self._values.itemsize
+        row = self._num_channels * item
+        mean = total + 8 + 2 * item + 2 * row
+        return total, total + 8, mean, mean + row, mean + 2 * row
+
+    @property
+    def packed(self) -> Tensor:
+        """This rank's packed moments, `(2 + 2C,)`."""
+        first = 8 // self._values.itemsize
+        return self._values[first : first + 2 + 2 * self._num_channels]
+
+    @property
+    def total(self) -> Tensor:
+        """As of `Statistics`, like the following."""
+        return self._values[: 8 // self._values.itemsize].view(torch.float64).squeeze(0)
+
+    @property
+    def mean(self) -> Tensor:
+        """`(C,)`."""
+        return self._rows()[0]
+
+    @property
+    def var(self) -> Tensor:
+        """`(C,)`."""
+        return self._rows()[1]
+
+    @property
+    def invstd(self) -> Tensor:
+        """`(C,)`."""
+        return self._rows()[2]
+
+    def _rows(self) -> Tensor:
+        return self._values[-3 * self._num_channels :].view(3, -1)
+
+
+class CpuFallback(AtenBackend):
+    """ATen over the input, native code per channel: for CPU passes that the kernels do not serve."""
+
+    def __init__(self) -> None:
+        self._library = _declared()
+
+    def local_stats(self, args: NormArgs) -> Tensor:
+        """Count, mean and M2 per channel; x is read once where there is no mask."""
+        if args.mask is not None or not _has_kernels(args.x):
+            return super().local_stats(args)
+        geometry = _geometry(args.x)
+        packed = torch.empty(2 + 2 * geometry.num_channels, dtype=geometry.dtype, device="cpu")
+        self._run(_MOMENTS, args, geometry, packed)
+        return packed
+
+    def merge(self, gathered: Tensor, eps: float) -> Statistics:
+        """The statistics of all ranks, merged in float64."""
+        gathered = gathered.contiguous()
+        ranks, width = gathered.shape
+        channels = (width - 2) // 2
+        total = torch.empty((), dtype=torch.float64, device="cpu")
+        mean, var, invstd = (
+            torch.empty(channels, dtype=gathered.dtype, device="cpu") for _ in range(3)
+        )
+        self._library.syncbn_merge(
+            gathered.dtype == torch.float64,
+            gathered.data_ptr(),
+            ranks,
+            channels,
+            eps,
+            *(values.data_ptr() for values in (total, mean, var, invstd)),
+        )
+        return Statistics(total, mean, var, invstd)
+
+    def update(self, running: Running, stats: AnyStatistics) -> None:
+        """Move the running statistics towards those of this batch."""
+        if not _updatable(running):
+            super().update(running, stats)
+            return
+        mean, var, tracked, weight, is_double = _running_words(running)
+        of_batch = (stats.mean, stats.var, stats.total)
+        self._library.syncbn_update(
+            is_double,
+            mean,
+            var,
+            tracked,
+            weight,
+            of_batch[0].dtype == torch.float64,
+            *(values.data_ptr() for values in of_batch),
+            running.mean.numel(),
+        )
+        _mark_updated(running)
+
+    def local_grad_sums(
+        self, dy: Tensor, args: NormArgs, stats: AnyStatistics, needs_dz: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
+        """Sum of dz, and sum of dz * xhat, per channel; by the kernels once dz is there, if only act kept them out."""
+        if not needs_dz:
+            return super().local_grad_sums(dy, args, stats)
+        dz, args = self.grad_residual(dy, args, stats), args.before_act()
+        backend = _unfused() if _kernels_serve(args) else super()
+        return backend.local_grad_sums(dz, args, stats)[0], dz
+
+    def finish_backward(
+        self, dy: Tensor, args: NormArgs, stats: AnyStatistics, gathered: Tensor
+    ) -> Tensor:
+        """dx; by the kernels as in `local_grad_sums`."""
+        backend = _unfused() if _kernels_serve(args) else super()
+        return backend.finish_backward(dy, args, stats, gathered)
+
+    def _run(
+        self,
+        kind: int,
+        args: NormArgs,
+        geometry: Geometry,
+        result: Tensor,
+        stats: AnyStatistics | None = None,
+        dy: Tensor | None = None,
+    ) -> None:
+        """One pass of the library over x."""
+        args = _aligned(args, geometry)
+        dy = None if dy is None else _like(dy, geometry)
+        addresses = (0,) * 5 if stats is None else _addresses(stats)
+        words = _pass_words(kind, args, geometry, _address(dy), addresses, result)
+        self._library.syncbn_pass(_PASS.pack(*words))
+
+
+class CpuBackend(CpuFallback):
+    """Native kernels, for plain CPU tensors of one floating dtype, without a mask; see `for_pass`.
+
+    Args:
+        fused: whether a pass may be one native call.
+
+    Raises:
+        RuntimeError: there is no native library.
+    """
+
+    def __init__(self, fused: bool = False) -> None:
+        super().__init__()
+        self.fused = fused
+
+    def for_pass(self, args: NormArgs, exchange: Exchange | None) -> Backend:
+        """The backend of a pass over these operands and ranks; the same in forward and backward."""
+        x = args.x
+        if type(x) not in PLAIN or x.is_meta:
+            return _ATEN
+        if not _kernels_serve(args):
+            return _fallback()
+        stats_bytes = geometry_of(x.shape, x.stride(), x.dtype).stats_bytes
+        fuses = exchange is None or exchange.native_ring(stats_bytes)
+        return _fused() if fuses else self
+
+    def normalize(self, args: NormArgs, stats: AnyStatistics) -> Tensor:
+        """act((x - mean) * invstd * weight + bias + residual); x is read once."""
+        geometry = _geometry(args.x)
+        y = _empty(args.x, geometry)
+        self._run(_NORMALIZE, args, geometry, y, stats)
+        return y
+
+    def finish_forward(self, args: NormArgs, gathered: Tensor) -> tuple[Tensor, AnyStatistics]:
+        """Merge, update and normalise in one native call."""
+        geometry = _geometry(args.x)
+        args, block = _aligned(args, geometry), StatisticsBlock(geometry)
+        y, ring = _empty(args.x, geometry), _rows(len(gathered))
+        words = _forward_words(args, geometry, y, block, ctypes.addressof(ring))
+        status = self._library.syncbn_rest(words, gathered.data_ptr(), gathered.stride(0))
+        _settle(status, gathered, args, block)
+        return y, block
+
+    def local_grad_sums(
+        self, dy: Tensor, args: NormArgs, stats: AnyStatistics, needs_dz: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
+        """Sum of dz, and sum of dz * xhat, per channel; x and dy are read once."""
+        dz = None
+        if needs_dz:
+            dy = dz = self.grad_residual(dy, args, stats)
+            args = args.before_act()
+        geometry = _geometry(args.x)
+        sums = torch.empty(2, geometry.num_channels, dtype=geometry.dtype, device="cpu")
+        self._run(_BACKWARD_SUMS, args, geometry, sums, stats, dy)
+        return sums, dz
+
+    def finish_backward(
+        self, dy: Tensor, args: NormArgs, stats: AnyStatistics, gathered: Tensor
+    ) -> Tensor:
+        """dx, and the sums of all ranks on the way to it, in one native call."""
+        geometry = _geometry(args.x)
+        args, dy = _aligned(args, geometry), _like(dy, geometry)
+        dx, ring = _empty(args.x, geometry), _rows(len(gathered))
+        words = _backward_words(dy, args, geometry, stats, (dx, None), ctypes.addressof(ring))
+        self._library.syncbn_rest(words, gathered.data_ptr(), gathered.stride(0))
+        return dx
+
+    def grad_residual(self, dy: Tensor, args: NormArgs, stats: AnyStatistics) -> Tensor:
+        """The gradient of the residual; dy itself where no activation intervenes."""
+        if args.act is None:
+            return dy
+        geometry = _geometry(args.x)
+        dz = _empty(args.x, geometry)
+        self._run(_BACKWARD_RESIDUAL, args, geometry, dz, stats, dy)
+        return dz
+
+    def fused_forward(
+        self, args: NormArgs, exchange: Exchange | None, what: Fingerprint
+    ) -> tuple[Tensor, AnyStatistics]:
+        """The output and the statistics of all ranks, in one native call; errors as in `finish_forward`."""
+        geometry = _geometry(args.x)
+        args, block = _aligned(args, geometry), StatisticsBlock(geometry)
+        y, gathered = _empty(args.x, geometry), None
+        if exchange is None:
+            status = self._library.syncbn_whole(_forward_words(args, geometry, y, block), b"")
+        else:
+            header, number = exchange.announce(FORWARD, geometry.stats_bytes, what)
+            words = _forward_words(args, geometry, y, block, exchange.ring_address, number)
+            status = self._library.syncbn_whole(words, header)
+            if status:
+                gathered = exchange.complete(status, header, number, block.packed)
+                status = self._library.syncbn_rest(words, gathered.data_ptr(), gathered.stride(0))
+            exchange.finished(what)
+        _settle(status, gathered, args, block)
+        return y, block
+
+    def fused_backward(
+        self,
+        dy: Tensor,
+        args: NormArgs,
+        stats: AnyStatistics,
+        exchange: Exchange | None,
+        what: Fingerprint,
+    ) -> tuple[Tensor, Tensor]:
+        """Dx and this rank's `local_grad_sums`, in one native call."""
+        geometry = _geometry(args.x)
+        args, dy = _aligned(args, geometry), _like(dy, geometry)
+        dx = _empty(args.x, geometry)
+        sums = torch.empty(2, geometry.num_channels, dtype=geometry.dtype, device="cpu")
+        results = (dx, sums)
+        if exchange is None:
+            self._library.syncbn_whole(_backward_words(dy, args, geometry, stats, results), b"")
+            return results
+        header, number = exchange.announce(BACKWARD, sums.nbytes, what)
+        ring = exchange.ring_address
+        words = _backward_words(dy, args, geometry, stats, results, ring, number)
+        status = self._library.syncbn_whole(words, header)
+        if status:
+            gathered = exchange.complete(status, header, number, sums.view(-1))
+            self._library.syncbn_rest(words, gathered.data_ptr(), gathered.stride(0))
+        exchange.finished(what)
+        return results
+
+
+def release_memory() -> int:
+    """Give memory that is kept for results, and is not in use, back to the system; returns how many bytes.
+
+    Only a process that has trained, goes on, and is short of memory needs it.
+    """
+    found = library()
+    if found is None:
+        return 0
+    found.syncbn_release.restype = ctypes.c_int64
+    return found.syncbn_release()
+
+
+_ATEN = AtenBackend()
+
+
+@functools.cache
+def _fallback() -> CpuFallback:
+    return CpuFallback()
+
+
+@functools.cache
+def _unfused() -> CpuBackend:
+    return CpuBackend()
+
+
+@functools.cache
+def _fused() -> CpuBackend:
+    return CpuBackend(fused=True)
+
+
+@functools.cache
+def _rows(num_rows: int) -> Ring:
+    """What the library reads of an exchange that its caller does: the number of rows that come from it."""
+    return Ring(0, num_rows)
+
+
+def _kernels_serve(args: NormArgs) -> bool:
+    """Whether the kernels serve a pass over these operands, of which x is a plain tensor."""
+    x, residual = args.x, args.residual
+    if args.mask is not None or not _has_kernels(x):
+        return False
+    if args.act == "silu" and x.dtype is torch.float64:
+        return False
+    return residual is None or (residual.dtype is x.dtype and type(residual) in PLAIN)
+
+
+def _has_kernels(x: Tensor) -> bool:
+    return x.dtype in _DTYPES and x.numel() > 0
+
+
+def _geometry(x: Tensor) -> Geometry:
+    return geometry_of(x.shape, x.stride(), x.dtype)
+
+
+def _aligned(args: NormArgs, geometry: Geometry) -> NormArgs:
+    """`args` as the library reads them; to be kept until it has returned."""
+    x, weight, bias, residual = args[:4]
+    aligned = (
+        _like(x, geometry),
+        _coefficients(weight, geometry.dtype),
+        _coefficients(bias, geometry.dtype),
+        None if residual is None else _like(residual, geometry),
+    )
+    output = None if args.output is None else _like(args.output, geometry)
+    return NormArgs(*aligned, *args[4:10], output)
+
+
+def _like(values: Tensor, geometry: Geometry) -> Tensor:
+    """`values`, of the shape of x, in the order in which the library reads x."""
+    if values.is_contiguous(memory_format=geometry.memory_format):
+        return values
+    return values.contiguous(memory_format=geometry.memory_format)
+
+
+def _coefficients(values: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    if values is None or (values.dtype is dtype and values.is_contiguous()):
+        return values
+    return values.to(dtype).contiguous()
+
+
+def _address(values: Tensor | None) -> int:
+    return 0 if values is None else values.data_ptr()
+
+
+def _addresses(stats: AnyStatistics) -> tuple[int, ...]:
+    """As of `StatisticsBlock`."""
+    if isinstance(stats, StatisticsBlock):
+        return stats.addresses
+    assert isinstance(stats, Statistics)
+    total, mean, var, invstd = (values.data_ptr() for values in stats)
+    return total, 0, mean, var, invstd
+
+
+def _pass_words(
+    kind: int,
+    args: NormArgs,
+    geometry: Geometry,
+    dy: int,
+    stats: tuple[int, ...],
+    result: Tensor,
+) -> tuple[int, ...]:
+    """The arguments of one pass, for `_PASS`; addresses are 0 for None."""
+    total, _, mean, _, invstd = stats
+    third = args.residual if args.output is None else args.output
+    role = _NOTHING if third is None else _RESIDUAL if args.output is None else _OUTPUT
+    act = 0 if args.act is None else ACTIVATIONS[args.act].code
+    affine = (mean, invstd, _address(args.weight), _address(args.bias))
+    operands = (args.x.data_ptr(), dy, _address(third), *affine, 0, total, result.data_ptr())
+    return kind, *geometry.words, torch.get_num_threads(), act, role, *operands
+
+
+def _forward_words(
+    args: NormArgs,
+    geometry: Geometry,
+    y: Tensor,
+    block: StatisticsBlock,
+    ring: int = 0,
+    number: int = 0,
+) -> bytes:
+    """A whole forward pass as the library takes it; `ring` is 0 alone."""
+    total, own, *merged = addresses = block.addresses
+    words = _pass_words(_NORMALIZE, args, geometry, 0, addresses, y)
+    running = _NO_RUNNING if args.running is None else _running_words(args.running)
+    exchange = (own, ring, number, LOOK_NS)
+    return _FUSED_PASS.pack(*words, *exchange, args.eps, total, *merged, *running)
+
+
+def _backward_words(
+    dy: Tensor,
+    args: NormArgs,
+    geometry: Geometry,
+    stats: AnyStatistics,
+    results: tuple[Tensor, Tensor | None],
+    ring: int = 0,
+    number: int = 0,
+) -> bytes:
+    """A whole backward pass as the library takes it; `results` are dx and this rank's sums."""
+    dx, sums = results
+    words = _pass_words(_BACKWARD_INPUT, args, geometry, dy.data_ptr(), _addresses(stats), dx)
+    exchange = (_address(sums), ring, number, LOOK_NS)
+    return _FUSED_PASS.pack(*words, *exchange, 0.0, 0, 0, 0, 0, *_NO_RUNNING)
+
+
+def _settle(status: int, gathered: Tensor | None, args: NormArgs, block: StatisticsBlock) -> None:
+    """Raise where there was nothing to normalise with; else note that running statistics have moved."""
+    if status:
+        packed = block.packed.unsqueeze(0) if gathered is None else gathered
+        check_statistics(packed, block, args)
+    if args.running is None:
+        return
+    if _updatable(args.running):
+        _mark_updated(args.running)
+    else:
+        _ATEN.update(args.running, block)
+
+
+def _updatable(running: Running) -> bool:
+    """Whether the library moves these running statistics."""
+    mean, var, tracked, _ = running
+    return (
+        mean.dtype in (torch.float32, torch.float64)
+        and mean.dtype == var.dtype
+        and type(mean) in PLAIN
+        and mean.is_contiguous()
+        and var.is_contiguous()
+        and not mean.is_inference()
+        and (tracked is None or tracked.dtype == torch.int64)
+    )
+
+
+def _running_words(running: Running) -> tuple[int, int, int, float, int]:
+    """Running statistics as the library takes them; a momentum below 0 stands for the average over all batches."""
+    if not _updatable(running):
+        return _NO_RUNNING
+    mean, var, tracked, momentum = running
+    weight = -1.0 if momentum is None else momentum
+    places = mean.data_ptr(), var.data_ptr(), _address(tracked)
+    return *places, weight, mean.dtype == torch.float64
+
+
+def _mark_updated(running: Running) -> None:
+    """Tell autograd that the library has written the running statistics: what it saved of them is stale."""
+    mean, var, tracked, _ = running
+    increment_version([mean, var] if tracked is None else [mean, var, tracked])
+
+
+def _empty(x: Tensor, geometry: Geometry) -> Tensor:
+    """An uninitialised tensor of the shape and dtype of `x`, contiguous in the memory format of `geometry`.
+
+    Large ones take memory that results of the last step no longer need; their storage cannot be resized.
+    """
+    if x.nbytes < SMALLEST_KEPT_BYTES or type(x) is not Tensor:
+        return torch.empty_like(x, memory_format=geometry.memory_format)
+    strides = x.stride()
+    if not x.is_contiguous(memory_format=geometry.memory_format):
+        strides = torch.empty_like(x, memory_format=geometry.memory_format, device="meta").stride()
+    ndim = x.dim()
+    layout = struct.pack(f"{2 * ndim}q", *x.shape, *strides)
+    allocate, capsule = _allocator()
+    managed = allocate(ndim, layout, _DTYPES[x.dtype], x.nbytes)
+    if managed is None:
+        return torch.empty_like(x, memory_format=geometry.memory_format)
+    return from_dlpack(capsule(managed, b"dltensor", None))
+
+
+@functools.cache
+def _allocator() -> tuple[Callable[..., int | None], Callable[..., Any]]:
+    """The library's function that makes a result, and Python's that makes a capsule of it."""
+    capsule = ctypes.pythonapi.PyCapsule_New
+    capsule.argtypes = [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p]
+    capsule.restype = ctypes.py_object
+    return _declared().syncbn_result, capsule
+
+
+@functools.cache
+def _declared() -> ctypes.CDLL:
+    """The library with the types of its functions' arguments."""
+    found = library()
+    if found is None:
+        raise RuntimeError("the native library of syncbn was not built; see syncbn.norm.native")
+    pointer, number, real, flag = ctypes.c_void_p, ctypes.c_int64, ctypes.c_double, ctypes.c_int
+    words, pair = ctypes.c_char_p, [flag, pointer, pointer]
+    found.syncbn_pass.argtypes = [words]
+    found.syncbn_merge.argtypes = [flag, pointer, number, number, real, *[pointer] * 4]
+    found.syncbn_update.argtypes = [*pair, pointer, real, *pair, pointer, number]
+    for name in ("pass", "merge", "update"):
+        getattr(found, f"syncbn_{name}").restype = None
+    found.syncbn_whole.argtypes = [words, words]
+    found.syncbn_rest.argtypes = [words, pointer, number]
+    found.syncbn_result.argtypes = [number, words, flag, number]
+    found.syncbn_result.restype = pointer
+    return found

@@ -1,0 +1,1 @@
+"""The Triton backend: `backend` on the host, and the kernels it launches."""

@@ -1,0 +1,1 @@
+"""What crosses between ranks: the exchange, its transports, process groups and the watchdog."""

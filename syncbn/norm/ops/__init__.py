@@ -1,0 +1,1 @@
+"""What autograd and the compiler run: forward and backward of the layer."""

@@ -1,0 +1,193 @@
+"""The layer under torch.compile and torch.export: two operators that the compiler takes as they are.
+
+Tracing cannot look into an exchange, so the forward and the backward pass each are one opaque operator with known
+shapes and strides. Both are free of side effects, which lets the compiler differentiate them; running statistics are
+updated beside them, in plain operations that it fuses.
+"""
+
+from collections.abc import Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.distributed import ProcessGroup
+from torch.distributed.distributed_c10d import (
+    _resolve_process_group as resolve_process_group,  # pyright: ignore[reportPrivateImportUsage]
+)
+
+from syncbn.norm.backends import selected
+from syncbn.norm.backends.aten import AtenBackend
+from syncbn.norm.backends.base import NormArgs, Running
+from syncbn.norm.backends.layout import memory_format
+from syncbn.norm.comm.exchange import exchange_for
+from syncbn.norm.comm.groups import GroupSpec
+from syncbn.norm.moments import Statistics, stats_dtype
+from syncbn.norm.ops.autograd import Call, backward_pass, forward_pass, kept_for_backward
+from syncbn.norm.ops.recompute import Pass, current
+
+
+def group_text(spec: GroupSpec) -> str:
+    """`spec` as a text that can stand in a graph."""
+    if isinstance(spec, ProcessGroup):
+        return f"name {spec.group_name}"
+    return "world" if spec is None else str(spec)
+
+
+def _call(
+    eps: float,
+    act: str,
+    mask: Tensor | None,
+    group: str,
+    name: str,
+    checkpointed: Pass | None = None,
+) -> Call:
+    kind, _, group_name = group.partition(" ")
+    spec: Any = int(kind) if kind.isdigit() else kind
+    if spec == "name":
+        spec = resolve_process_group(cast(Any, group_name))
+    return Call(exchange_for(spec), mask, act or None, eps, layer=name, checkpointed=checkpointed)
+
+
+@torch.library.custom_op("syncbn::forward", mutates_args=())
+def _forward(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    mask: Tensor | None,
+    eps: float,
+    act: str,
+    group: str,
+    name: str,
+    needs_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """y, the statistics it was normalised with, and the number of values that count, which is 0 in a replay."""
+    call = _call(eps, act, mask, group, name, current())
+    args = call.args(x, weight, bias, residual)
+    backend = selected(x.device.type).for_pass(args, call.exchange)
+    y, stats = forward_pass(args, backend, call, needs_grad)
+    # an operator's results share memory with nothing, and a backend may keep all statistics in one tensor
+    mean, var, invstd = (values.clone() for values in (stats.mean, stats.var, stats.invstd))
+    replaying = call.checkpointed is not None and call.checkpointed.replaying
+    counted = torch.zeros_like(stats.total) if replaying else stats.total.clone()
+    return _as_traced(y, x), stats.total.clone(), mean, var, invstd, counted
+
+
+@_forward.register_fake
+def _forward_shapes(
+    x: Tensor, *_rest: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    channels = [x.new_empty(x.shape[1], dtype=stats_dtype(x.dtype)) for _ in range(3)]
+    mean, var, invstd = channels
+    total, counted = (x.new_empty((), dtype=torch.float64) for _ in range(2))
+    return _empty_like(x), total, mean, var, invstd, counted
+
+
+@torch.library.custom_op("syncbn::backward", mutates_args=())
+def _backward(
+    dy: Tensor,
+    operands: Sequence[Tensor | None],
+    stats: Sequence[Tensor],
+    eps: float,
+    act: str,
+    group: str,
+    name: str,
+    needs: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The gradients of x, weight, bias and residual; an empty tensor where none is needed.
+
+    Args:
+        dy: the gradient of y.
+        operands: x, weight, bias, residual, output and mask, as of `NormArgs`.
+        stats: as of `Statistics`.
+        eps: see `Call`, as for `act` and `name`.
+        act: "" for None.
+        group: a `group_text`.
+        name: of the layer.
+        needs: which of x, weight, bias and residual want a gradient.
+    """
+    x, weight, bias, residual, output, mask = operands
+    assert x is not None
+    call = _call(eps, act, mask, group, name)
+    args = call.args(x, weight, bias, residual)._replace(output=output)
+    backend = selected(x.device.type).for_pass(args, call.exchange)
+    found = backward_pass(dy, args, Statistics(*stats), backend, call, tuple(needs))
+    dx, dweight, dbias, dz = (_nothing(x) if gradient is None else gradient for gradient in found)
+    dx = _as_traced(dx, x) if needs[0] else dx
+    dz = _as_traced(dz, dy) if needs[3] else dz
+    # results share memory with nothing, each other and the operands included
+    return dx, dweight.clone(), dbias.clone(), dz.clone() if dz is dy else dz
+
+
+@_backward.register_fake
+def _backward_shapes(
+    dy: Tensor, operands: Sequence[Tensor | None], *rest: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    needs = rest[-1]
+    x, weight, bias = operands[:3]
+    assert x is not None
+
+    def like(operand: Tensor | None, needed: bool) -> Tensor:
+        return _nothing(x) if not needed or operand is None else operand.new_empty(operand.shape)
+
+    return (
+        _empty_like(x) if needs[0] else _nothing(x),
+        like(weight, needs[1]),
+        like(bias, needs[2]),
+        _empty_like(dy) if needs[3] else _nothing(x),
+    )
+
+
+def _nothing(x: Tensor) -> Tensor:
+    return x.new_empty(0)
+
+
+def _empty_like(x: Tensor) -> Tensor:
+    """An uninitialised result, contiguous in the memory format in which `x` is read."""
+    return torch.empty_like(x, memory_format=memory_format(x))
+
+
+def _as_traced(result: Tensor, x: Tensor) -> Tensor:
+    """`result` with the strides of `_empty_like(x)`, which is what the compiler was told."""
+    expected = torch.empty_like(x, memory_format=memory_format(x), device="meta").stride()
+    return result if result.stride() == expected else _empty_like(x).copy_(result)
+
+
+def _remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    x, weight, bias, residual, mask, eps, act, group, name, _ = inputs
+    y, *stats, _ = output
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.rest = (eps, act, group, name)
+    kept = kept_for_backward(NormArgs(x, residual=residual, act=act or None), y)
+    ctx.save_for_backward(x, weight, bias, *kept, mask, *stats)
+
+
+def _gradients(ctx: Any, dy: Tensor, *_unused: Tensor) -> tuple[Tensor | None, ...]:
+    needs = list(ctx.needs_input_grad[:4])
+    saved = ctx.saved_tensors
+    found = _backward(dy, list(saved[:6]), list(saved[6:]), *ctx.rest, needs)
+    return (
+        *(g if needed else None for g, needed in zip(found, needs, strict=True)),
+        *(None,) * 6,
+    )
+
+
+_forward.register_autograd(_gradients, setup_context=_remember)
+
+
+def compiled_batch_norm(args: NormArgs, group: str, running: Running | None) -> Tensor:
+    """`sync_batch_norm` while a compiler traces.
+
+    Args:
+        args: of this pass; its running statistics are left alone.
+        group: a `group_text`.
+        running: what to update, or None.
+    """
+    x, mask, act = args.x, args.mask, args.act or ""
+    needs_grad = torch.is_grad_enabled() and x.requires_grad
+    y, _, mean, var, invstd, counted = _forward(
+        *args[:4], mask, args.eps, act, group, args.layer, needs_grad
+    )
+    if running is not None:
+        AtenBackend().update(running, Statistics(counted, mean, var, invstd))
+    return y

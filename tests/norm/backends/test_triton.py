@@ -1,0 +1,236 @@
+"""The Triton kernels without a GPU: their results through Triton's interpreter, their code through its compiler."""
+
+import importlib.util
+
+import kernel_suite as suite
+import pytest
+import torch
+from hypothesis import given, settings
+from kernel_suite import Case
+
+from syncbn.norm.backends import ACTIVATIONS, Affine, EagerKernels, Fused, Running
+from syncbn.norm.backends.activations import apply_act
+from syncbn.norm.backends.bits import unpacked
+
+pytestmark = [
+    pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="no triton"),
+    pytest.mark.skipif(torch.cuda.is_available(), reason="test_gpu.py runs the kernels themselves"),
+]
+interpreted = pytest.mark.triton_interpreter
+some = settings(max_examples=8, deadline=None)
+
+
+def kernels():
+    """Imported late: the interpreter must be switched on before Triton is imported."""
+    from syncbn.norm.backends.triton.kernels import TritonKernels
+
+    return TritonKernels()
+
+
+@interpreted
+@given(case=suite.cases())
+@some
+def test_moments_are_those_of_the_values(case: Case):
+    suite.check_moments(kernels(), case)
+
+
+@interpreted
+@given(case=suite.cases())
+@some
+def test_normalizing_keeps_dtype_and_layout(case: Case):
+    suite.check_normalize(kernels(), case)
+
+
+@interpreted
+@given(case=suite.cases())
+@some
+def test_gradients_are_those_of_float64(case: Case):
+    suite.check_backward(kernels(), case)
+
+
+CUTS = {
+    "a plane of several tiles": Case((2, 3, 1100)),
+    "rows of several tiles": Case((70, 130)),
+    "more images than programs": Case((20, 3, 9, 9)),
+    "more rows than programs": Case((20, 70, 9, 3), channels_last=True),
+    "one channel": Case((3, 1, 5, 7)),
+    "one value": Case((1, 1, 1, 1)),
+    "no image": Case((0, 3, 4, 4)),
+    "no position": Case((3, 4, 0, 5), channels_last=True),
+}
+
+
+@interpreted
+@pytest.mark.parametrize("masked", [False, True], ids=["whole", "masked"])
+@pytest.mark.parametrize("case", CUTS.values(), ids=CUTS)
+def test_every_value_counts_once_however_the_input_is_cut(case: Case, masked: bool):
+    case = case._replace(masked=masked)
+    suite.check_moments(kernels(), case)
+    suite.check_normalize(kernels(), case)
+    suite.check_backward(kernels(), case)
+
+
+@interpreted
+@pytest.mark.parametrize("residual", [False, True], ids=["alone", "residual"])
+@pytest.mark.parametrize("act", ACTIVATIONS)
+def test_activations_are_those_of_the_table(act: str, residual: bool):
+    case = Case((3, 5, 8, 9), act=act, residual=residual)
+    suite.check_normalize(kernels(), case)
+    suite.check_backward(kernels(), case)
+
+
+@interpreted
+@pytest.mark.parametrize("act", ACTIVATIONS)
+def test_derivatives_at_kinks_are_those_of_the_table(act: str):
+    z = torch.tensor([[-3.0, -0.0, 0.0, 3.0, 6.0, torch.nan]])
+    one = torch.ones(6)
+    affine = Affine(one * 0, one)
+    slope = kernels().backward_residual(torch.ones_like(z), z, affine, Fused(act))
+    expected = EagerKernels().backward_residual(torch.ones_like(z), z, affine, Fused(act))
+    torch.testing.assert_close(slope, expected, equal_nan=True)
+    y = kernels().normalize(z, affine, Fused(act))
+    torch.testing.assert_close(y, apply_act(act, z), equal_nan=True)
+
+
+BITS = {
+    "planes": Case((3, 5, 8, 9), residual=True),
+    "odd planes of several tiles": Case((2, 3, 1097), residual=True),
+    "small planes": Case((4, 9, 7, 7), residual=True),
+    "short rows": Case((3, 5, 13), residual=True),
+    "no positions": Case((5, 24), residual=True),
+    "channels_last": Case((3, 24, 5, 3), residual=True, channels_last=True),
+    "many channels": Case((20, 136, 3, 3), torch.float64, residual=True, channels_last=True),
+    "halves": Case((2, 16, 2, 4), torch.bfloat16, residual=True),
+}
+
+
+@interpreted
+@pytest.mark.parametrize(
+    ("kind", "act", "masked"),
+    [(kind, "relu", False) for kind in BITS]
+    + [
+        (kind, act, True)
+        for kind in ("planes", "channels_last")
+        for act in ("relu", "relu6", "leaky_relu")
+    ],
+)
+def test_bits_take_the_place_of_the_output(kind: str, act: str, masked: bool):
+    case = BITS[kind]._replace(act=act, masked=masked)
+    given, forward = suite.forward_inputs(case)
+    bits = kernels().room_for_bits(given.x, act)
+    bits.fill_(0xAA)
+    y = kernels().normalize(given.x, given.affine, forward._replace(bits=bits))
+    of_output = Fused(act, mask=given.mask, output=y)
+    of_bits = Fused(act, mask=given.mask, bits=bits)
+    slope = ACTIVATIONS[act].derivative(unpacked(bits, given.x))
+    kept = torch.ones(()) if given.mask is None else given.mask
+    assert torch.equal(slope * kept, ACTIVATIONS[act].derivative(y) * kept)
+    total = torch.full((), 7.0, dtype=torch.float64)
+    found = []
+    for fused in (of_output, of_bits):
+        operands = (given.dy, given.x, given.affine, fused)
+        dz = torch.empty_like(given.x)
+        sums = kernels().backward_sums(*operands, dz)
+        dx = kernels().backward_input(*operands, sums, total)
+        found.append((sums, dz, dx, kernels().backward_residual(*operands)))
+    for expected, ours in zip(*found, strict=True):
+        assert torch.equal(expected, ours)
+    assert torch.equal(found[0][1], found[0][3])
+
+
+@interpreted
+def test_bits_are_kept_where_values_share_bytes():
+    planes, last = torch.empty(2, 6, 7, 10), torch.empty(2, 8, 5, 3)
+    last = last.to(memory_format=torch.channels_last)
+    assert kernels().room_for_bits(planes, "relu").nbytes == 2 * 6 * 16
+    assert kernels().room_for_bits(last, "relu").nbytes == 2 * 5 * 3
+    assert kernels().room_for_bits(planes, "silu") is None
+    assert kernels().room_for_bits(planes[:, :, :2, :2], "relu") is None
+    assert kernels().room_for_bits(last[:, :6, :1, :1], "relu") is None
+    assert kernels().room_for_bits(planes[:0], "relu") is None
+
+
+@interpreted
+@pytest.mark.parametrize("channels_last", [False, True], ids=["planes", "channels_last"])
+@pytest.mark.parametrize(("mean", "spread"), [(100.0, 0.01), (1e4, 1.0)])
+def test_a_mean_large_against_the_spread_leaves_the_variance(mean, spread, channels_last):
+    suite.check_far_mean(
+        kernels(), mean, spread, Case((16, 20, 15, 13), channels_last=channels_last)
+    )
+
+
+@interpreted
+def test_what_is_masked_may_hold_anything():
+    x = torch.randn(2, 3, 4, 5)
+    mask = torch.rand(2, 1, 4, 5) < 0.5
+    mask[0, 0, 0, 0] = False  # a channel's first value is what its moments are counted from
+    spoilt = x.masked_fill(~mask, torch.inf)
+    assert torch.equal(kernels().moments(spoilt, mask), kernels().moments(x, mask))
+
+
+@interpreted
+@pytest.mark.parametrize("outlier", [100.0, 1e4])
+@pytest.mark.parametrize("masked", [False, True], ids=["short", "masked"])
+def test_a_first_tile_unlike_the_rest_leaves_the_variance(outlier: float, masked: bool):
+    """One that holds a single value, of a plane's end or of what the mask keeps."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(40, 1, 513, generator=generator)
+    mask = None
+    if masked:
+        mask = torch.ones(40, 1, 513, dtype=torch.bool)
+        mask[0] = mask[1] = False
+        mask[0, 0, 5] = True
+        x[0, 0, 5] = outlier
+    else:
+        x[10:13, :, 512] = outlier
+    packed = kernels().moments(x, mask)
+    expected = EagerKernels().moments(x.double(), mask)
+    assert ((packed[3:] / expected[3:]) - 1).abs().max() < 2e-6
+
+
+@interpreted
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    "counts", [[5], [2**27 + 3, 7, 0], [0, 0], list(range(300)), list(range(1100))]
+)
+def test_moments_of_ranks_merge(counts, dtype):
+    suite.check_merge(kernels(), counts, 9, dtype)
+
+
+@interpreted
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("momentum", [0.1, 1.0, 0.0, None])
+@pytest.mark.parametrize("total", [0.0, 1.0, 2.0, 1e6])
+def test_running_statistics_move(total, momentum, dtype):
+    suite.check_update(kernels(), total, momentum, dtype)
+
+
+@interpreted
+def test_running_statistics_may_be_strided():
+    strided = torch.arange(12.0).view(6, 2)
+    statistics = kernels().merge(kernels().moments(torch.randn(8, 6), None)[None], 1e-5)
+    running = Running(strided[:, 0], strided[:, 1], None, 1.0)
+    kernels().update(running, statistics)
+    assert torch.equal(strided[:, 0], statistics.mean)
+    suite.close(strided[:, 1], statistics.var.double() * 8 / 7, 1e-6)
+
+
+@interpreted
+def test_a_residual_without_activation_or_mask_gets_the_gradient_itself():
+    given, fused = suite.backward_inputs(Case())
+    assert kernels().backward_residual(given.dy, given.x, given.affine, fused) is given.dy
+
+
+@interpreted
+def test_upstream_gradients_may_have_any_strides():
+    given, fused = suite.backward_inputs(Case((3, 4, 5, 6), channels_last=True))
+    one = torch.ones(()).expand(3, 4, 5, 6)
+    sums = kernels().backward_sums(one, given.x, given.affine, fused)
+    assert torch.equal(sums[0], torch.full((4,), 90.0))
+
+
+@interpreted
+@given(case=suite.cases())
+@settings(max_examples=5, deadline=None)
+def test_results_are_the_same_bits_every_time(case: Case):
+    suite.check_deterministic(kernels(), case)
