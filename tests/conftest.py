@@ -2,8 +2,8 @@
 
 `world_size`: one test function, run plainly in each rank of a gloo group. `triton_interpreter`: run where Triton's
 kernels run on the CPU, which is settled once a process, by its environment; both may be asked for. `layer`: given to
-every test that may run a line of the layer, by its folder or by what its module imports; these alone are run under
-coverage, which costs half their time again.
+every test that may run a line of the layer, by the place, the name or the imports of its module; these alone are run
+under coverage, which costs half their time again.
 """
 
 import functools
@@ -40,8 +40,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @functools.cache
 def _is_of_the_layer(module: Path) -> bool:
-    folder = module.relative_to(_TESTS).parts[0]
-    return folder in ("dist", "norm") or _LAYER.search(module.read_text()) is not None
+    if module.relative_to(_TESTS).parts[0] in ("dist", "norm") or module.stem.endswith("_on_ranks"):
+        return True
+    return _LAYER.search(module.read_text()) is not None
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
