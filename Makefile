@@ -16,7 +16,7 @@ help: ## List these targets
 setup: $(STAMP) ## Make .venv with everything in it (other targets do this where needed)
 
 # The stamp is newer than these files exactly when what they ask for is installed, and built.
-$(STAMP): pyproject.toml constraints.txt syncbn/norm/native/*.cpp syncbn/norm/native/*.h
+$(STAMP): pyproject.toml constraints.txt syncbn/norm/native/*.cpp syncbn/norm/native/*.h syncbn/norm/native/kernels/*.cpp syncbn/norm/native/kernels/*.h
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; (3, 11) <= v <= (3, 13) or sys.exit("Python 3.11 to 3.13 is needed, this is %d.%d; give another: make PYTHON=python3.12 ..." % v)'
 	@start=$$(date +%s) && \
 	  $(PYTHON) -m venv .venv && \

@@ -12,7 +12,7 @@ from torch.distributed import ProcessGroup
 
 from benchmarks.clock import interleaved, say
 from benchmarks.contenders import Run, group_by
-from syncbn.norm.comm.exchange import BACKWARD, exchange_of
+from syncbn.norm.comm.exchange import BACKWARD, Fingerprint, exchange_of
 
 BURST = 20
 """Exchanges timed at once."""
@@ -45,17 +45,11 @@ def measure(channels: Sequence[int], budget_s: float) -> list[dict[str, Any]]:
 
 def _gather(group: ProcessGroup, channels: int) -> Run:
     values, exchange = torch.randn(2 * channels), exchange_of(group)
+    what = Fingerprint("exchange", channels, values.dtype, needs_grad=True)
 
     def run() -> None:
         for _ in range(BURST):
-            exchange.gather(
-                values,
-                kind=BACKWARD,
-                layer="exchange",
-                channels=channels,
-                dtype=values.dtype,
-                needs_grad=True,
-            )
+            exchange.gather(values, BACKWARD, what)
 
     return run
 

@@ -1,7 +1,7 @@
-"""The layer. Imports torch and the standard library, nothing of the rest of the house.
+"""The layer: synchronised batch normalisation, on torch and the standard library alone.
 
-Values flow through it in one direction: `module` and `functional` order the parts, `kernels` do one rank's
-arithmetic, `moments` merges ranks, and only `exchange` talks to a process group.
+`module` and `functional` check what they are given and call `ops`, which order a pass: `backends` do one rank's
+arithmetic, `moments` merges ranks, and `comm` alone talks to other ranks.
 """
 
 from syncbn.norm.backends.cpu import release_memory

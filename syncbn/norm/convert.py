@@ -22,6 +22,7 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.nn.utils import parametrize
 
 from syncbn.norm.comm.groups import GroupSpec
+from syncbn.norm.comm.watchdog import watch
 from syncbn.norm.module import ORIGINAL_CLASS, REPLACED, SyncBatchNorm
 from syncbn.norm.validation import checked_group
 
@@ -82,6 +83,7 @@ def convert_sync_batchnorm(
     if not isinstance(module, nn.Module):
         raise TypeError(f"module={type(module).__name__} is not allowed: a torch.nn.Module")
     process_group = checked_group(process_group)
+    watch()
     layers = {name: m for name, m in module.named_modules() if _keeps_statistics(m)}
     conversions = [_conversion(name, layer) for name, layer in layers.items()]
     local = [c for c in conversions if c.local]

@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from syncbn.norm.backends.activations import check_act
-from syncbn.norm.backends.base import NonFiniteStatistics, Running, without_values
+from syncbn.norm.backends.base import NonFiniteStatistics, Running
 from syncbn.norm.comm.exchange import exchange_for
 from syncbn.norm.comm.groups import GroupSpec
 from syncbn.norm.ops.autograd import Call, SyncBatchNormFunction
@@ -39,7 +39,7 @@ def sync_batch_norm(
 ) -> Tensor:
     """act(batch_norm(input) + residual), with the mean and variance of each channel over all ranks of a group.
 
-    A collective: every rank of the group calls it, an empty batch included. Without torch.distributed it is a
+    A collective: every rank of the group calls it, also with an empty batch. Without torch.distributed it is a
     group of one. Running statistics are updated in place, with the variance M2 / (N - 1) over all N values.
 
     Args:
@@ -70,7 +70,7 @@ def sync_batch_norm(
         RanksDisagree: the ranks are not all in the same layer (CPU groups).
     """
     process_group = checked_group(process_group)
-    exchange = None if without_values(input) else exchange_for(process_group)
+    exchange = exchange_for(process_group, input)
     try:
         check_act(act)
         eps, momentum = checked_eps(eps), checked_momentum(momentum)

@@ -20,10 +20,11 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from syncbn.norm import backends
 from syncbn.norm.backends.activations import apply_act, check_act
-from syncbn.norm.backends.base import NormArgs, Running, without_values
-from syncbn.norm.comm.exchange import Exchange, exchange_for, exchange_of
+from syncbn.norm.backends.base import NormArgs, Running
+from syncbn.norm.comm.exchange import Exchange, exchange_for
 from syncbn.norm.comm.fingerprint import NAMED
-from syncbn.norm.comm.groups import GroupSpec, known
+from syncbn.norm.comm.groups import GroupSpec
+from syncbn.norm.comm.watchdog import watch
 from syncbn.norm.ops.autograd import Call, SyncBatchNormFunction
 from syncbn.norm.ops.custom_op import compiled_batch_norm, group_text
 from syncbn.norm.ops.recompute import Pass, current, unchanged
@@ -57,13 +58,14 @@ class SyncBatchNorm(_BatchNorm):
         num_features: C of an input `(N, C, *)`.
         eps: added to the variance.
         momentum: weight of the newest batch in the running statistics; None averages over all batches.
-        affine: learn a weight and a bias per channel.
+        affine: learn a weight and, with `bias`, a bias per channel.
         track_running_stats: keep running statistics for evaluation.
         process_group: the ranks that share statistics: None or "world" for all ranks, "node" for those of one
             machine, k for k consecutive ranks at a time, or a ProcessGroup. Groups given by name or size
             pickle, deep-copy and survive a checkpoint. What `torch.distributed.new_group` gives to a rank outside
             the group is accepted; that rank may evaluate and may not train.
         act: None, or an activation to apply in the same pass: "relu", "relu6", "leaky_relu", "silu" or "hardswish".
+        bias: see `affine`.
         device: where parameters and buffers live.
         dtype: of parameters and running statistics.
 
@@ -87,6 +89,7 @@ class SyncBatchNorm(_BatchNorm):
         process_group: GroupSpec = None,
         *,
         act: str | None = None,
+        bias: bool = True,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -100,11 +103,14 @@ class SyncBatchNorm(_BatchNorm):
             device,
             dtype,
         )
+        if not bias:
+            self.register_parameter("bias", None)
         self.process_group: GroupSpec = checked_group(process_group)
         self._serial = next(_serials)
         self.layer_name = ""  # what error messages call it; conversion sets its name in the model
         if act is not None:
             self.act = act
+        watch()
 
     def _call_impl(self, *args: Any, **kwargs: Any) -> Any:
         """Appear to `torch.fx` as one `call_module` node, as torch.nn.SyncBatchNorm does.
@@ -112,7 +118,7 @@ class SyncBatchNorm(_BatchNorm):
         A tracer looks into modules whose class is not torch's own. This is called within `Tracer.call_module`, whose
         bookkeeping therefore stands, and before hooks, which belong to the calls of the traced model.
         """
-        for value in (*args, *kwargs.values()):
+        for value in (*args, *kwargs.values()) if kwargs else args:
             if isinstance(value, Proxy) and isinstance(tracer := value.tracer, Tracer):
                 path = tracer.path_of_module(self)
                 return tracer.create_proxy("call_module", path, args, kwargs)
@@ -151,30 +157,16 @@ class SyncBatchNorm(_BatchNorm):
             momentum=0.0,
             eps=self.eps,
         )
-        if not is_scripting():
-            self._pass_by(y)
         if residual is not None:
             y = y + residual
         y = apply_act(self._activation(), y)
         return y if mask is None else y.masked_fill(~mask, 0.0)
 
-    def _pass_by(self, y: Tensor) -> None:
-        """Leave word for ranks that may wait for this one in training mode; sends nothing, waits for nobody."""
-        if not y.requires_grad or torch.compiler.is_compiling() or not dist.is_available():
-            return
-        group = known(self.process_group)
-        if group is None or dist.get_world_size(group) == 1 or y.is_cuda:
-            return
-        exchange = exchange_of(group)
-        layer = self._title()
-        exchange.pass_by(layer)
-        y.register_hook(lambda _: exchange.pass_by(layer, backward=True))
-
     @torch.jit.unused
     def _train(self, input: Tensor, mask: Tensor | None, residual: Tensor | None) -> Tensor:
         if torch.compiler.is_compiling():
             return self._train_compiled(input, mask, residual)
-        exchange = None if without_values(input) else exchange_for(self.process_group)
+        exchange = exchange_for(self.process_group, input)
         self._check_input(input, mask, residual, exchange)
         if exchange is None and self._torch_serves(input, mask, residual):
             return self._train_unfused(input, residual)

@@ -13,6 +13,7 @@ from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import is_fake
 
 LOW_BITS = 2**20
 """The count travels as count % 2^20 and count // 2^20, because a float32 alone is exact only to 2^24."""
@@ -59,6 +60,11 @@ class Statistics(NamedTuple):
     mean: Tensor
     var: Tensor
     invstd: Tensor
+
+
+def has_values(x: Tensor) -> bool:
+    """Whether `x` has values, rather than a shape alone (a meta or fake tensor)."""
+    return not x.is_meta and (type(x) is Tensor or not is_fake(x))
 
 
 def stats_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from syncbn.norm import backends as kernels
-from syncbn.norm.comm.exchange import FORWARD, exchange_of
+from syncbn.norm.backends import selected
+from syncbn.norm.backends.base import NormArgs
+from syncbn.norm.comm.exchange import FORWARD, Fingerprint, exchange_of
 from syncbn.norm.comm.groups import GroupSpec, resolve
 from syncbn.norm.module import SyncBatchNorm
 from syncbn.norm.moments import Moments, merge, unpack
@@ -94,7 +95,8 @@ def _observed(
 
     def collect(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         x, mask = _operands(layer, args, kwargs)
-        packed = kernels.pick(x).moments(x, None if mask is None else fitted(mask, x))
+        args = NormArgs(x, mask=None if mask is None else fitted(mask, x))
+        packed = selected(x.device.type).for_pass(args, None).local_stats(args)
         new = unpack(packed.to(torch.float64).unsqueeze(0))
         own[layer] = merge(
             *(torch.cat([old.unsqueeze(0), n]) for old, n in zip(own[layer], new, strict=True))
@@ -146,14 +148,8 @@ def _over_ranks(own: Moments, name: str, group: ProcessGroup | None) -> Moments:
     if group is None:
         return own
     values = torch.cat([own.count.view(1), own.mean, own.M2])
-    gathered = exchange_of(group).gather(
-        values,
-        kind=FORWARD,
-        layer=f"recalibrate {name}",
-        channels=own.mean.numel(),
-        dtype=values.dtype,
-        needs_grad=False,
-    )
+    what = Fingerprint(f"recalibrate {name}", own.mean.numel(), values.dtype, needs_grad=False)
+    gathered = exchange_of(group).gather(values, FORWARD, what)
     means, M2s = gathered[:, 1:].chunk(2, dim=1)
     return merge(gathered[:, 0], means, M2s)
 

@@ -5,6 +5,7 @@ Every error names the argument, its value and what is allowed.
 
 import math
 import operator
+from collections.abc import Callable
 from numbers import Integral, Real
 
 import torch
@@ -15,55 +16,38 @@ from syncbn.norm.comm.groups import GroupSpec, check_spec
 
 
 def checked_num_features(value: object) -> int:
-    """`num_features` as an int; numpy's integers are taken too.
-
-    Raises:
-        TypeError: not a whole number.
-        ValueError: below 1.
-    """
-    allowed = f"num_features={value!r} is not allowed: a whole number >= 1"
-    if isinstance(value, bool):
-        raise TypeError(allowed)
+    """`num_features` as an int; raises TypeError for what is no whole number, ValueError below 1."""
+    message = f"num_features={value!r} is not allowed: a whole number >= 1"
     try:
         number = operator.index(value)  # pyright: ignore[reportArgumentType]
     except TypeError:
-        raise TypeError(allowed) from None
+        raise TypeError(message) from None
+    if isinstance(value, bool):
+        raise TypeError(message)
     if number < 1:
-        raise ValueError(allowed)
+        raise ValueError(message)
     return number
 
 
 def checked_eps(value: object) -> float:
-    """`eps` as a float; numpy's numbers are taken too.
-
-    Raises:
-        TypeError: not a number.
-        ValueError: not finite, or not above 0.
-    """
-    allowed = f"eps={value!r} is not allowed: a finite number > 0"
-    if not isinstance(value, Real):
-        raise TypeError(allowed)
-    number = float(value)
-    if not (math.isfinite(number) and number > 0):
-        raise ValueError(allowed)
-    return number
+    """`eps` as a float; raises TypeError for what is no number, ValueError unless it is finite and above 0."""
+    return _checked("eps", value, "a finite number > 0", lambda v: math.isfinite(v) and v > 0)
 
 
 def checked_momentum(value: object) -> float | None:
-    """`momentum` as a float or None; numpy's numbers are taken too.
-
-    Raises:
-        TypeError: neither None nor a number.
-        ValueError: outside 0 to 1.
-    """
+    """`momentum` as a float or None; raises TypeError for what is no number, ValueError outside 0 to 1."""
     if value is None:
         return None
-    allowed = f"momentum={value!r} is not allowed: None, or a number from 0 to 1"
-    if not isinstance(value, Real):
-        raise TypeError(allowed)
+    return _checked("momentum", value, "None, or a number from 0 to 1", lambda v: 0 <= v <= 1)
+
+
+def _checked(name: str, value: object, allowed: str, holds: Callable[[float], bool]) -> float:
+    message = f"{name}={value!r} is not allowed: {allowed}"
+    if not isinstance(value, Real):  # numpy's numbers are, its booleans are not
+        raise TypeError(message)
     number = float(value)
-    if not 0 <= number <= 1:
-        raise ValueError(allowed)
+    if not holds(number):
+        raise ValueError(message)
     return number
 
 

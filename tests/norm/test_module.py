@@ -155,6 +155,13 @@ def test_it_is_no_torch_sync_batch_norm_which_ddp_refuses_on_cpu():
     assert not isinstance(syncbn.SyncBatchNorm(4), nn.SyncBatchNorm)
 
 
+def test_a_bias_is_learned_unless_it_is_declined():
+    layer, x = syncbn.SyncBatchNorm(3, bias=False), torch.randn(4, 3, 5)
+    assert list(layer.state_dict())[:2] == ["weight", "running_mean"]
+    assert_close(layer(x), nn.BatchNorm1d(3)(x), 1e-5)
+    assert syncbn.SyncBatchNorm(3, affine=False).bias is None
+
+
 def test_repr_shows_the_group():
     assert "process_group='node'" in repr(syncbn.SyncBatchNorm(4, process_group="node"))
     assert "process_group" not in repr(syncbn.SyncBatchNorm(4))

@@ -3,11 +3,12 @@
 from dataclasses import dataclass
 
 DIST, UNIT, LAYER_TESTS, NORM = "tests/dist", "tests/unit", "tests/norm", "syncbn/norm"
+BACKENDS = f"{LAYER_TESTS}/backends"
 EQUIVALENCE = f"{LAYER_TESTS}/test_equivalence.py"
 ONE_BATCH = f"{EQUIVALENCE}::test_any_split_matches_one_big_batch_in_float64[2-ranks-4d]"
 LARGE_MEAN = f"{EQUIVALENCE}::test_float32_stays_within_its_bound_even_at_a_large_mean[2-ranks-100.0-0.01-0.001]"
 TRAINING = "tests/train/test_train_on_ranks.py::test_synchronised_ranks_train_as_one_process_on_the_whole_batch"
-EVERY_CUT = f"{UNIT}/test_cpu_kernels.py::test_every_cut_counts_each_value_once"
+EVERY_CUT = f"{BACKENDS}/test_cpu_kernels.py::test_every_cut_counts_each_value_once"
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,7 @@ LAYER = [
     ),
     Mutant(
         "no reduction in backward, in one call",
-        f"{NORM}/native/whole.cpp",
+        f"{NORM}/native/fused_pass.cpp",
         "sums[i] += row[i];",
         "sums[i] += 0 * row[i];",
         ONE_BATCH,
@@ -56,9 +57,9 @@ LAYER = [
     ),
     Mutant(
         "Bessel's correction with one rank's count",
-        f"{NORM}/kernels/eager.py",
-        "statistics.var * (total / (total - 1).clamp(min=1))",
-        "statistics.var * (total / 2 / (total / 2 - 1).clamp(min=1))",
+        f"{NORM}/backends/aten.py",
+        "stats.var * (total / (total - 1).clamp(min=1))",
+        "stats.var * (total / 2 / (total / 2 - 1).clamp(min=1))",
         ONE_BATCH,
         "eager",
     ),
@@ -71,7 +72,7 @@ LAYER = [
     ),
     Mutant(
         "E[x^2] - E[x]^2 in float32",
-        f"{NORM}/kernels/eager.py",
+        f"{NORM}/backends/aten.py",
         "deviations.square_().sum(_reduced(x))",
         "x.square().sum(_reduced(x)) - count * mean.square()",
         LARGE_MEAN,
@@ -79,7 +80,7 @@ LAYER = [
     ),
     Mutant(
         "momentum applied once a rank",
-        f"{NORM}/kernels/eager.py",
+        f"{NORM}/backends/aten.py",
         "factor = seen * running.momentum",
         "factor = seen * (1 - (1 - running.momentum) ** 2)",
         ONE_BATCH,
@@ -109,9 +110,9 @@ LAYER = [
     ),
     Mutant(
         "weight and bias gradients reduced twice, in one call",
-        f"{NORM}/native/whole.cpp",
-        "run<A>(whole.call, sums.data(), whole.call.result);",
-        "run<A>(whole.call, std::copy(sums.begin(), sums.end(), (A*)whole.own) - count, whole.call.result);",
+        f"{NORM}/native/fused_pass.cpp",
+        "args.pass, sums.data(), args.pass.result);",
+        "args.pass, std::copy(sums.begin(), sums.end(), (A*)args.own) - count, args.pass.result);",
         ONE_BATCH,
     ),
     Mutant(
@@ -123,7 +124,7 @@ LAYER = [
     ),
     Mutant(
         "num_batches_tracked not counted",
-        f"{NORM}/kernels/eager.py",
+        f"{NORM}/backends/aten.py",
         "running.num_batches_tracked.add_(seen.to(running.num_batches_tracked.dtype))",
         "pass",
         ONE_BATCH,
@@ -131,7 +132,7 @@ LAYER = [
     ),
     Mutant(
         "an empty batch counted",
-        f"{NORM}/kernels/eager.py",
+        f"{NORM}/backends/aten.py",
         "seen = (total > 0).to(torch.float64)",
         "seen = (total >= 0).to(torch.float64)",
         f"{EQUIVALENCE}::test_a_batch_empty_on_all_ranks_changes_nothing",
@@ -160,8 +161,8 @@ LAYER = [
     ),
     Mutant(
         "masked positions in the sums of backward",
-        f"{NORM}/kernels/eager.py",
-        "    return _masked(dz, fused.mask)\n",
+        f"{NORM}/backends/aten.py",
+        "    return _masked(dz, args.mask)\n",
         "    return dz\n",
         f"{LAYER_TESTS}/test_fused.py::test_what_the_mask_leaves_out_has_no_part_in_anything",
     ),
@@ -206,22 +207,22 @@ EXCHANGE = [
     Mutant(
         "headers not compared in shared memory",
         f"{NORM}/native/exchange.cpp",
-        "!= 0) return kDiffer;",
+        "!= 0) return HEADERS_DIFFER;",
         "!= 0) break;",
         f"{DIST}/test_disagreement.py::test_another_dtype",
     ),
     Mutant(
         "frames read before they are written",
         f"{NORM}/native/exchange.cpp",
-        "__ATOMIC_ACQUIRE)) < ring->round;)",
-        "__ATOMIC_ACQUIRE)) < ring->round - 1;)",
+        "__ATOMIC_ACQUIRE)) < memory->round;)",
+        "__ATOMIC_ACQUIRE)) < memory->round - 1;)",
         f"{DIST}/test_shared_memory.py",
     ),
     Mutant(
         "one slot instead of two",
         f"{NORM}/native/exchange.cpp",
-        "((ring->round % 2) * ring->world_size + rank)",
-        "(0 * ring->world_size + rank)",
+        "((memory->round % 2) * memory->world_size + rank)",
+        "(0 * memory->world_size + rank)",
         f"{DIST}/test_shared_memory.py::test_thousands_of_exchanges_bring_every_ranks_latest_values",
     ),
     Mutant(
@@ -271,45 +272,45 @@ EXCHANGE = [
 KERNELS = [
     Mutant(
         "the tail of a row not written",
-        f"{NORM}/native/kernels_maps.h",
+        f"{NORM}/native/kernels/elementwise.h",
         "  if (i < end) store(out + end - lanes, op(k, end - lanes));\n",
         "",
         EVERY_CUT,
     ),
     Mutant(
         "blocks merged without their distance",
-        f"{NORM}/native/kernels_reductions.h",
+        f"{NORM}/native/kernels/reductions.h",
         "second[at] += b - a * offset + delta * delta * count * share;",
         "second[at] += b - a * offset;",
         EVERY_CUT,
     ),
     Mutant(
         "the last columns taken one off",
-        f"{NORM}/native/kernels_reductions.h",
+        f"{NORM}/native/kernels/reductions.h",
         "return j + lanes <= end ? j : end - lanes;",
         "return j + lanes <= end ? j : end - lanes - 1;",
         EVERY_CUT,
     ),
     Mutant(
         "deviations from 0",
-        f"{NORM}/native/kernels_reductions.h",
+        f"{NORM}/native/kernels/reductions.h",
         "shift[c] = moments ? sample_mean(op.x + first_of(block.row_begin, c), length)",
         "shift[c] = moments ? A(0)",
-        f"{UNIT}/test_kernels.py::test_a_mean_large_against_the_spread_leaves_the_variance",
+        f"{BACKENDS}/test_kernels.py::test_a_mean_large_against_the_spread_leaves_the_variance",
     ),
     Mutant(
         "relu's derivative forgotten",
-        f"{NORM}/native/kernels_act.h",
+        f"{NORM}/native/kernels/activations.h",
         "case syncbn::RELU: return z > 0 ? dy : Piece{};",
         "case syncbn::RELU: return dy;",
-        f"{UNIT}/test_cpu_kernels.py::test_every_fusion_is_as_exact_as_its_parts",
+        f"{BACKENDS}/test_cpu_kernels.py::test_every_fusion_is_as_exact_as_its_parts",
     ),
     Mutant(
         "a residual forgotten",
-        f"{NORM}/native/kernels_passes.h",
+        f"{NORM}/native/kernels/operations.h",
         "if (role == syncbn::RESIDUAL) z = z + load(extra + i);",
         "",
-        f"{UNIT}/test_cpu_kernels.py::test_every_fusion_is_as_exact_as_its_parts",
+        f"{BACKENDS}/test_cpu_kernels.py::test_every_fusion_is_as_exact_as_its_parts",
     ),
 ]
 

@@ -9,7 +9,7 @@ from syncbn.norm.comm.exchange import exchange_of
 
 
 def by_way(way):
-    """Decorate a test: groups that meet for the first time in it go this way (`comm.transports.choice`)."""
+    """Decorate a test: groups whose first exchange is in it use this transport."""
 
     def decorate(test):
         @functools.wraps(test)
@@ -32,9 +32,9 @@ def counting():
     exchange, counted = exchange_of(dist.group.WORLD), []
     original = exchange.announce
 
-    def announce(kind, *arguments, **options):
-        counted.append(kind)
-        return original(kind, *arguments, **options)
+    def announce(direction, nbytes, what):
+        counted.append(direction)
+        return original(direction, nbytes, what)
 
     exchange.announce = announce
     return counted

@@ -14,10 +14,9 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import is_fake
 from torch.nn import Parameter
 
-from syncbn.norm.moments import AnyStatistics, Statistics
+from syncbn.norm.moments import AnyStatistics, Statistics, has_values
 
 PLAIN = (Tensor, Parameter)
 """Types of tensors that have memory of their own, where they are no meta tensors; subclasses may have none."""
@@ -158,11 +157,6 @@ class Backend(ABC):
         return None
 
 
-def without_values(x: Tensor) -> bool:
-    """Whether `x` has a shape and no values (a meta or fake tensor): there is nothing to exchange or to check."""
-    return x.is_meta or (type(x) is not Tensor and is_fake(x))
-
-
 def check_statistics(gathered: Tensor, stats: AnyStatistics, args: NormArgs) -> None:
     """Raise where there is nothing to normalise with.
 
@@ -177,7 +171,7 @@ def check_statistics(gathered: Tensor, stats: AnyStatistics, args: NormArgs) -> 
         NonFiniteStatistics: a variance is not finite; among CPU ranks. Alone, NaN passes through as in torch.
         ValueError: one value per channel over all ranks.
     """
-    if without_values(gathered):
+    if not has_values(gathered):
         return
     if gathered.is_cuda:
         if args.mask is not None:

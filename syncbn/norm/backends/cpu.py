@@ -165,7 +165,7 @@ class CpuFallback(AtenBackend):
         mean, var, invstd = (
             torch.empty(channels, dtype=gathered.dtype, device="cpu") for _ in range(3)
         )
-        self._library.syncbn_merge(
+        self._library.syncbn_merge_moments(
             gathered.dtype == torch.float64,
             gathered.data_ptr(),
             ranks,
@@ -182,7 +182,7 @@ class CpuFallback(AtenBackend):
             return
         mean, var, tracked, weight, is_double = _running_words(running)
         of_batch = (stats.mean, stats.var, stats.total)
-        self._library.syncbn_update(
+        self._library.syncbn_update_running_stats(
             is_double,
             mean,
             var,
@@ -250,7 +250,7 @@ class CpuBackend(CpuFallback):
         if not _kernels_serve(args):
             return _fallback()
         stats_bytes = geometry_of(x.shape, x.stride(), x.dtype).stats_bytes
-        fuses = exchange is None or exchange.native_ring(stats_bytes)
+        fuses = exchange is None or exchange.serves_native_calls(stats_bytes)
         return _fused() if fuses else self
 
     def normalize(self, args: NormArgs, stats: AnyStatistics) -> Tensor:
@@ -266,7 +266,7 @@ class CpuBackend(CpuFallback):
         args, block = _aligned(args, geometry), StatisticsBlock(geometry)
         y, ring = _empty(args.x, geometry), _rows(len(gathered))
         words = _forward_words(args, geometry, y, block, ctypes.addressof(ring))
-        status = self._library.syncbn_rest(words, gathered.data_ptr(), gathered.stride(0))
+        status = self._library.syncbn_finish_pass(words, gathered.data_ptr(), gathered.stride(0))
         _settle(status, gathered, args, block)
         return y, block
 
@@ -291,7 +291,7 @@ class CpuBackend(CpuFallback):
         args, dy = _aligned(args, geometry), _like(dy, geometry)
         dx, ring = _empty(args.x, geometry), _rows(len(gathered))
         words = _backward_words(dy, args, geometry, stats, (dx, None), ctypes.addressof(ring))
-        self._library.syncbn_rest(words, gathered.data_ptr(), gathered.stride(0))
+        self._library.syncbn_finish_pass(words, gathered.data_ptr(), gathered.stride(0))
         return dx
 
     def grad_residual(self, dy: Tensor, args: NormArgs, stats: AnyStatistics) -> Tensor:
@@ -311,14 +311,16 @@ class CpuBackend(CpuFallback):
         args, block = _aligned(args, geometry), StatisticsBlock(geometry)
         y, gathered = _empty(args.x, geometry), None
         if exchange is None:
-            status = self._library.syncbn_whole(_forward_words(args, geometry, y, block), b"")
+            status = self._library.syncbn_fused_pass(_forward_words(args, geometry, y, block), b"")
         else:
             header, number = exchange.announce(FORWARD, geometry.stats_bytes, what)
             words = _forward_words(args, geometry, y, block, exchange.ring_address, number)
-            status = self._library.syncbn_whole(words, header)
+            status = self._library.syncbn_fused_pass(words, header)
             if status:
                 gathered = exchange.complete(status, header, number, block.packed)
-                status = self._library.syncbn_rest(words, gathered.data_ptr(), gathered.stride(0))
+                status = self._library.syncbn_finish_pass(
+                    words, gathered.data_ptr(), gathered.stride(0)
+                )
             exchange.finished(what)
         _settle(status, gathered, args, block)
         return y, block
@@ -338,15 +340,17 @@ class CpuBackend(CpuFallback):
         sums = torch.empty(2, geometry.num_channels, dtype=geometry.dtype, device="cpu")
         results = (dx, sums)
         if exchange is None:
-            self._library.syncbn_whole(_backward_words(dy, args, geometry, stats, results), b"")
+            self._library.syncbn_fused_pass(
+                _backward_words(dy, args, geometry, stats, results), b""
+            )
             return results
         header, number = exchange.announce(BACKWARD, sums.nbytes, what)
         ring = exchange.ring_address
         words = _backward_words(dy, args, geometry, stats, results, ring, number)
-        status = self._library.syncbn_whole(words, header)
+        status = self._library.syncbn_fused_pass(words, header)
         if status:
             gathered = exchange.complete(status, header, number, sums.view(-1))
-            self._library.syncbn_rest(words, gathered.data_ptr(), gathered.stride(0))
+            self._library.syncbn_finish_pass(words, gathered.data_ptr(), gathered.stride(0))
         exchange.finished(what)
         return results
 
@@ -359,8 +363,8 @@ def release_memory() -> int:
     found = library()
     if found is None:
         return 0
-    found.syncbn_release.restype = ctypes.c_int64
-    return found.syncbn_release()
+    found.syncbn_release_memory.restype = ctypes.c_int64
+    return found.syncbn_release_memory()
 
 
 _ATEN = AtenBackend()
@@ -562,7 +566,7 @@ def _allocator() -> tuple[Callable[..., int | None], Callable[..., Any]]:
     capsule = ctypes.pythonapi.PyCapsule_New
     capsule.argtypes = [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p]
     capsule.restype = ctypes.py_object
-    return _declared().syncbn_result, capsule
+    return _declared().syncbn_allocate, capsule
 
 
 @functools.cache
@@ -574,12 +578,12 @@ def _declared() -> ctypes.CDLL:
     pointer, number, real, flag = ctypes.c_void_p, ctypes.c_int64, ctypes.c_double, ctypes.c_int
     words, pair = ctypes.c_char_p, [flag, pointer, pointer]
     found.syncbn_pass.argtypes = [words]
-    found.syncbn_merge.argtypes = [flag, pointer, number, number, real, *[pointer] * 4]
-    found.syncbn_update.argtypes = [*pair, pointer, real, *pair, pointer, number]
-    for name in ("pass", "merge", "update"):
+    found.syncbn_merge_moments.argtypes = [flag, pointer, number, number, real, *[pointer] * 4]
+    found.syncbn_update_running_stats.argtypes = [*pair, pointer, real, *pair, pointer, number]
+    for name in ("pass", "merge_moments", "update_running_stats"):
         getattr(found, f"syncbn_{name}").restype = None
-    found.syncbn_whole.argtypes = [words, words]
-    found.syncbn_rest.argtypes = [words, pointer, number]
-    found.syncbn_result.argtypes = [number, words, flag, number]
-    found.syncbn_result.restype = pointer
+    found.syncbn_fused_pass.argtypes = [words, words]
+    found.syncbn_finish_pass.argtypes = [words, pointer, number]
+    found.syncbn_allocate.argtypes = [number, words, flag, number]
+    found.syncbn_allocate.restype = pointer
     return found

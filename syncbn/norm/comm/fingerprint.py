@@ -1,38 +1,57 @@
-"""What a rank says of itself at the front of every frame, so that ranks which meet by mistake find out.
+"""The header of a collective: what each rank is doing, in front of what it sends, so that a mismatch is an error.
 
-A header is compared as bytes and read only where it differs, so packing it is cached: between two calls of one
-layer nothing but the call number changes, and that stands apart, in front.
+A header is compared as bytes and read only where it differs, so packing it is cached: between two exchanges of one
+layer nothing but the sequence number changes, and that stands apart, in front.
 """
 
 import bisect
 import functools
 import struct
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
-CALL = struct.Struct("<q")
-"""The number of the exchange, counted by each rank."""
+NUMBER = struct.Struct("<q")
+"""The sequence number of the exchange, counted by each rank."""
 BODY = struct.Struct("<6q136s")
 """kind, unnamed layer, channels, dtype, needs gradient, payload bytes; the layer's name, or what failed."""
-HEADER_BYTES = CALL.size + BODY.size
+HEADER_BYTES = NUMBER.size + BODY.size
 TEXT_BYTES = 136
 FORWARD, BACKWARD, FAILED = 1, 2, 3
 NAMED = -1
-Serial = int | tuple[int, ...]
-"""When a layer was built, or several that meet together."""
+"""The serial number of a layer with a name."""
+RULE = "every rank must run the same layers in the same order and mode"
 _KINDS = {FORWARD: "forward", BACKWARD: "backward"}
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
+class Fingerprint(NamedTuple):
+    """What all ranks of one exchange must agree on, beside its direction and sequence number.
+
+    Attributes:
+        layer: its name, or a text for one without a name.
+        num_channels: C.
+        dtype: of the layer's input.
+        needs_grad: whether a backward pass may follow.
+        serial: of a layer without a name, its place in the order in which this process built layers.
+    """
+
+    layer: str
+    num_channels: int
+    dtype: torch.dtype
+    needs_grad: bool
+    serial: int = NAMED
+
+
 class RanksDisagree(RuntimeError):
-    """Ranks met in one exchange with different layers, shapes, dtypes or modes, one failed, or one did not come."""
+    """Ranks exchange different layers, shapes, dtypes or modes, one failed, or one did not take part."""
 
     exit_code = 5
 
 
 class RankLost(RuntimeError):
-    """A rank that others wait for has ended; the same command may succeed when tried again."""
+    """A rank that others wait for exited; the same command may succeed when tried again."""
 
     exit_code = 75
 
@@ -73,15 +92,15 @@ class Header:
         dtype = _DTYPES[code] if code >= 0 else None
         return Header(kind, unnamed, channels, dtype, bool(needs_grad), size, text)
 
-    def place(self, call: int) -> str:
-        """Where a rank is that sends this header as its exchange number `call`, in words."""
+    def text(self, number: int) -> str:
+        """What a rank that sends this header as its exchange `number` is doing, in words."""
         if self.kind == FAILED:
             return f"failed in {self.layer}"
         mode = "" if self.needs_grad else ", no gradient"
         dtype = str(self.dtype or "another dtype").removeprefix("torch.")
         return (
             f"is in the {_KINDS[self.kind]} of SyncBatchNorm {self.layer!r} "
-            f"(call {call}, {self.channels} channels, {dtype}{mode}{self._order()})"
+            f"(sequence number {number}, {self.channels} channels, {dtype}{mode}{self._order()})"
         )
 
     def _order(self) -> str:
@@ -108,37 +127,27 @@ def packed(
     return Header(kind, unnamed, channels, dtype, needs_grad, payload_bytes, layer).pack()
 
 
-def place_of(body: bytes, call: int) -> str:
+def text_of(body: bytes, number: int) -> str:
     """What `body` says its rank is doing, in words."""
-    return Header.unpack(body).place(call)
+    return Header.unpack(body).text(number)
 
 
 def disagreement(headers: list[bytes], own: int, ranks: list[int]) -> RanksDisagree:
-    """The error for headers that differ: this rank's place and that of a rank elsewhere, a failed one first.
+    """The error for headers that differ: what this rank and a rank that differs are doing, a failed one first.
 
     Args:
-        headers: call and body of every rank of the group, in order.
-        own: this rank's place among them.
+        headers: sequence number and body of every rank of the group, in order.
+        own: the index of this rank among them.
         ranks: their global ranks.
     """
     others = [rank for rank, header in enumerate(headers) if header != headers[own]]
-    kinds = {rank: Header.unpack(headers[rank][CALL.size :]).kind for rank in others}
+    kinds = {rank: Header.unpack(headers[rank][NUMBER.size :]).kind for rank in others}
     other = next((rank for rank in others if kinds[rank] == FAILED), others[0])
     mine, theirs = (
-        f"rank {ranks[rank]} {place_of(header[CALL.size :], CALL.unpack_from(header)[0])}"
+        f"rank {ranks[rank]} {text_of(header[NUMBER.size :], NUMBER.unpack_from(header)[0])}"
         for rank, header in ((own, headers[own]), (other, headers[other]))
     )
-    return RanksDisagree(
-        f"{mine}; {theirs}: every rank must run the same layers in the same order and mode"
-    )
-
-
-def passed_by(rank: int, layer: str, waiting: str) -> RanksDisagree:
-    """The error of a rank in the backward pass of `layer` in eval mode, while another rank is `waiting` for it."""
-    return RanksDisagree(
-        f"rank {rank} runs the backward pass of SyncBatchNorm {layer!r} in eval mode; "
-        f"{waiting} and waits for it: every rank must run the same layers in the same order and mode"
-    )
+    return RanksDisagree(f"{mine}; {theirs}: {RULE}")
 
 
 class Serials:
@@ -150,22 +159,17 @@ class Serials:
     """
 
     def __init__(self) -> None:
-        self._codes: dict[Serial, int] = {NAMED: NAMED}
+        self.codes: dict[int, int] = {NAMED: NAMED}
+        """By serial number, of layers that were used."""
         self._used: list[int] = []
 
-    def code(self, serial: Serial) -> int:
+    def code(self, serial: int) -> int:
         """The code of the layer built as number `serial`, if it is not used before it is kept; NAMED stays."""
-        code = self._codes.get(serial)
-        if code is None:
-            code = len(self._used) << 32 | bisect.bisect(self._used, _first(serial))
-        return code
+        used = self.codes.get(serial)
+        return len(self._used) << 32 | bisect.bisect(self._used, serial) if used is None else used
 
-    def keep(self, serial: Serial) -> None:
-        """Count the layer as used: all ranks have met in it, so that one that failed before is not behind."""
-        if serial not in self._codes:
-            self._codes[serial] = self.code(serial)
-            bisect.insort(self._used, _first(serial))
-
-
-def _first(serial: Serial) -> int:
-    return serial if isinstance(serial, int) else serial[0]
+    def keep(self, serial: int) -> None:
+        """Count the layer as used: its exchange took place on all ranks, so a rank that failed before is not behind."""
+        if serial not in self.codes:
+            self.codes[serial] = self.code(serial)
+            bisect.insort(self._used, serial)

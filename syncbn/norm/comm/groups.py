@@ -1,21 +1,25 @@
-"""Who is synchronised with whom: a group by name, by size, or as a ProcessGroup.
+"""Which ranks are synchronised with each other: a group by name, by size, or as a ProcessGroup.
 
 A layer keeps the *description* ("world", "node", an int, None) and resolves it at its first exchange, so that
 models can be built, pickled, copied and loaded before, and without, any process group.
 """
 
-import os
+import functools
+import hashlib
 import weakref
 from datetime import timedelta
 from typing import Literal
 
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import Store
 from torch.distributed import ProcessGroup
 
-GroupSpec = Literal["world", "node"] | int | ProcessGroup | None
-"""None and "world": all ranks. "node": the ranks of one machine. k: consecutive ranks, k at a time; 1: each alone."""
+from syncbn.norm.comm.fingerprint import text_of
+from syncbn.norm.comm.processes import Process, host
 
+GroupSpec = Literal["world", "node"] | int | ProcessGroup | None
+"""None and "world": all ranks. "node": the ranks of one host. k: consecutive ranks, k at a time; 1: each alone."""
 
 _made: weakref.WeakKeyDictionary[
     ProcessGroup, weakref.WeakValueDictionary[str | int, ProcessGroup]
@@ -23,14 +27,62 @@ _made: weakref.WeakKeyDictionary[
 """Groups made so far, by the default group they are parts of. torch.distributed owns them, until it is shut down."""
 
 
+class Members:
+    """The ranks of one process group, seen from this one.
+
+    The group is held weakly: a group that outlives `destroy_process_group` takes the process down at its exit.
+    """
+
+    def __init__(self, group: ProcessGroup) -> None:
+        self._group = weakref.ref(group)
+        self.name = str(group.group_name)
+        self.rank = dist.get_rank(group)
+        self.ranks = dist.get_process_group_ranks(group)
+        """Global ranks."""
+        self.processes: list[Process] = []
+        """Every rank's, once they have told each other."""
+        self.turn = b"", 0
+        """Header and sequence number of the exchange that is under way."""
+
+    @property
+    def world_size(self) -> int:
+        """Ranks in the group."""
+        return len(self.ranks)
+
+    @property
+    def process_group(self) -> ProcessGroup:
+        """The group itself."""
+        group = self._group()
+        assert group is not None, "the group was destroyed"
+        return group
+
+    @property
+    def store(self) -> Store:
+        """The group's key-value store."""
+        return dist.distributed_c10d._get_process_group_store(self.process_group)
+
+    @functools.cached_property
+    def timeout_s(self) -> float:
+        """The longest wait that the group allows on the CPU, in seconds."""
+        backend = self.process_group._get_backend(torch.device("cpu"))
+        return backend.options._timeout.total_seconds()
+
+    def here(self) -> str:
+        """This rank, and what it is doing, in words."""
+        return f"rank {self.ranks[self.rank]} {text_of(*self.turn)}"
+
+
 def check_spec(spec: GroupSpec) -> None:
     """Raise for anything that can never describe a group.
+
+    What `torch.distributed.new_group` returns on ranks outside the group is allowed: such a rank may hold the
+    layer and evaluate with it.
 
     Raises:
         TypeError: neither None, str, int nor ProcessGroup.
         ValueError: a string other than "world" and "node", or an int below 1.
     """
-    if spec is None or isinstance(spec, ProcessGroup) or _lacks_this_rank(spec):
+    if spec is None or isinstance(spec, ProcessGroup) or _excludes_this_rank(spec):
         return
     if isinstance(spec, bool) or not isinstance(spec, str | int):
         raise TypeError(
@@ -43,7 +95,7 @@ def check_spec(spec: GroupSpec) -> None:
 
 
 def resolve(spec: GroupSpec) -> ProcessGroup | None:
-    """The group that `spec` means for this rank now; None for this rank alone, whom it takes no group to synchronise.
+    """The group that `spec` means for this rank now; None means that no communication is needed.
 
     That is so where torch.distributed is not initialised, and for a size of 1. The first call for a name or a larger
     size makes the groups, and is collective over all ranks.
@@ -52,15 +104,14 @@ def resolve(spec: GroupSpec) -> ProcessGroup | None:
         ValueError: a size that does not divide the world size, or a group that does not contain this rank.
         RuntimeError: a ProcessGroup that was destroyed.
     """
-    if _lacks_this_rank(spec):
-        rank = dist.get_rank() if dist.is_initialized() else 0
-        raise ValueError(
-            f"process_group does not contain rank {rank}, which cannot train a layer of that group"
-        )
     if not (dist.is_available() and dist.is_initialized()) or spec == 1:
         return None
     if isinstance(spec, ProcessGroup):
         return _alive(spec)
+    if _excludes_this_rank(spec):
+        raise ValueError(
+            f"process_group does not contain rank {dist.get_rank()}, which cannot train a layer of that group"
+        )
     world = dist.group.WORLD
     assert world is not None
     if spec is None or spec == "world":
@@ -72,19 +123,10 @@ def resolve(spec: GroupSpec) -> ProcessGroup | None:
     return group
 
 
-def known(spec: GroupSpec) -> ProcessGroup | None:
-    """The group that `spec` means, where that is known without asking other ranks; never a collective."""
-    if _lacks_this_rank(spec):
-        return None
-    if isinstance(spec, str | int) and spec != "world":
-        world = dist.group.WORLD if dist.is_initialized() else None
-        return None if world is None else _made.get(world, {}).get(spec)
-    return resolve(spec)
-
-
-def _lacks_this_rank(spec: GroupSpec) -> bool:
-    """Whether `spec` is what `torch.distributed.new_group` gives to a rank outside the group."""
-    return dist.is_available() and spec == dist.GroupMember.NON_GROUP_MEMBER
+def _excludes_this_rank(spec: object) -> bool:
+    """Whether `spec` is what torch gives for a group to ranks outside it: an int in some versions."""
+    outside = dist.GroupMember.NON_GROUP_MEMBER
+    return type(spec) is type(outside) and spec == outside
 
 
 def _alive(group: ProcessGroup) -> ProcessGroup:
@@ -127,11 +169,13 @@ def _partition(spec: str | int) -> list[list[int]]:
 
 
 def _nodes() -> list[list[int]]:
-    """Ranks by machine; a machine is known by the first of its consecutive ranks, `RANK - LOCAL_RANK`."""
-    first = dist.get_rank() - int(os.environ.get("LOCAL_RANK", dist.get_rank()))
+    """Ranks by host, as the ranks tell it: how they were started does not matter."""
     device = "cuda" if dist.get_backend() == "nccl" else "cpu"
-    mine = torch.tensor([first], device=device)
-    everyone = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
-    dist.all_gather(everyone, mine)
-    firsts = [int(t) for t in everyone]
-    return [[r for r, f in enumerate(firsts) if f == node] for node in sorted(set(firsts))]
+    digest = bytearray(hashlib.sha256(host().encode()).digest())
+    own = torch.frombuffer(digest, dtype=torch.uint8).to(device)
+    everyones = own.new_empty(dist.get_world_size() * len(own))
+    dist.all_gather_into_tensor(everyones, own)
+    nodes: dict[bytes, list[int]] = {}
+    for rank, digest in enumerate(everyones.view(-1, len(own)).tolist()):
+        nodes.setdefault(bytes(digest), []).append(rank)
+    return list(nodes.values())

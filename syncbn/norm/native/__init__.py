@@ -1,8 +1,7 @@
-"""The compiled part of the layer: plain C functions, built by the package's ordinary install, called with ctypes.
+"""Loads the native library: plain C functions, built by the package's ordinary install, called with ctypes.
 
-It knows nothing of Python or torch, only of pointers and sizes, so that one build serves every version of both. Where
-no compiler was at hand at the install, or the package runs from a bare checkout, there is no library and the
-slower paths in ATen serve.
+They take pointers and sizes alone, so that one build serves every version of Python and torch. Without a compiler at
+the install, and in a bare checkout, there is no library, and ATen does the arithmetic.
 """
 
 import contextlib
@@ -15,7 +14,7 @@ from pathlib import Path
 from urllib.parse import urlparse
 from urllib.request import url2pathname
 
-ABI = 6
+ABI = 7
 """What `syncbn_abi` of a library built from these sources returns; raised with every change of a signature."""
 
 

@@ -1,4 +1,4 @@
 // The version of the signatures in this library; syncbn/norm/native/__init__.py compares it.
-#include "common.h"
+#include "abi.h"
 
-SYNCBN_API int syncbn_abi() { return 6; }
+SYNCBN_API int syncbn_abi() { return 7; }

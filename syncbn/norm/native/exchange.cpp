@@ -1,35 +1,38 @@
-// One exchange of frames between processes that share memory; syncbn/norm/comm/transports/shared_memory.py tells the protocol.
+// One exchange of frames between processes that share memory; see syncbn/norm/comm/transports/shared_memory.py.
 //
-// Every rank has a control block, whose first word counts the frames it has published, and two slots, used in
-// turn. A frame is a header and a payload. Publishing is a release store of the count, reading starts with an
-// acquire load of it: that alone makes the frame visible before its number, on any processor.
-#include <cstdint>
-#include <cstring>
-#include <ctime>
+// Each rank has a control block, whose first word counts the frames it has published, and two slots, used in turn. A frame
+// is a header (sequence number and body) and a payload. Publishing is a release store of the count, and reading starts with
+// an acquire load of it, so that a frame is visible before its count on any processor.
+#include "exchange.h"
+
 #include <sched.h>
+#include <string.h>
+#include <time.h>
 #ifdef __linux__
 #include <linux/futex.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 #endif
 
-#include "exchange.h"
+#if defined(__linux__) && __BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__
+#define HAS_FUTEX 1  // on the low half of a count
+#else
+#define HAS_FUTEX 0
+#endif
 
+namespace syncbn {
 namespace {
 
-using syncbn::BODY_BYTES;
-using syncbn::CALL_BYTES;
-using syncbn::HEADER_BYTES;
+constexpr int64_t SEQUENCE_BYTES = 8, BODY_BYTES = 184, HEADER_BYTES = SEQUENCE_BYTES + BODY_BYTES;
+constexpr int64_t CONTROL_BYTES = 256;
+constexpr int64_t SLEEPERS_AT = 88;  // of a control block: the number of processes that sleep until its rank publishes
 
-constexpr int64_t kControlBytes = 256;
-constexpr int64_t kSleepersAt = 88;  // of a control block: how many wait to be woken by its rank
+constexpr int64_t YIELD_NS = 5'000'000;  // a longer wait does not notice the delay of a sleep
+constexpr int64_t MIN_SLEEP_NS = 50'000;  // the timer slack of Linux
+constexpr int64_t MAX_SLEEP_NS = 1'000'000;
 
-constexpr int64_t kYieldNs = 5'000'000;       // whoever is that late is not missed by a nap
-constexpr int64_t kShortestNapNs = 50'000;    // the timer slack of Linux
-constexpr int64_t kLongestNapNs = 1'000'000;
-
-enum Status { kDone = 0, kDiffer = 1, kNotYet = 2, kFailed = 3 };
-enum Failure { kNone = 0, kWriting = 1, kSet = 2 };
+enum Status { DONE = 0, HEADERS_DIFFER = 1, NOT_YET = 2, FAILED = 3 };
+enum FailureState : int64_t { NO_FAILURE = 0, WRITING_FAILURE = 1, HAS_FAILURE = 2 };
 
 int64_t now_ns() {
   timespec t;
@@ -45,141 +48,131 @@ void pause() {
 #endif
 }
 
-}  // namespace
-
-namespace {
-
-int64_t* published(const SyncbnRing* ring, int64_t rank) {
-  return reinterpret_cast<int64_t*>(ring->controls + rank * kControlBytes);
+int64_t* published(const SharedMemory* memory, int64_t rank) {
+  return (int64_t*)(memory->controls + rank * CONTROL_BYTES);
 }
 
-int64_t* sleepers(const SyncbnRing* ring, int64_t rank) {
-  return reinterpret_cast<int64_t*>(ring->controls + rank * kControlBytes + kSleepersAt);
+int64_t* sleepers(const SharedMemory* memory, int64_t rank) {
+  return (int64_t*)(memory->controls + rank * CONTROL_BYTES + SLEEPERS_AT);
 }
 
-// Sleep until `rank` publishes, unless it has published more than `seen` frames already, or for `limit_ns`.
-void sleep_for(const SyncbnRing* ring, int64_t rank, int64_t seen, int64_t limit_ns) {
-  timespec limit{0, static_cast<long>(limit_ns)};
-#if defined(__linux__) && __BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__
-  __atomic_add_fetch(sleepers(ring, rank), 1, __ATOMIC_SEQ_CST);
-  syscall(SYS_futex, published(ring, rank), FUTEX_WAIT, static_cast<uint32_t>(seen), &limit, nullptr, 0);
-  __atomic_sub_fetch(sleepers(ring, rank), 1, __ATOMIC_SEQ_CST);
+char* slot(const SharedMemory* memory, int64_t rank) {
+  return memory->slots + ((memory->round % 2) * memory->world_size + rank) * memory->slot_bytes;
+}
+
+bool has_failed(const SharedMemory* memory) {
+  return __atomic_load_n((int64_t*)memory->failure, __ATOMIC_ACQUIRE) == HAS_FAILURE;
+}
+
+// Sleep for `limit_ns`, or until `rank` has published more than `seen` frames.
+void sleep_for(const SharedMemory* memory, int64_t rank, int64_t seen, int64_t limit_ns) {
+  timespec limit{0, long(limit_ns)};
+#if HAS_FUTEX
+  __atomic_add_fetch(sleepers(memory, rank), 1, __ATOMIC_SEQ_CST);
+  syscall(SYS_futex, published(memory, rank), FUTEX_WAIT, uint32_t(seen), &limit, nullptr, 0);
+  __atomic_sub_fetch(sleepers(memory, rank), 1, __ATOMIC_SEQ_CST);
 #else
   nanosleep(&limit, nullptr);
 #endif
 }
 
-// Publish this rank's frame, and wake whoever sleeps until then.
-void publish(const SyncbnRing* ring) {
-  __atomic_store_n(published(ring, ring->rank), ring->round, __ATOMIC_SEQ_CST);
-#if defined(__linux__) && __BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__
-  if (__atomic_load_n(sleepers(ring, ring->rank), __ATOMIC_SEQ_CST))
-    syscall(SYS_futex, published(ring, ring->rank), FUTEX_WAKE, INT32_MAX, nullptr, nullptr, 0);
+// Make this rank's frame visible, and wake the processes that sleep until then.
+void publish(const SharedMemory* memory) {
+  int64_t* const count = published(memory, memory->rank);
+  __atomic_store_n(count, memory->round, __ATOMIC_SEQ_CST);
+#if HAS_FUTEX
+  if (__atomic_load_n(sleepers(memory, memory->rank), __ATOMIC_SEQ_CST))
+    syscall(SYS_futex, count, FUTEX_WAKE, INT32_MAX, nullptr, nullptr, 0);
 #endif
 }
 
-char* slot(const SyncbnRing* ring, int64_t rank) {
-  return ring->slots + ((ring->round % 2) * ring->world_size + rank) * ring->slot_bytes;
-}
-
-bool has_failed(const SyncbnRing* ring) {
-  auto* state = reinterpret_cast<int64_t*>(ring->failure);
-  return __atomic_load_n(state, __ATOMIC_ACQUIRE) == kSet;
-}
-
-// Spin while a frame is about to come, then offer the core to others, then sleep ever longer. Where ranks are more than
-// cores, sleep at once: launchers start each in a session of its own, and to another session Linux yields no core (4 ranks
-// on 2 cores, 2x64x56x56: 8 ms a layer when yielding, 4 ms asleep).
-class Patience {
+// Waits in three stages: spin, yield the core, sleep for increasing times. With more ranks than cores it sleeps at once:
+// launchers start each rank in a session of its own, and Linux yields no core to another session (4 ranks on 2 cores,
+// 2x64x56x56: 8 ms a layer when yielding, 4 ms asleep).
+class Backoff {
  public:
-  Patience(int64_t spin_ns, int64_t limit_ns, int64_t waited_ns)
-      : spin_ns_(spin_ns), limit_ns_(limit_ns), waited_ns_(waited_ns),
-        yield_ns_(spin_ns > 0 ? kYieldNs : 0),
-        nap_ns_(waited_ns > 0 || spin_ns == 0 ? kLongestNapNs : kShortestNapNs) {}
+  Backoff(int64_t spin_ns, int64_t limit_ns, int64_t waited_ns)
+      : spin_ns_(waited_ns ? 0 : spin_ns), limit_ns_(limit_ns), yield_ns_(spin_ns ? YIELD_NS - waited_ns : 0),
+        sleep_ns_(waited_ns || !spin_ns ? MAX_SLEEP_NS : MIN_SLEEP_NS) {}
 
-  // Wait for `rank`, which has published `seen` frames, a little. Returns false once the limit is over.
-  bool wait(const SyncbnRing* ring, int64_t rank, int64_t seen) {
+  // Wait briefly for `rank`, which has published `seen` frames. Returns false once the limit has passed.
+  bool wait(const SharedMemory* memory, int64_t rank, int64_t seen) {
     if (start_ns_ == 0) start_ns_ = now_ns();
-    if (spin_ns_ > 0 && waited_ns_ == 0) {
+    if (spin_ns_) {
       for (int i = 0; i < 16; ++i) pause();
       if (now_ns() - start_ns_ > spin_ns_) spin_ns_ = 0;
       return true;
     }
-    int64_t elapsed = now_ns() - start_ns_;
+    const int64_t elapsed = now_ns() - start_ns_;
     if (elapsed > limit_ns_) return false;
-    if (waited_ns_ + elapsed < yield_ns_) {
+    if (elapsed < yield_ns_) {
       sched_yield();
-      return true;
+    } else {
+      sleep_for(memory, rank, seen, sleep_ns_);
+      sleep_ns_ = sleep_ns_ * 2 < MAX_SLEEP_NS ? sleep_ns_ * 2 : MAX_SLEEP_NS;
     }
-    sleep_for(ring, rank, seen, nap_ns_);
-    nap_ns_ = nap_ns_ * 2 < kLongestNapNs ? nap_ns_ * 2 : kLongestNapNs;
     return true;
   }
 
  private:
-  int64_t spin_ns_, limit_ns_, waited_ns_;
-  int64_t yield_ns_, nap_ns_;
-  int64_t start_ns_ = 0;
+  int64_t spin_ns_, limit_ns_, yield_ns_, sleep_ns_, start_ns_ = 0;
 };
 
-Status compare(const SyncbnRing* ring) {
-  const char* own = slot(ring, ring->rank);
-  for (int64_t rank = 0; rank < ring->world_size; ++rank)
-    if (std::memcmp(slot(ring, rank), own, HEADER_BYTES) != 0) return kDiffer;
-  return kDone;
-}
-
-void collect(const SyncbnRing* ring, int64_t bytes, char* out, int64_t stride) {
-  for (int64_t rank = 0; rank < ring->world_size; ++rank)
-    std::memcpy(out + rank * stride, slot(ring, rank) + HEADER_BYTES, bytes);
-}
-
-Status await_all(const SyncbnRing* ring, int64_t limit_ns, int64_t waited_ns) {
-  Patience patience(ring->spin_ns, limit_ns, waited_ns);
-  for (int64_t rank = 0; rank < ring->world_size; ++rank)
-    for (int64_t seen; (seen = __atomic_load_n(published(ring, rank), __ATOMIC_ACQUIRE)) < ring->round;) {
-      if (has_failed(ring)) return kFailed;
-      if (!patience.wait(ring, rank, seen)) return kNotYet;
+Status wait_for_all(const SharedMemory* memory, int64_t limit_ns, int64_t waited_ns) {
+  Backoff backoff(memory->spin_ns, limit_ns, waited_ns);
+  for (int64_t rank = 0; rank < memory->world_size; ++rank)
+    for (int64_t seen; (seen = __atomic_load_n(published(memory, rank), __ATOMIC_ACQUIRE)) < memory->round;) {
+      if (has_failed(memory)) return FAILED;
+      if (!backoff.wait(memory, rank, seen)) return NOT_YET;
     }
-  return compare(ring);
+  for (int64_t rank = 0; rank < memory->world_size; ++rank)
+    if (memcmp(slot(memory, rank), slot(memory, memory->rank), HEADER_BYTES) != 0) return HEADERS_DIFFER;
+  return DONE;
 }
 
 }  // namespace
+}  // namespace syncbn
 
-// Publish this rank's frame, unless the memory has failed.
-SYNCBN_API int syncbn_exchange_publish(SyncbnRing* ring, int64_t call, const char* body, const void* payload,
+// Publish this rank's frame, unless a rank has marked the memory as failed.
+SYNCBN_API int syncbn_exchange_publish(syncbn::SharedMemory* memory, int64_t sequence, const char* body, const void* payload,
                                        int64_t bytes) {
-  if (has_failed(ring)) return kFailed;
-  ring->round += 1;
-  char* own = slot(ring, ring->rank);
-  std::memcpy(own, &call, CALL_BYTES);
-  std::memcpy(own + CALL_BYTES, body, BODY_BYTES);
-  std::memcpy(own + HEADER_BYTES, payload, bytes);
-  publish(ring);
-  return kDone;
+  using namespace syncbn;
+  if (has_failed(memory)) return FAILED;
+  memory->round += 1;
+  char* const own = slot(memory, memory->rank);
+  memcpy(own, &sequence, SEQUENCE_BYTES);
+  memcpy(own + SEQUENCE_BYTES, body, BODY_BYTES);
+  memcpy(own + HEADER_BYTES, payload, bytes);
+  publish(memory);
+  return DONE;
 }
 
-syncbn::Round syncbn::enter(SyncbnRing* ring, int64_t call, const char* body, const void* payload, int64_t bytes,
-                            int64_t limit_ns) {
-  if (syncbn_exchange_publish(ring, call, body, payload, bytes)) return {kFailed, nullptr};
-  return {await_all(ring, limit_ns, 0), slot(ring, 0) + HEADER_BYTES};
+syncbn::Exchanged syncbn::exchange(SharedMemory* memory, int64_t sequence, const char* body, const void* payload, int64_t bytes,
+                                   int64_t limit_ns) {
+  if (syncbn_exchange_publish(memory, sequence, body, payload, bytes)) return {FAILED, nullptr};
+  return {wait_for_all(memory, limit_ns, 0), slot(memory, 0) + HEADER_BYTES};
 }
 
-// Wait, or go on waiting, in the round that this rank has entered. out: payload of rank r at r * stride bytes.
-SYNCBN_API int syncbn_exchange_wait(const SyncbnRing* ring, int64_t bytes, char* out, int64_t stride,
+// Wait for the round that this rank has published to, after `waited_ns` in earlier calls. out: payload of rank r at r *
+// stride bytes.
+SYNCBN_API int syncbn_exchange_wait(const syncbn::SharedMemory* memory, int64_t bytes, char* out, int64_t stride,
                                     int64_t limit_ns, int64_t waited_ns) {
-  const Status status = await_all(ring, limit_ns, waited_ns);
-  if (status == kDone) collect(ring, bytes, out, stride);
+  using namespace syncbn;
+  const Status status = wait_for_all(memory, limit_ns, waited_ns);
+  if (status == DONE)
+    for (int64_t rank = 0; rank < memory->world_size; ++rank)
+      memcpy(out + rank * stride, slot(memory, rank) + HEADER_BYTES, bytes);
   return status;
 }
 
-// Mark the memory as failed; the first rank to do so has its message kept.
-SYNCBN_API void syncbn_exchange_fail(const SyncbnRing* ring, int64_t lost, const char* message, int64_t length) {
-  auto* words = reinterpret_cast<int64_t*>(ring->failure);
-  int64_t expected = kNone;
-  if (!__atomic_compare_exchange_n(&words[0], &expected, kWriting, false, __ATOMIC_ACQ_REL, __ATOMIC_ACQUIRE)) return;
+// Mark the memory as failed; only the first rank's message is kept.
+SYNCBN_API void syncbn_exchange_fail(const syncbn::SharedMemory* memory, int64_t lost, const char* message, int64_t length) {
+  using namespace syncbn;
+  auto* const words = (int64_t*)memory->failure;
+  int64_t expected = NO_FAILURE;
+  if (!__atomic_compare_exchange_n(words, &expected, WRITING_FAILURE, false, __ATOMIC_ACQ_REL, __ATOMIC_ACQUIRE)) return;
   words[1] = lost;
   words[2] = length;
-  std::memcpy(words + 3, message, length);
-  __atomic_store_n(&words[0], kSet, __ATOMIC_RELEASE);
+  memcpy(words + 3, message, length);
+  __atomic_store_n(words, int64_t(HAS_FAILURE), __ATOMIC_RELEASE);
 }

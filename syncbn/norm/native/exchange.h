@@ -1,40 +1,29 @@
-// What other sources may do with an exchange of frames; exchange.cpp has the protocol.
+// An exchange of frames between processes that share memory; exchange.cpp states the protocol.
 #pragma once
 
 #include <stdint.h>
 
-#include "common.h"
+#include "abi.h"
 
 namespace syncbn {
 
-constexpr int64_t CALL_BYTES = 8;
-constexpr int64_t BODY_BYTES = 184;
-constexpr int64_t HEADER_BYTES = CALL_BYTES + BODY_BYTES;
-
-}  // namespace syncbn
-
-// Mirrors `Ring` in syncbn/norm/comm/transports/shared_memory.py.
-struct SyncbnRing {
-  int64_t rank;
-  int64_t world_size;
+// The shared memory as one rank sees it; `Ring` in syncbn/norm/comm/transports/shared_memory.py declares the same.
+struct SharedMemory {
+  int64_t rank, world_size;
   int64_t slot_bytes;
   int64_t spin_ns;  // 0 where there are more ranks than cores
   int64_t round;    // frames this rank has published
-  char* controls;
-  char* failure;
-  char* slots;
+  char *controls, *failure, *slots;
 };
 
-namespace syncbn {
-
-// A round: its status, as syncbn_exchange_wait returns it, and where rank 0's payload lies, the next rank's
-// `slot_bytes` further. Payloads stay where they are until this rank enters the next round.
-struct Round {
+// The outcome of an exchange: its status, as syncbn_exchange_wait returns it, and rank 0's payload; each further rank's is
+// `slot_bytes` further. Payloads stay valid until this rank publishes its next frame.
+struct Exchanged {
   int status;
   const char* payloads;
 };
 
 // Publish this rank's frame and wait up to limit_ns for the others'.
-Round enter(SyncbnRing* ring, int64_t call, const char* body, const void* payload, int64_t bytes, int64_t limit_ns);
+Exchanged exchange(SharedMemory* memory, int64_t sequence, const char* body, const void* payload, int64_t bytes, int64_t limit_ns);
 
 }  // namespace syncbn

@@ -14,6 +14,8 @@ from torch.distributed import ProcessGroup
 from torch.distributed.distributed_c10d import (
     _resolve_process_group as resolve_process_group,  # pyright: ignore[reportPrivateImportUsage]
 )
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
+from torch.utils.checkpoint import SAC_IGNORED_OPS, CheckpointPolicy
 
 from syncbn.norm.backends import selected
 from syncbn.norm.backends.aten import AtenBackend
@@ -34,6 +36,7 @@ def group_text(spec: GroupSpec) -> str:
 
 
 def _call(
+    x: Tensor,
     eps: float,
     act: str,
     mask: Tensor | None,
@@ -45,7 +48,9 @@ def _call(
     spec: Any = int(kind) if kind.isdigit() else kind
     if spec == "name":
         spec = resolve_process_group(cast(Any, group_name))
-    return Call(exchange_for(spec), mask, act or None, eps, layer=name, checkpointed=checkpointed)
+    return Call(
+        exchange_for(spec, x), mask, act or None, eps, layer=name, checkpointed=checkpointed
+    )
 
 
 @torch.library.custom_op("syncbn::forward", mutates_args=())
@@ -62,7 +67,7 @@ def _forward(
     needs_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """y, the statistics it was normalised with, and the number of values that count, which is 0 in a replay."""
-    call = _call(eps, act, mask, group, name, current())
+    call = _call(x, eps, act, mask, group, name, current())
     args = call.args(x, weight, bias, residual)
     backend = selected(x.device.type).for_pass(args, call.exchange)
     y, stats = forward_pass(args, backend, call, needs_grad)
@@ -108,7 +113,7 @@ def _backward(
     """
     x, weight, bias, residual, output, mask = operands
     assert x is not None
-    call = _call(eps, act, mask, group, name)
+    call = _call(x, eps, act, mask, group, name)
     args = call.args(x, weight, bias, residual)._replace(output=output)
     backend = selected(x.device.type).for_pass(args, call.exchange)
     found = backward_pass(dy, args, Statistics(*stats), backend, call, tuple(needs))
@@ -154,12 +159,29 @@ def _as_traced(result: Tensor, x: Tensor) -> Tensor:
 
 
 def _remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    _keep_in_graph()
     x, weight, bias, residual, mask, eps, act, group, name, _ = inputs
     y, *stats, _ = output
     ctx.mark_non_differentiable(*output[1:])
     ctx.rest = (eps, act, group, name)
     kept = kept_for_backward(NormArgs(x, residual=residual, act=act or None), y)
     ctx.save_for_backward(x, weight, bias, *kept, mask, *stats)
+
+
+def _keep_in_graph() -> None:
+    """Tell a compiler that traces a checkpointed region to keep what the operator gave, and not to exchange again.
+
+    Selective checkpointing notes its policies at the same place; without them the compiler would run the operator again
+    in its backward graph.
+    """
+    tracing = get_proxy_mode()
+    if tracing is None:
+        return
+    for node in reversed(tracing.tracer.graph.nodes):
+        if node.target is torch.ops.syncbn.forward.default:
+            for kept in (node, *node.users):
+                kept.meta["recompute"] = CheckpointPolicy.MUST_SAVE
+            return
 
 
 def _gradients(ctx: Any, dy: Tensor, *_unused: Tensor) -> tuple[Tensor | None, ...]:
@@ -173,6 +195,8 @@ def _gradients(ctx: Any, dy: Tensor, *_unused: Tensor) -> tuple[Tensor | None, .
 
 
 _forward.register_autograd(_gradients, setup_context=_remember)
+# selective checkpointing around a compiled block would cache some passes, and a replay could not be told by its number
+SAC_IGNORED_OPS.add(torch.ops.syncbn.forward.default)
 
 
 def compiled_batch_norm(args: NormArgs, group: str, running: Running | None) -> Tensor:

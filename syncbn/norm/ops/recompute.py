@@ -27,12 +27,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch._C import _autograd, _current_graph_task_id, _is_fwd_grad_enabled
-from torch._C._functorch import peek_interpreter_stack
 from torch.autograd import graph
 from torch.autograd.function import BackwardCFunction
 from torch.utils import checkpoint
 from torch.utils._python_dispatch import _disable_current_modes
-from torch.utils.checkpoint import _CheckpointFrame
+from torch.utils.checkpoint import _CheckpointFrame, _StopRecomputationError
 
 from syncbn.norm.moments import AnyStatistics
 
@@ -40,8 +39,11 @@ _RECORDS, _REPLAY = "_syncbn_records", "_syncbn_replay"
 """Attributes of a region: what its first run recorded; of what replays it: how far it is."""
 
 _BACKWARD = tuple(f.__code__ for f in vars(BackwardCFunction).values() if isfunction(f))
+_NAMES = {"forward", *(code.co_name for code in _BACKWARD)}
 _ENGINE = graph._engine_run_backward.__code__
 _CHECKPOINT = checkpoint.__file__
+_KEYS = torch._C._TorchDispatchModeKey
+_COMPUTING = (_KEYS.FAKE, _KEYS.PROXY, _KEYS.FUNCTIONAL)
 _CALL_MODULE = nn.Module._call_impl.__code__
 
 
@@ -98,6 +100,7 @@ class Pass:
     def _add(self, recorded: Recorded) -> None:
         for records in self._records:
             records.append(recorded)
+        self._records = []  # the graph of a pass keeps no other pass's statistics
 
 
 def current() -> Pass | None:
@@ -117,8 +120,8 @@ def current() -> Pass | None:
     for pack in _pack_hooks():
         region, recomputed = _region_of(pack)
         if recomputed:
-            # one replay inside another repeats the same pass in both
-            recorded = _next(region, pack, None) if recorded is None else recorded
+            # a backward pass that runs inside the region is replayed with it: both name the same pass
+            recorded = _next(region, pack, None)
             break
         if region is not None:
             first.append(region)
@@ -146,6 +149,9 @@ def _next(region: Any, replay: Any, run: int | None) -> Recorded:
     records, (last, position) = _records(region), getattr(replay, _REPLAY, (run, 0))
     position = position if last == run else 0
     if position >= len(records):
+        if not getattr(region, "forward_completed", True):
+            # a backward pass inside a region replays as much of it as has run, and needs no more
+            raise _StopRecomputationError
         raise RuntimeError(
             f"activation checkpointing replays pass {position + 1} of a synchronised layer in a region that ran "
             f"{len(records)} the first time: the region must do the same both times, in the same mode "
@@ -194,10 +200,13 @@ def _in_functions(frame: FrameType | None) -> tuple[list[Any], Recorded | None]:
     as part of itself.
     """
     first: list[Any] = []
-    while frame is not None and frame.f_code is not _ENGINE and not _recomputes(frame):
-        region = _ctx(frame)
-        if region is not None and frame.f_code.co_name == "forward":
-            first.append(region)
+    while frame is not None and (code := frame.f_code) is not _ENGINE:
+        if code.co_filename == _CHECKPOINT and _recomputes(frame):
+            break
+        region = _ctx(frame) if code.co_name in _NAMES else None
+        if code.co_name == "forward" and region is not None:
+            # a forward may call the one of its base class
+            first += [] if any(region is known for known in first) else [region]
         elif hasattr(region, _RECORDS):
             return first, _next(region, region, _current_graph_task_id())
         frame = frame.f_back
@@ -205,11 +214,9 @@ def _in_functions(frame: FrameType | None) -> tuple[list[Any], Recorded | None]:
 
 
 def _recomputes(frame: FrameType) -> bool:
-    """Whether `frame` is the hook of torch.utils.checkpoint that runs a region again."""
-    code = frame.f_code
-    if code.co_filename != _CHECKPOINT or not code.co_freevars:
-        return False
-    return any(isinstance(frame.f_locals.get(name), _CheckpointFrame) for name in code.co_freevars)
+    """Whether `frame`, of torch.utils.checkpoint, is the hook that runs a region again."""
+    names = frame.f_code.co_freevars
+    return any(isinstance(frame.f_locals.get(name), _CheckpointFrame) for name in names)
 
 
 def _ctx(frame: FrameType) -> Any:
@@ -221,12 +228,10 @@ def _ctx(frame: FrameType) -> Any:
     code, caller = frame.f_code, frame.f_back
     in_module = caller is not None and caller.f_code is _CALL_MODULE
     in_forward = code.co_name == "forward" and code.co_argcount > 0 and not in_module
-    if not in_forward and code not in _BACKWARD:
+    if not in_forward and not any(code is known for known in _BACKWARD):
         return None
     ctx = frame.f_locals.get(code.co_varnames[0])
-    if not isinstance(ctx, BackwardCFunction) or _of_compiler(ctx):
-        return None
-    return ctx
+    return ctx if isinstance(ctx, BackwardCFunction) and not _of_compiler(ctx) else None
 
 
 def _of_compiler(ctx: Any) -> bool:
@@ -253,15 +258,7 @@ def unobserved() -> AbstractContextManager[Any]:
     Its cache is a list of operations, and the first run and the replay of a pass execute different ones. Modes that
     compute in another way (fake tensors, tracing) stay.
     """
-    modes = torch._C._len_torch_dispatch_stack()
-    if not modes or peek_interpreter_stack() is not None or _infrastructure():
+    computing = any(torch._C._get_dispatch_mode(key) is not None for key in _COMPUTING)
+    if computing or not torch._C._len_torch_dispatch_stack():
         return nullcontext()
     return _disable_current_modes()
-
-
-def _infrastructure() -> bool:
-    keys = torch._C._TorchDispatchModeKey
-    return any(
-        torch._C._get_dispatch_mode(key) is not None
-        for key in (keys.FAKE, keys.PROXY, keys.FUNCTIONAL)
-    )

@@ -49,7 +49,7 @@ def threads() -> Iterator[None]:
 @pytest.fixture
 def level() -> Iterator[None]:
     yield
-    library().syncbn_limit_level(2)
+    library().syncbn_limit_instruction_set(2)
 
 
 def everything(case: Case) -> list[Tensor]:
@@ -106,19 +106,19 @@ def test_results_do_not_depend_on_the_number_of_threads(shape: tuple[int, ...], 
 def test_results_do_not_depend_on_the_instruction_set(case: Case):
     case = case._replace(masked=False)
     try:
-        best = library().syncbn_limit_level(2)
+        best = library().syncbn_limit_instruction_set(2)
         newest = everything(case)
         for older in range(best):
-            assert library().syncbn_limit_level(older) == older
+            assert library().syncbn_limit_instruction_set(older) == older
             assert same_bits(newest, everything(case))
     finally:
-        library().syncbn_limit_level(2)
+        library().syncbn_limit_instruction_set(2)
 
 
 @pytest.mark.parametrize("older", [0, 1, 2])
 @dtypes
 def test_every_instruction_set_converts_special_values(older: int, dtype: torch.dtype, level: None):
-    library().syncbn_limit_level(older)
+    library().syncbn_limit_instruction_set(older)
     special = [
         0.0,
         -0.0,
@@ -141,7 +141,7 @@ def test_every_instruction_set_converts_special_values(older: int, dtype: torch.
 
 @pytest.mark.parametrize("older", [0, 1, 2])
 def test_every_instruction_set_rounds_to_even(older: int, level: None):
-    library().syncbn_limit_level(older)
+    library().syncbn_limit_instruction_set(older)
     exact = torch.randn(4, 16, 500, dtype=torch.float64).mul(3).exp().float()
     ones = torch.ones(16)
     for dtype in (torch.float16, torch.bfloat16):

@@ -13,9 +13,11 @@ from torch import Tensor, nn
 from torch.nn.modules._functions import SyncBatchNorm as TorchsFunction
 
 import syncbn
-from syncbn.norm import backends as chosen
-from syncbn.norm.backends import EagerKernels, Kernels
+from syncbn.norm.backends import selected
 from syncbn.norm.backends.activations import apply_act
+from syncbn.norm.backends.aten import AtenBackend
+from syncbn.norm.backends.base import Backend, NormArgs
+from syncbn.norm.moments import Statistics
 
 pytestmark = [
     pytest.mark.gpu,
@@ -25,19 +27,25 @@ LAYOUTS = {"planes": torch.contiguous_format, "channels_last": torch.channels_la
 each_layout = pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
 
 
-def kernels() -> Kernels:
-    found = chosen.pick(torch.empty(0, device="cuda"))
-    assert not isinstance(found, EagerKernels), "triton is missing"
+def backend() -> Backend:
+    found = selected("cuda")
+    assert isinstance(found, Backend)
+    assert not isinstance(found, AtenBackend), "triton is missing"
     return found
+
+
+def moments(x: Tensor) -> Tensor:
+    return backend().local_stats(NormArgs(x))
 
 
 @given(case=suite.cases())
 @settings(max_examples=60, deadline=None)
 def test_kernels_are_those_of_float64(case: Case):
-    suite.check_moments(kernels(), case, "cuda")
-    suite.check_normalize(kernels(), case, "cuda")
-    suite.check_backward(kernels(), case, "cuda")
-    suite.check_deterministic(kernels(), case, "cuda")
+    suite.check_local_stats(backend(), case, "cuda")
+    suite.check_normalize(backend(), case, "cuda")
+    suite.check_backward(backend(), case, "cuda")
+    suite.check_deterministic(backend(), case, "cuda")
+    suite.check_finish_forward(backend(), case, "cuda")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -45,9 +53,9 @@ def test_kernels_are_those_of_float64(case: Case):
 @pytest.mark.parametrize("shape", [(32, 64, 56, 56), (33, 512, 14, 14), (32, 2048, 7, 7)])
 def test_layers_of_a_network_are_those_of_float64(shape, channels_last: bool, dtype: torch.dtype):
     case = Case(shape, dtype, channels_last=channels_last, act="relu", residual=True)
-    suite.check_moments(kernels(), case, "cuda")
-    suite.check_normalize(kernels(), case, "cuda")
-    suite.check_backward(kernels(), case, "cuda")
+    suite.check_local_stats(backend(), case, "cuda")
+    suite.check_normalize(backend(), case, "cuda")
+    suite.check_backward(backend(), case, "cuda")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -55,20 +63,20 @@ def test_layers_of_a_network_are_those_of_float64(shape, channels_last: bool, dt
     "counts", [[5], [2**27 + 3, 7, 0], [0, 0], list(range(300)), list(range(1100))]
 )
 def test_moments_of_ranks_merge(counts: list[int], dtype: torch.dtype):
-    suite.check_merge(kernels(), counts, 9, dtype, "cuda")
+    suite.check_merge(backend(), counts, 9, dtype, "cuda")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("momentum", [0.1, None])
 def test_running_statistics_move(momentum: float | None, dtype: torch.dtype):
     for total in (0.0, 1.0, 1e6):
-        suite.check_update(kernels(), total, momentum, dtype, "cuda")
+        suite.check_update(backend(), total, momentum, dtype, "cuda")
 
 
 @each_layout
 def test_a_mean_large_against_the_spread_leaves_the_variance(layout: torch.memory_format):
     x = (torch.randn(16, 20, 15, 13) * 0.01 + 100).cuda().to(memory_format=layout)
-    mean, M2 = kernels().moments(x)[2:].cpu().chunk(2)
+    mean, M2 = moments(x)[2:].cpu().chunk(2)
     truth = x.double().cpu().transpose(0, 1).flatten(1)
     suite.close(mean, truth.mean(1), 2e-7)
     suite.close(M2 / truth.shape[1], truth.var(1, unbiased=False), 1e-4)
@@ -76,7 +84,7 @@ def test_a_mean_large_against_the_spread_leaves_the_variance(layout: torch.memor
 
 def test_eps_reaches_float64_statistics_whole():
     same = torch.full((4, 2), 3.0, dtype=torch.float64, device="cuda")
-    statistics = kernels().merge(kernels().moments(same)[None], 1e-5)
+    statistics = backend().merge(moments(same)[None], 1e-5)
     assert statistics.invstd.tolist() == pytest.approx([1e-5**-0.5] * 2, rel=1e-13)
 
 
@@ -87,13 +95,14 @@ def test_offsets_may_exceed_32_bits(layout: torch.memory_format):
     x = torch.zeros(5, 4, 2**13, 2**14, dtype=torch.bfloat16, device="cuda")
     x = x.to(memory_format=layout)
     x[4, 3] = 1
-    packed = kernels().moments(x)
+    packed = moments(x)
     mean, M2 = packed[2:].view(2, 4)
     assert mean.tolist() == pytest.approx([0, 0, 0, 0.2])
     assert M2.tolist() == pytest.approx([0, 0, 0, 5 * 2**27 * 0.16])
-    statistics = kernels().merge(packed[None], 0.0)
-    affine = chosen.Affine(statistics.mean, torch.ones_like(mean))
-    y = kernels().normalize(x, affine, chosen.Fused())
+    statistics = backend().merge(packed[None], 0.0)
+    one = torch.ones_like(mean)
+    stats = Statistics(statistics.total, statistics.mean, one, one)
+    y = backend().normalize(NormArgs(x), stats)
     assert y[4, 3, -1, -1].item() == pytest.approx(0.8, rel=1e-2)
     assert y[3, 3, -1, -1].item() == pytest.approx(-0.2, rel=1e-2)
 
@@ -223,9 +232,9 @@ def test_fused_gradients_are_those_of_float64(nccl, act: str, layout: torch.memo
 
 def test_programs_that_share_channels_give_the_same_bits_every_time():
     x = torch.randn(32, 64, 56, 56, device="cuda").to(memory_format=torch.channels_last)
-    expected = kernels().moments(x)
+    expected = moments(x)
     for _ in range(200):
-        assert torch.equal(kernels().moments(x), expected)
+        assert torch.equal(moments(x), expected)
 
 
 def test_a_compiled_layer_has_no_graph_break(nccl):

@@ -7,7 +7,6 @@ from contextlib import contextmanager, nullcontext
 import pytest
 import torch
 import torch.distributed as dist
-from counting import by_way
 from oracle import assert_close, batch_norm, own_part
 from torch.autograd import gradcheck, gradgradcheck
 from torch.autograd.graph import saved_tensors_hooks
@@ -15,7 +14,7 @@ from torch.nn.functional import hardswish, leaky_relu, relu, relu6, silu
 from torch.utils.checkpoint import checkpoint
 
 import syncbn
-from syncbn.norm.backends.choice import chosen
+from syncbn.norm.backends import selected
 
 pytestmark = [
     pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="no triton"),
@@ -24,13 +23,19 @@ pytestmark = [
 ]
 LAYOUTS = {"planes": torch.contiguous_format, "channels_last": torch.channels_last}
 SIZES = {2: [5, 2], 3: [3, 0, 4]}
-ACTS = {"relu": relu, "relu6": relu6, "leaky_relu": leaky_relu, "silu": silu, "hardswish": hardswish}
+ACTS = {
+    "relu": relu,
+    "relu6": relu6,
+    "leaky_relu": leaky_relu,
+    "silu": silu,
+    "hardswish": hardswish,
+}
 
 
 @contextmanager
 def launches():
     """The kernels of Triton serve the CPU; the names of those launched, as they are."""
-    from syncbn.norm.backends.triton import kernels as module
+    from syncbn.norm.backends.triton import backend as module
 
     names, launch = [], module.launch
 
@@ -39,14 +44,14 @@ def launches():
         launch(kernel, *arguments)
 
     os.environ["SYNCBN_KERNELS"] = "triton"
-    chosen.cache_clear()
+    selected.cache_clear()
     module.launch = note
     try:
         yield names
     finally:
         module.launch = launch
         del os.environ["SYNCBN_KERNELS"]
-        chosen.cache_clear()
+        selected.cache_clear()
 
 
 def _layers(channels, dims=4, **options):
@@ -60,7 +65,11 @@ def _layers(channels, dims=4, **options):
     ("act", "shape", "masked", "momentum"),
     [(act, (6, 5, 4), False, 0.3) for act in (None, *ACTS)]
     + [(act, (8, 4, 4), False, 0.3) for act in ("relu", "relu6", "leaky_relu")]
-    + [(None, (6, 5, 4), True, 0.3), ("relu", (8, 4, 4), True, None), (None, (6, 5, 4), False, None)],
+    + [
+        (None, (6, 5, 4), True, 0.3),
+        ("relu", (8, 4, 4), True, None),
+        (None, (6, 5, 4), False, None),
+    ],
 )
 def test_ranks_give_the_numbers_of_one(world_size, layout, act, shape, masked, momentum):
     generator = torch.Generator().manual_seed(0)
@@ -90,10 +99,10 @@ def test_ranks_give_the_numbers_of_one(world_size, layout, act, shape, masked, m
         forward = len(names)
         own.backward(g)
     if len(x):
-        assert set(names[:forward]) <= {"moments", "combine_moments", "finish", "update"}
-        assert names.count("finish") == 1
-        assert set(names[forward:]) <= {"backward_sums", "add_rows", "backward_input"}
-        assert names.count("backward_sums") == names.count("backward_input") == 1
+        assert set(names[:forward]) <= {"moments", "combine_moments", "finish_forward", "update"}
+        assert names.count("finish_forward") == 1
+        assert set(names[forward:]) <= {"grad_sums", "add_rows", "finish_backward"}
+        assert names.count("grad_sums") == names.count("finish_backward") == 1
     assert_close(own, own_part(y, sizes), 1e-10, "output")
     assert_close(x.grad, own_part(expected_x.grad, sizes), 1e-10, "input gradient")
     assert_close(r.grad, own_part(expected_residual.grad, sizes), 1e-10, "residual's gradient")
@@ -143,7 +152,9 @@ def test_inputs_of_any_strides_get_their_gradients(world_size, view, act, around
     ours.act = act
     found = []
     for layer in (ours, oracle):
-        x, r, g = (t.detach().clone(memory_format=torch.preserve_format) for t in (whole, residual, dy))
+        x, r, g = (
+            t.detach().clone(memory_format=torch.preserve_format) for t in (whole, residual, dy)
+        )
         if view == "expanded":
             x = whole.detach()
         x, r, g = x.requires_grad_(), r.requires_grad_(), g.requires_grad_()
@@ -178,7 +189,7 @@ def test_a_replay_counts_nothing_and_repeats_the_numbers(world_size):
         layers[0](inputs[0]).backward(dy)
         names.clear()
         checkpoint(layers[1], inputs[1], use_reentrant=False).backward(dy)
-    assert names.count("moments") == names.count("finish") == 1
+    assert names.count("moments") == names.count("finish_forward") == 1
     assert torch.equal(inputs[0].grad, inputs[1].grad)
     for name, buffer in layers[0].named_buffers():
         assert torch.equal(buffer, getattr(layers[1], name)), name
@@ -203,26 +214,20 @@ def test_second_derivatives_are_those_of_differences(world_size, act):
 
 
 @pytest.mark.world_size(1)
-def test_what_follows_the_exchange_has_the_bits_of_the_steps(world_size):
-    from syncbn.norm.backends import Affine, Fused, Running
-    from syncbn.norm.backends.triton.kernels import TritonKernels
+def test_what_follows_the_exchange_has_the_bits_of_the_phases(world_size):
+    from syncbn.norm.backends.base import NormArgs, Running
+    from syncbn.norm.backends.triton.backend import TritonBackend
 
-    kernels = TritonKernels()
+    backend = TritonBackend()
     x, residual = torch.randn(5, 70, 3, 4) * 3 + 2, torch.randn(5, 70, 3, 4)
-    weight, bias = torch.randn(2, 70)
-    packed = torch.stack([kernels.moments(part) for part in x.split([1, 3, 1])])
-    fused = Fused("relu", residual)
-
-    def running():
-        return Running(torch.ones(70), torch.ones(70), torch.tensor(3), 0.1)
-
-    one, other = running(), running()
-    y, statistics = kernels.finish(x, packed, 1e-5, weight, bias, fused, one)
-    steps = kernels.merge(packed, 1e-5)
-    kernels.update(other, steps)
-    affine = Affine(steps.mean, steps.invstd, weight, bias)
-    assert torch.equal(y, kernels.normalize(x, affine, fused))
-    for ours, theirs in zip((*statistics, *one[:3]), (*steps, *other[:3]), strict=True):
+    args = NormArgs(x, *torch.randn(2, 70), residual, act="relu")
+    gathered = torch.stack([backend.local_stats(NormArgs(part)) for part in x.split([1, 3, 1])])
+    one, other = (Running(torch.ones(70), torch.ones(70), torch.tensor(3), 0.1) for _ in range(2))
+    y, stats = backend.finish_forward(args._replace(running=one), gathered)
+    expected = backend.merge(gathered, 1e-5)
+    backend.update(other, expected)
+    assert torch.equal(y, backend.normalize(args, expected))
+    for ours, theirs in zip((*stats, *one[:3]), (*expected, *other[:3]), strict=True):
         assert torch.equal(ours, theirs)
 
 
@@ -231,18 +236,18 @@ def test_what_follows_the_exchange_has_the_bits_of_the_steps(world_size):
 def test_many_programs_may_share_a_channel(world_size, channels_last):
     import kernel_suite as suite
 
-    from syncbn.norm.backends.triton import tile_plan as forms
-    from syncbn.norm.backends.triton.kernels import TritonKernels
+    from syncbn.norm.backends.triton import tile_plan
+    from syncbn.norm.backends.triton.backend import TritonBackend
 
-    real = forms.multiprocessors
-    forms.multiprocessors = lambda device: 20
-    forms._form.cache_clear()
+    real = tile_plan.num_multiprocessors
+    tile_plan.num_multiprocessors = lambda device: 20
+    tile_plan._geometry.cache_clear()
     try:
         case = suite.Case((40, 5, 9, 11), channels_last=channels_last, act="relu")
-        form = forms.form_of(suite.inputs(case).x)
-        assert form.reduction.grid[1] > 4
-        suite.check_moments(TritonKernels(), case)
-        suite.check_backward(TritonKernels(), case)
+        geometry = tile_plan.geometry_of(suite.forward_inputs(case).args.x)
+        assert geometry.reduction.grid[1] > 4
+        suite.check_local_stats(TritonBackend(), case)
+        suite.check_backward(TritonBackend(), case)
     finally:
-        forms.multiprocessors = real
-        forms._form.cache_clear()
+        tile_plan.num_multiprocessors = real
+        tile_plan._geometry.cache_clear()

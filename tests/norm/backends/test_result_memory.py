@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 
 import syncbn
-from syncbn.norm.backends import result_memory as results
-from syncbn.norm.backends.result_memory import SMALLEST_BYTES, empty_like, release_memory
+from syncbn.norm.backends import cpu
+from syncbn.norm.backends.cpu import SMALLEST_KEPT_BYTES, geometry_of, release_memory
 from syncbn.norm.native import library
 
 if library() is None:
@@ -33,6 +33,11 @@ def nothing_kept() -> Iterator[None]:
     release_memory()
     yield
     release_memory()
+
+
+def empty_like(x: Tensor) -> Tensor:
+    shape = x.shape if x.dim() > 1 else torch.Size((1, len(x)))
+    return cpu._empty(x, geometry_of(shape, x.stride(), x.dtype))
 
 
 def result(bytes: int = 4 * MIB) -> Tensor:
@@ -76,8 +81,8 @@ def test_small_results_and_those_of_subclasses_are_torchs():
     class Special(Tensor):
         pass
 
-    assert not result(SMALLEST_BYTES).untyped_storage().resizable()
-    assert result(SMALLEST_BYTES - 4).untyped_storage().resizable()
+    assert not result(SMALLEST_KEPT_BYTES).untyped_storage().resizable()
+    assert result(SMALLEST_KEPT_BYTES - 4).untyped_storage().resizable()
     special = empty_like(torch.empty(MIB).as_subclass(Special))
     assert type(special) is Special
     assert special.untyped_storage().resizable()
@@ -98,8 +103,8 @@ def test_inference_mode_makes_inference_tensors():
 
 
 def test_torch_serves_where_nothing_can_be_mapped(monkeypatch: pytest.MonkeyPatch):
-    _, capsule = results._native()
-    monkeypatch.setattr(results, "_native", lambda: (lambda *_: None, capsule))
+    _, capsule = cpu._allocator()
+    monkeypatch.setattr(cpu, "_allocator", lambda: (lambda *_: None, capsule))
     x = torch.randn(9, 30, 50, 51).contiguous(memory_format=torch.channels_last)
     y = empty_like(x)
     assert y.untyped_storage().resizable()
@@ -109,7 +114,7 @@ def test_torch_serves_where_nothing_can_be_mapped(monkeypatch: pytest.MonkeyPatc
 def test_without_a_library_there_is_nothing_to_release(monkeypatch: pytest.MonkeyPatch):
     idle()
     with monkeypatch.context() as context:
-        context.setattr(results, "library", lambda: None)
+        context.setattr(cpu, "library", lambda: None)
         assert release_memory() == 0
     assert release_memory() > 0
 
@@ -180,7 +185,7 @@ def test_results_of_several_threads_never_overlap():
         live = []
         for step in range(60):
             value = 1000.0 * number + step
-            live.append((value, result(SMALLEST_BYTES * (1 + step % 3)).fill_(value)))
+            live.append((value, result(SMALLEST_KEPT_BYTES * (1 + step % 3)).fill_(value)))
             if len(live) > 3:
                 expected, y = live.pop(step % 3)
                 wrong.extend([y] if not bool((y == expected).all()) else [])

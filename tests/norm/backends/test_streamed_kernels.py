@@ -33,7 +33,7 @@ def settings() -> Iterator[None]:
     threads = torch.get_num_threads()
     yield
     torch.set_num_threads(threads)
-    library().syncbn_limit_level(2)
+    library().syncbn_limit_instruction_set(2)
 
 
 def check_local_stats(case: Case) -> None:
@@ -53,7 +53,7 @@ def check_local_stats(case: Case) -> None:
 def test_every_pass_is_that_of_float64(
     dtype: torch.dtype, row_bytes: int, level: int, settings: None
 ):
-    if library().syncbn_limit_level(level) != level:
+    if library().syncbn_limit_instruction_set(level) != level:
         pytest.skip("this processor has no such instructions")
     case = rows_of(row_bytes, dtype, act="relu", residual=row_bytes == 616)
     check_local_stats(case)
@@ -76,8 +76,8 @@ def test_bits_depend_on_neither_threads_nor_instruction_set(dtype: torch.dtype, 
     case = rows_of(616, dtype, act="relu", residual=True)
     torch.set_num_threads(1)
     expected = suite.everything(backend, case)
-    for level in range(library().syncbn_limit_level(2) + 1):
-        library().syncbn_limit_level(level)
+    for level in range(library().syncbn_limit_instruction_set(2) + 1):
+        library().syncbn_limit_instruction_set(level)
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
             assert suite.same_bits(suite.everything(backend, case), expected)

@@ -8,9 +8,11 @@ import torch
 from hypothesis import given, settings
 from kernel_suite import Case
 
-from syncbn.norm.backends import ACTIVATIONS, Affine, EagerKernels, Fused, Running
-from syncbn.norm.backends.activations import apply_act
-from syncbn.norm.backends.bits import unpacked
+from syncbn.norm.backends.activations import ACTIVATIONS, apply_act
+from syncbn.norm.backends.aten import AtenBackend
+from syncbn.norm.backends.base import NormArgs, Running
+from syncbn.norm.backends.triton.derivative_bits import unpack_bits
+from syncbn.norm.moments import Statistics
 
 pytestmark = [
     pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="no triton"),
@@ -20,32 +22,39 @@ interpreted = pytest.mark.triton_interpreter
 some = settings(max_examples=8, deadline=None)
 
 
-def kernels():
+def backend():
     """Imported late: the interpreter must be switched on before Triton is imported."""
-    from syncbn.norm.backends.triton.kernels import TritonKernels
+    from syncbn.norm.backends.triton.backend import TritonBackend
 
-    return TritonKernels()
+    return TritonBackend()
 
 
 @interpreted
 @given(case=suite.cases())
 @some
 def test_moments_are_those_of_the_values(case: Case):
-    suite.check_moments(kernels(), case)
+    suite.check_local_stats(backend(), case)
 
 
 @interpreted
 @given(case=suite.cases())
 @some
 def test_normalizing_keeps_dtype_and_layout(case: Case):
-    suite.check_normalize(kernels(), case)
+    suite.check_normalize(backend(), case)
 
 
 @interpreted
 @given(case=suite.cases())
 @some
 def test_gradients_are_those_of_float64(case: Case):
-    suite.check_backward(kernels(), case)
+    suite.check_backward(backend(), case)
+
+
+@interpreted
+@given(case=suite.cases())
+@some
+def test_finishing_a_pass_gives_the_bits_of_its_phases(case: Case):
+    suite.check_finish_forward(backend(), case)
 
 
 CUTS = {
@@ -65,9 +74,9 @@ CUTS = {
 @pytest.mark.parametrize("case", CUTS.values(), ids=CUTS)
 def test_every_value_counts_once_however_the_input_is_cut(case: Case, masked: bool):
     case = case._replace(masked=masked)
-    suite.check_moments(kernels(), case)
-    suite.check_normalize(kernels(), case)
-    suite.check_backward(kernels(), case)
+    suite.check_local_stats(backend(), case)
+    suite.check_normalize(backend(), case)
+    suite.check_backward(backend(), case)
 
 
 @interpreted
@@ -75,8 +84,8 @@ def test_every_value_counts_once_however_the_input_is_cut(case: Case, masked: bo
 @pytest.mark.parametrize("act", ACTIVATIONS)
 def test_activations_are_those_of_the_table(act: str, residual: bool):
     case = Case((3, 5, 8, 9), act=act, residual=residual)
-    suite.check_normalize(kernels(), case)
-    suite.check_backward(kernels(), case)
+    suite.check_normalize(backend(), case)
+    suite.check_backward(backend(), case)
 
 
 @interpreted
@@ -84,11 +93,12 @@ def test_activations_are_those_of_the_table(act: str, residual: bool):
 def test_derivatives_at_kinks_are_those_of_the_table(act: str):
     z = torch.tensor([[-3.0, -0.0, 0.0, 3.0, 6.0, torch.nan]])
     one = torch.ones(6)
-    affine = Affine(one * 0, one)
-    slope = kernels().backward_residual(torch.ones_like(z), z, affine, Fused(act))
-    expected = EagerKernels().backward_residual(torch.ones_like(z), z, affine, Fused(act))
+    args = NormArgs(z, act=act)
+    stats = Statistics(torch.tensor(2.0, dtype=torch.float64), one * 0, one, one)
+    slope = backend().grad_residual(torch.ones_like(z), args, stats)
+    expected = AtenBackend().grad_residual(torch.ones_like(z), args, stats)
     torch.testing.assert_close(slope, expected, equal_nan=True)
-    y = kernels().normalize(z, affine, Fused(act))
+    y = backend().normalize(args, stats)
     torch.testing.assert_close(y, apply_act(act, z), equal_nan=True)
 
 
@@ -116,23 +126,19 @@ BITS = {
 )
 def test_bits_take_the_place_of_the_output(kind: str, act: str, masked: bool):
     case = BITS[kind]._replace(act=act, masked=masked)
-    given, forward = suite.forward_inputs(case)
-    bits = kernels().room_for_bits(given.x, act)
+    dy, args, stats = suite.forward_inputs(case)
+    bits = backend().empty_bits(args)
     bits.fill_(0xAA)
-    y = kernels().normalize(given.x, given.affine, forward._replace(bits=bits))
-    of_output = Fused(act, mask=given.mask, output=y)
-    of_bits = Fused(act, mask=given.mask, bits=bits)
-    slope = ACTIVATIONS[act].derivative(unpacked(bits, given.x))
-    kept = torch.ones(()) if given.mask is None else given.mask
+    y = backend().normalize(args._replace(bits=bits), stats)
+    slope = ACTIVATIONS[act].derivative(unpack_bits(bits, args.x))
+    kept = torch.ones(()) if args.mask is None else args.mask
     assert torch.equal(slope * kept, ACTIVATIONS[act].derivative(y) * kept)
-    total = torch.full((), 7.0, dtype=torch.float64)
     found = []
-    for fused in (of_output, of_bits):
-        operands = (given.dy, given.x, given.affine, fused)
-        dz = torch.empty_like(given.x)
-        sums = kernels().backward_sums(*operands, dz)
-        dx = kernels().backward_input(*operands, sums, total)
-        found.append((sums, dz, dx, kernels().backward_residual(*operands)))
+    for saved in ({"output": y}, {"bits": bits}):
+        given = (dy, args._replace(residual=None, **saved), stats)
+        sums, dz = backend().local_grad_sums(*given, needs_dz=True)
+        dx = backend().finish_backward(*given, sums.view(1, -1))
+        found.append((sums, dz, dx, backend().grad_residual(*given)))
     for expected, ours in zip(*found, strict=True):
         assert torch.equal(expected, ours)
     assert torch.equal(found[0][1], found[0][3])
@@ -142,12 +148,17 @@ def test_bits_take_the_place_of_the_output(kind: str, act: str, masked: bool):
 def test_bits_are_kept_where_values_share_bytes():
     planes, last = torch.empty(2, 6, 7, 10), torch.empty(2, 8, 5, 3)
     last = last.to(memory_format=torch.channels_last)
-    assert kernels().room_for_bits(planes, "relu").nbytes == 2 * 6 * 16
-    assert kernels().room_for_bits(last, "relu").nbytes == 2 * 5 * 3
-    assert kernels().room_for_bits(planes, "silu") is None
-    assert kernels().room_for_bits(planes[:, :, :2, :2], "relu") is None
-    assert kernels().room_for_bits(last[:, :6, :1, :1], "relu") is None
-    assert kernels().room_for_bits(planes[:0], "relu") is None
+
+    def bits(x: torch.Tensor, act: str | None = "relu") -> torch.Tensor | None:
+        return backend().empty_bits(NormArgs(x, act=act))
+
+    assert bits(planes).nbytes == 2 * 6 * 16
+    assert bits(last).nbytes == 2 * 5 * 3
+    assert bits(planes, "silu") is None
+    assert bits(planes, None) is None
+    assert bits(planes[:, :, :2, :2]) is None
+    assert bits(last[:, :6, :1, :1]) is None
+    assert bits(planes[:0]) is None
 
 
 @interpreted
@@ -155,7 +166,7 @@ def test_bits_are_kept_where_values_share_bytes():
 @pytest.mark.parametrize(("mean", "spread"), [(100.0, 0.01), (1e4, 1.0)])
 def test_a_mean_large_against_the_spread_leaves_the_variance(mean, spread, channels_last):
     suite.check_far_mean(
-        kernels(), mean, spread, Case((16, 20, 15, 13), channels_last=channels_last)
+        backend(), mean, spread, Case((16, 20, 15, 13), channels_last=channels_last)
     )
 
 
@@ -165,7 +176,8 @@ def test_what_is_masked_may_hold_anything():
     mask = torch.rand(2, 1, 4, 5) < 0.5
     mask[0, 0, 0, 0] = False  # a channel's first value is what its moments are counted from
     spoilt = x.masked_fill(~mask, torch.inf)
-    assert torch.equal(kernels().moments(spoilt, mask), kernels().moments(x, mask))
+    spoilt, clean = (NormArgs(values, mask=mask) for values in (spoilt, x))
+    assert torch.equal(backend().local_stats(spoilt), backend().local_stats(clean))
 
 
 @interpreted
@@ -183,8 +195,8 @@ def test_a_first_tile_unlike_the_rest_leaves_the_variance(outlier: float, masked
         x[0, 0, 5] = outlier
     else:
         x[10:13, :, 512] = outlier
-    packed = kernels().moments(x, mask)
-    expected = EagerKernels().moments(x.double(), mask)
+    packed = backend().local_stats(NormArgs(x, mask=mask))
+    expected = AtenBackend().local_stats(NormArgs(x.double(), mask=mask))
     assert ((packed[3:] / expected[3:]) - 1).abs().max() < 2e-6
 
 
@@ -194,7 +206,7 @@ def test_a_first_tile_unlike_the_rest_leaves_the_variance(outlier: float, masked
     "counts", [[5], [2**27 + 3, 7, 0], [0, 0], list(range(300)), list(range(1100))]
 )
 def test_moments_of_ranks_merge(counts, dtype):
-    suite.check_merge(kernels(), counts, 9, dtype)
+    suite.check_merge(backend(), counts, 9, dtype)
 
 
 @interpreted
@@ -202,30 +214,31 @@ def test_moments_of_ranks_merge(counts, dtype):
 @pytest.mark.parametrize("momentum", [0.1, 1.0, 0.0, None])
 @pytest.mark.parametrize("total", [0.0, 1.0, 2.0, 1e6])
 def test_running_statistics_move(total, momentum, dtype):
-    suite.check_update(kernels(), total, momentum, dtype)
+    suite.check_update(backend(), total, momentum, dtype)
 
 
 @interpreted
 def test_running_statistics_may_be_strided():
     strided = torch.arange(12.0).view(6, 2)
-    statistics = kernels().merge(kernels().moments(torch.randn(8, 6), None)[None], 1e-5)
+    statistics = backend().merge(backend().local_stats(NormArgs(torch.randn(8, 6)))[None], 1e-5)
     running = Running(strided[:, 0], strided[:, 1], None, 1.0)
-    kernels().update(running, statistics)
+    backend().update(running, statistics)
     assert torch.equal(strided[:, 0], statistics.mean)
     suite.close(strided[:, 1], statistics.var.double() * 8 / 7, 1e-6)
 
 
 @interpreted
 def test_a_residual_without_activation_or_mask_gets_the_gradient_itself():
-    given, fused = suite.backward_inputs(Case())
-    assert kernels().backward_residual(given.dy, given.x, given.affine, fused) is given.dy
+    given = suite.backward_inputs(Case())
+    assert backend().grad_residual(*given) is given.dy
+    assert backend().local_grad_sums(*given, needs_dz=True)[1] is given.dy
 
 
 @interpreted
 def test_upstream_gradients_may_have_any_strides():
-    given, fused = suite.backward_inputs(Case((3, 4, 5, 6), channels_last=True))
+    _, args, stats = suite.backward_inputs(Case((3, 4, 5, 6), channels_last=True))
     one = torch.ones(()).expand(3, 4, 5, 6)
-    sums = kernels().backward_sums(one, given.x, given.affine, fused)
+    sums, _ = backend().local_grad_sums(one, args, stats)
     assert torch.equal(sums[0], torch.full((4,), 90.0))
 
 
@@ -233,4 +246,15 @@ def test_upstream_gradients_may_have_any_strides():
 @given(case=suite.cases())
 @settings(max_examples=5, deadline=None)
 def test_results_are_the_same_bits_every_time(case: Case):
-    suite.check_deterministic(kernels(), case)
+    suite.check_deterministic(backend(), case)
+
+
+@interpreted
+@pytest.mark.parametrize("masked", [False, True], ids=["whole", "masked"])
+def test_one_value_per_channel_is_refused_before_anything_is_updated(masked: bool):
+    running = Running(torch.zeros(3), torch.ones(3), torch.tensor(0), 0.5)
+    x, mask = torch.randn(1 + masked, 3), torch.tensor([[True], [False]]) if masked else None
+    args = NormArgs(x, mask=mask, running=running)
+    with pytest.raises(ValueError, match="more than 1 value per channel"):
+        backend().finish_forward(args, backend().local_stats(args)[None])
+    assert [t.tolist() for t in running[:3]] == [[0] * 3, [1] * 3, 0]

@@ -4,8 +4,6 @@ The interpreter accepts what the compiler refuses, and says nothing of how memor
 """
 
 import re
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
@@ -13,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from kernel_suite import FORMATS, Case, Inputs
 
-from syncbn.norm.backends import Affine, Fused, Running, pick
+from syncbn.norm.backends.base import NormArgs, Running
+from syncbn.norm.moments import Statistics
 
 triton = pytest.importorskip("triton")
 if torch.cuda.is_available():
@@ -22,8 +21,8 @@ if torch.cuda.is_available():
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
-from syncbn.norm.backends.triton import kernels as module  # noqa: E402
-from syncbn.norm.backends.triton.tile_plan import MAP, REDUCTION, Kind, tile  # noqa: E402
+from syncbn.norm.backends.triton import backend as module  # noqa: E402
+from syncbn.norm.backends.triton.tile_plan import ELEMENTWISE, REDUCTION, Tuning, tile_plan  # noqa: E402
 
 HOPPER = GPUTarget("cuda", 90, 32)
 POINTERS = {
@@ -75,25 +74,28 @@ def inputs(case: Case) -> Inputs:
     mean = x.new_empty(case.shape[1], dtype=torch.promote_types(case.dtype, torch.float32))
     weight = x.new_empty(case.shape[1], dtype=case.parameters)
     mask = x.new_empty(case.shape[0], 1, *case.shape[2:], dtype=torch.bool)
-    affine = Affine(mean, mean, weight, weight)
-    return Inputs(x, x, affine, x if case.residual else None, mask if case.masked else None)
+    args = NormArgs(
+        x, weight, weight, x if case.residual else None, mask if case.masked else None, case.act
+    )
+    return Inputs(x, args, Statistics(mean.new_empty((), dtype=torch.float64), mean, mean, mean))
 
 
 def launch_everything(case: Case) -> None:
-    kernels, given = module.TritonKernels(), inputs(case)
-    fused = Fused(case.act, given.residual, given.mask)
-    packed = kernels.moments(given.x, given.mask)[None]
-    statistics = kernels.merge(packed, 1e-5)
+    backend, given = module.TritonBackend(), inputs(case)
+    _, args, stats = given
+    gathered = backend.local_stats(args)[None]
+    backend.merge(gathered, 1e-5)
     buffers = torch.empty(2, case.shape[1], dtype=case.parameters, device="meta")
-    count = torch.empty((), dtype=torch.int64, device="meta")
-    kernels.update(Running(*buffers, count, 0.1), statistics)
-    kernels.normalize(given.x, given.affine, fused)
-    parameters = given.affine[2:]
-    kernels.finish(given.x, packed, 1e-5, *parameters, fused, Running(*buffers, count, 0.1))
-    backward = (given.dy, given.x, given.affine, fused)
-    kernels.backward_input(*backward, kernels.backward_sums(*backward), statistics.total)
-    kernels.backward_sums(*backward, dz=torch.empty_like(given.dy))
-    kernels.backward_residual(*backward)
+    running = Running(*buffers, torch.empty((), dtype=torch.int64, device="meta"), 0.1)
+    backend.update(running, stats)
+    backend.normalize(args, stats)
+    # a mask is looked at between merge and update, which tensors without values do not allow
+    for pass_args in (args, args._replace(mask=None, running=running)):
+        module._merge_and_normalize(pass_args, gathered, pass_args.running)
+    sums, _ = backend.local_grad_sums(*given)
+    backend.finish_backward(*given, sums.view(1, -1))
+    backend.local_grad_sums(*given, needs_dz=True)
+    backend.grad_residual(*given)
 
 
 @pytest.mark.parametrize(
@@ -128,7 +130,7 @@ def test_every_kernel_compiles(launches: list, case: Case):
 )
 def test_memory_is_read_and_written_in_wide_accesses(launches: list, case: Case, bits: int):
     given = inputs(case)
-    module.TritonKernels().normalize(given.x, given.affine, Fused())
+    module.TritonBackend().normalize(given.args, given.stats)
     code = ptx(*launches[0])
     accesses = re.findall(r"\b(?:ld\.global.*evict_first\S*|st\.global\S*)", code)
     assert accesses
@@ -143,21 +145,21 @@ counts = st.integers(1, 2**33)
     st.integers(1, 2**20),
     counts,
     st.booleans(),
-    st.sampled_from([REDUCTION, MAP]),
+    st.sampled_from([REDUCTION, ELEMENTWISE]),
     st.integers(1, 200),
 )
 def test_programs_share_all_steps_and_offsets_in_a_tile_fit_32_bits(
-    images: int, channels: int, positions: int, channels_last: bool, kind: Kind, processors: int
+    images: int, channels: int, positions: int, channels_last: bool, tuning: Tuning, processors: int
 ):
-    tiling = tile(images, channels, positions, channels_last, kind, processors)
-    _, _, steps, of_a_program = tiling.sizes
-    height, width, vector, _ = tiling.shape
-    blocks, shares = tiling.grid
+    plan = tile_plan(images, channels, positions, channels_last, tuning, processors)
+    _, _, steps, of_a_program = plan.sizes
+    height, width, vector, _ = plan.shape
+    blocks, shares = plan.grid
     assert (blocks - 1) * height < channels <= blocks * height
     assert (shares - 1) * of_a_program < steps <= shares * of_a_program
     assert steps == images * -(-positions // width)
     assert (channels if channels_last else positions) % vector == 0
-    assert height * width <= kind.values
+    assert height * width <= tuning.values
     farthest = width * channels if channels_last else (height - 1) * positions
     assert farthest < 2**31
 
@@ -165,11 +167,6 @@ def test_programs_share_all_steps_and_offsets_in_a_tile_fit_32_bits(
 @pytest.mark.parametrize("eps", [1e-5, 1e-3, 0.1, 1.0])
 def test_eps_reaches_float64_statistics_whole(launches: list, eps: float):
     """Triton hands a Python float over as float32."""
-    module.TritonKernels().merge(torch.empty(2, 8, dtype=torch.float64, device="meta"), eps)
+    module.TritonBackend().merge(torch.empty(2, 8, dtype=torch.float64, device="meta"), eps)
     handed = [torch.tensor(v).float().double() for v in launches[0][1] if isinstance(v, float)]
     assert abs(sum(handed) / eps - 1) < 1e-14
-
-
-def test_cuda_tensors_are_served_by_triton():
-    on_gpu: Any = SimpleNamespace(is_cuda=True, device=torch.device("cuda"))
-    assert isinstance(pick(on_gpu), module.TritonKernels)

@@ -8,7 +8,7 @@ import torch
 pytest.importorskip("triton")
 
 from syncbn.norm.backends.triton import launch as module
-from syncbn.norm.backends.triton import tile_plan as triton_forms
+from syncbn.norm.backends.triton import tile_plan
 
 
 class Compiled:
@@ -54,6 +54,7 @@ def kernel(monkeypatch: pytest.MonkeyPatch) -> Kernel:
     stream = SimpleNamespace(active=SimpleNamespace(get_current_stream=lambda device: 7 + device))
     monkeypatch.setattr(module, "driver", stream)
     monkeypatch.setattr(module, "_compiled", {})
+    monkeypatch.setattr(module, "_direct", True)
     return Kernel()
 
 
@@ -114,6 +115,19 @@ def test_on_another_device_triton_launches_there(kernel: Kernel, monkeypatch: py
     assert len(kernel.launches) == 2
 
 
+def test_an_untested_version_of_triton_launches_itself(
+    kernel: Kernel, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(module, "_direct", False)
+    for _ in range(2):
+        launch(kernel, [tensor(32)])
+    assert len(kernel.launches) == 2
+
+
+def test_the_installed_version_of_triton_is_a_tested_one():
+    assert module._direct
+
+
 @pytest.mark.parametrize("hook", ["launch_enter_hook", "launch_exit_hook"])
 def test_a_profiler_that_wants_to_know_of_launches_is_told(kernel: Kernel, hook: str):
     hooks = getattr(module.knobs.runtime, hook)
@@ -129,5 +143,5 @@ def test_a_profiler_that_wants_to_know_of_launches_is_told(kernel: Kernel, hook:
 def test_a_gpu_is_asked_how_many_multiprocessors_it_has(monkeypatch: pytest.MonkeyPatch):
     properties = SimpleNamespace(multi_processor_count=132)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
-    assert triton_forms.multiprocessors(torch.device("cuda", 0)) == 132
-    assert triton_forms.multiprocessors(torch.device("cpu")) == 1
+    assert tile_plan.num_multiprocessors(torch.device("cuda", 0)) == 132
+    assert tile_plan.num_multiprocessors(torch.device("cpu")) == 1

@@ -1,20 +1,22 @@
-"""Bits that forward keeps in the place of the output: whether act' is 1, where it has but two values.
+"""Bits that forward saves instead of the output: whether act' is 1, for activations whose derivative has two values.
 
-Where the channels of a position follow each other in memory, 8 of them share a byte, the first in the lowest bit. In
-planes each row has 8 bytes for 64 positions: place p of them is bit p // 8 of byte p % 8, so that 8 that follow each
-other lie in 8 bytes that do, in one bit of each, and kernels load them as they load values.
+Where the channels of a position are adjacent in memory, 8 of them share a byte, the first in the lowest bit. In planes
+each row has 8 bytes for 64 positions: position p of them is bit p // 8 of byte p % 8. So 8 adjacent positions have
+adjacent bytes and the same bit in each, and kernels load bits in the layout of values.
+
+Second derivatives unpack bits, so this module stands without Triton.
 """
 
 import torch
 from torch import Tensor
 
-from syncbn.norm.backends.layout import channels_follow
+from syncbn.norm.backends.layout import channels_adjacent
 
 
 def empty_bits(x: Tensor) -> Tensor | None:
-    """Memory for a bit a value of `x` `(N, C, *)`, not empty; None where 8 values would not share a byte."""
+    """Memory for one bit a value of `x` `(N, C, *)`, not empty; None where bytes would not be filled."""
     values = x.numel()
-    if channels_follow(x):
+    if channels_adjacent(x):
         size = 0 if x.shape[1] % 8 else values // 8
     else:
         positions = x[0, 0].numel()
@@ -23,14 +25,16 @@ def empty_bits(x: Tensor) -> Tensor | None:
 
 
 def unpack_bits(bits: Tensor, x: Tensor) -> Tensor:
-    """`bits` as 0 and 1 in the shape and dtype of `x`: values on the same side of their kink as y.
+    """`bits` as 0 and 1 in the shape and dtype of `x`, on the same side of the activation's kinks as y.
 
-    `x` is as kernels read it: contiguous in its memory format.
+    Args:
+        bits: see `empty_bits`.
+        x: contiguous in its memory format, as the kernels read it.
     """
-    place = torch.arange(8, dtype=torch.uint8, device=bits.device)
-    if channels_follow(x):
-        values = (bits.unsqueeze(1) >> place) & 1
+    shift = torch.arange(8, dtype=torch.uint8, device=bits.device)
+    if channels_adjacent(x):
+        values = (bits.unsqueeze(1) >> shift) & 1
         return values.to(x.dtype).flatten().as_strided(x.shape, x.stride())
     rows = x.shape[0] * x.shape[1]
-    values = (bits.view(rows, -1, 1, 8) >> place.unsqueeze(1)) & 1
+    values = (bits.view(rows, -1, 1, 8) >> shift.unsqueeze(1)) & 1
     return values.to(x.dtype).view(rows, -1)[:, : x[0, 0].numel()].reshape(x.shape)

@@ -48,9 +48,12 @@ def launch(
         with torch.cuda.device_of(first):
             _launch_by_triton(kernel, grid, tensors, numbers, statics)
         return
-    addresses = _addresses(tensors, device)
-    hooks = knobs.runtime.launch_enter_hook.calls or knobs.runtime.launch_exit_hook.calls
-    if not _direct or addresses is None or max(numbers) >= 2**31 or hooks:
+    addresses = _addresses(tensors, device) if _direct and max(numbers) < 2**31 else None
+    if (
+        addresses is None
+        or knobs.runtime.launch_enter_hook.calls
+        or knobs.runtime.launch_exit_hook.calls
+    ):
         _launch_by_triton(kernel, grid, tensors, numbers, statics)
         return
     key = (kernel.fn, device, statics, *[None if t is None else t.dtype for t in tensors])

@@ -14,7 +14,7 @@ import torch
 import triton
 from torch import Tensor
 
-from syncbn.norm.backends.layout import channels_follow, memory_format
+from syncbn.norm.backends.layout import channels_adjacent, memory_format
 
 
 class Tuning(NamedTuple):
@@ -96,7 +96,7 @@ def _geometry(
     layout = memory_format(like)
     num_images, num_channels = shape[:2]
     num_positions = like.numel() // (num_images * num_channels)
-    channels_last = channels_follow(like)
+    channels_last = channels_adjacent(like)
     if channels_last:
         num_images, num_positions = 1, num_images * num_positions
     sizes = (num_images, num_channels, num_positions, channels_last)

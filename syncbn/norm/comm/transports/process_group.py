@@ -1,15 +1,16 @@
-"""Frames through the process group: the way that always works.
+"""Frames through the process group: the transport that always works.
 
 On gloo the first frame has the same size whatever the layer: gloo aborts the process when sizes differ, and returns
 garbage when only dtypes do. The header in it is compared before a value is used; what does not fit follows in
-one further frame, whose size all ranks have then agreed on. How long it waits for a rank that does not come is the
-group's time limit; once it has failed, it stays failed, because ranks are then out of step.
+one further frame, whose size all ranks have then agreed on. Once an exchange has failed, the transport stays failed,
+because ranks are then out of step.
 """
 
 import ctypes
-import weakref
+import re
 from collections.abc import Callable
-from functools import partial
+from contextlib import suppress
+from datetime import timedelta
 from typing import Protocol
 
 import torch
@@ -17,7 +18,15 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from syncbn.norm.comm.fingerprint import CALL, HEADER_BYTES, RanksDisagree, disagreement, place_of
+from syncbn.norm.comm.fingerprint import (
+    HEADER_BYTES,
+    NUMBER,
+    RankLost,
+    RanksDisagree,
+    disagreement,
+)
+from syncbn.norm.comm.groups import Members
+from syncbn.norm.comm.watchdog import Wait
 
 PAYLOAD_BYTES = 4 * (2 * 2048 + 2)
 """Count, mean and M2 of 2048 channels in float32: every layer of a ResNet-50 fits one frame."""
@@ -26,129 +35,118 @@ GATHER_BYTES = 2**20
 """What a rank of a CPU group may receive in one gather: beyond it a reduction moves less."""
 GATHER_RANKS = 16
 """Ranks of a CUDA group that gather; from more on a reduction has fewer steps (NCCL's cost model, unmeasured)."""
+_LOOK = timedelta(seconds=1)
+"""How long to wait before looking why the others do not come."""
+_LATE = re.compile("timed out|timeout", re.IGNORECASE)
+_LOST = re.compile("connection (closed|reset)|broken pipe|socket closed", re.IGNORECASE)
+"""What gloo says of a rank that did not come in time, and of one that closed its connection."""
 
 
 class Transport(Protocol):
-    """What brings every rank's values to every rank: one exchange at a time, in two halves."""
+    """What brings every rank's values to every rank, one exchange at a time."""
 
-    def begin(self, header: bytes, call: int, payload: Tensor) -> Callable[[], Tensor]:
-        """Send `payload` `(k,)` behind its header, without waiting for other ranks, as far as that goes.
-
-        Returns:
-            What waits for every rank's payload, `(W, k)` in rank order, after comparing headers and call numbers. It is
-            called before the next exchange begins.
+    def exchange(self, header: bytes, number: int, payload: Tensor) -> Tensor:
+        """Every rank's `payload` `(k,)` as `(W, k)` in rank order, after comparing headers and sequence numbers.
 
         Raises:
             RanksDisagree: on every rank where they differ; or where a rank does not come.
-            RankLost: a rank has ended.
+            RankLost: a rank exited.
         """
         ...
 
-    def pass_by(self, layer: str, backward: bool) -> None:
-        """Note that this rank went through `layer` in eval mode, without an exchange."""
-        ...
 
-
-class Wire:
-    """Collectives of one process group; as a `Transport`, one gather an exchange.
-
-    The group is held weakly: a group that outlives `destroy_process_group` takes the process down at its exit.
-    """
+class Group(Members):
+    """The collectives of one process group; as a `Transport`, one gather an exchange."""
 
     def __init__(self, group: ProcessGroup) -> None:
-        self._group = weakref.ref(group)
-        self.rank = dist.get_rank(group)
-        self.ranks = dist.get_process_group_ranks(group)
+        super().__init__(group)
         self._failure = ""
-
-    @property
-    def world_size(self) -> int:
-        """Ranks in the group."""
-        return len(self.ranks)
-
-    @property
-    def group(self) -> ProcessGroup:
-        """The group itself."""
-        group = self._group()
-        assert group is not None, "the group was destroyed"
-        return group
-
-    @property
-    def timeout_s(self) -> float:
-        """The longest wait that the group allows on the CPU, in seconds."""
-        return self.group._get_backend(torch.device("cpu")).options._timeout.total_seconds()
 
     def all_gather(self, values: Tensor) -> Tensor:
         """Every rank's `values` `(k,)` as `(W, k)`; of one size and dtype on all ranks; itself where there is one."""
-        return self.begin_gather(values, overlap=False)()
-
-    def begin_gather(self, values: Tensor, overlap: bool) -> Callable[[], Tensor]:
-        """What waits for `all_gather`; with `overlap` the caller, or on CUDA its stream, goes on meanwhile."""
         ranks, size = self.world_size, values.numel()
         gathered = values if ranks == 1 else values.new_empty(ranks * size)
-        work = dist.all_gather_into_tensor(gathered, values, group=self.group, async_op=overlap)
-        return lambda: _waited(work, gathered).view(ranks, size)
+        self._run(dist.all_gather_into_tensor, gathered, values)
+        return gathered.view(ranks, size)
 
-    def begin_reduction(self, values: Tensor, overlap: bool) -> Callable[[], Tensor]:
-        """What waits for the sum of every rank's `values`, in place, the same bits on each; `overlap` as above."""
-        work = dist.all_reduce(values, group=self.group, async_op=overlap)
-        return lambda: _waited(work, values)
+    def all_reduce(self, values: Tensor) -> Tensor:
+        """The sum of every rank's `values`, in place, the same bits on each."""
+        self._run(dist.all_reduce, values)
+        return values
 
-    def begin(self, header: bytes, call: int, payload: Tensor) -> Callable[[], Tensor]:
-        """See `Transport`; raises the group's own error where a rank is lost or late, RanksDisagree from then on."""
-        if self._failure:
-            raise RanksDisagree(self._failure)
-        front = CALL.pack(call) + header
-        try:
-            frames = self.begin_gather(self._frame(front, payload), overlap=True)
-        except BaseException as error:
-            self._fail(error, front)
-            raise
-        return partial(self._rest, front, payload, frames)
-
-    def _frame(self, header: bytes, payload: Tensor) -> Tensor:
+    def exchange(self, header: bytes, number: int, payload: Tensor) -> Tensor:
+        """See `Transport`; raises RuntimeError where gloo fails for another reason than a rank that is lost or late."""
+        self.turn = header, number
+        front = NUMBER.pack(number) + header
         own, length = bytes_of(payload), frame_bytes(self.world_size)
         room = length - HEADER_BYTES
         frame = torch.zeros(length, dtype=torch.uint8, device="cpu")
-        bytes_of(frame)[: HEADER_BYTES + len(own[:room])] = header + own[:room]
-        return frame
-
-    def _rest(self, header: bytes, payload: Tensor, first: Callable[[], Tensor]) -> Tensor:
-        try:
-            return self._gathered(header, payload, first())
-        except RanksDisagree:
-            raise
-        except BaseException as error:
-            self._fail(error, header)
-            raise
-
-    def _fail(self, error: BaseException, header: bytes) -> None:
-        """Whatever went wrong, ranks are out of step from here on."""
-        place = place_of(header[CALL.size :], CALL.unpack_from(header)[0])
-        here = f"rank {self.ranks[self.rank]} {place}"
-        self._failure = f"{here}: the exchange failed: {error or type(error).__name__}"
-
-    def _gathered(self, header: bytes, payload: Tensor, frames: Tensor) -> Tensor:
-        own, length = bytes_of(payload), frame_bytes(self.world_size)
-        room = length - HEADER_BYTES
+        bytes_of(frame)[: HEADER_BYTES + len(own[:room])] = front + own[:room]
+        frames = self.all_gather(frame)
         told = bytes_of(frames)
         headers = [bytes(told[at : at + HEADER_BYTES]) for at in range(0, len(told), length)]
-        if any(theirs != header for theirs in headers):
+        if any(theirs != front for theirs in headers):
             raise disagreement(headers, self.rank, self.ranks)
         parts = [frames[:, HEADER_BYTES:][:, : len(own)]]
         if len(own) > room:
             parts.append(self.all_gather(payload.view(torch.uint8)[room:]))
         return torch.cat(parts, dim=1).view(payload.dtype)
 
-    def pass_by(self, layer: str, backward: bool) -> None:
-        """Nothing: a rank that does not come is noticed at the group's time limit."""
+    def _run(self, collective: Callable[..., dist.Work | None], *values: Tensor) -> None:
+        """Run a collective to its end; once one has failed, ranks are out of step."""
+        if self._failure:
+            raise RanksDisagree(self._failure)
+        try:
+            work = self._begin(collective, *values)
+            if work is not None:
+                self._finish(work)
+        except BaseException as error:
+            self._failure = str(error) or repr(error)
+            raise
+
+    def _begin(
+        self, collective: Callable[..., dist.Work | None], *values: Tensor
+    ) -> dist.Work | None:
+        on_host = values[0].device.type == "cpu"
+        try:
+            return collective(*values, group=self.process_group, async_op=on_host)
+        except RuntimeError as error:
+            raise RuntimeError(f"{self.here()}: the exchange failed: {error}") from error
+
+    def _finish(self, work: dist.Work) -> None:
+        """Wait for a collective of CPU tensors, and look after ranks that do not come to it."""
+        with suppress(RuntimeError):  # it is raised again below
+            if _is_done(work):
+                return
+        with Wait(self, *self.turn) as wait:
+            try:
+                while not _is_done(work):
+                    wait.look()
+            except (RanksDisagree, RankLost):
+                raise
+            except RuntimeError as error:
+                raise _explained(error, wait) from error
 
 
-def _waited(work: dist.Work | None, values: Tensor) -> Tensor:
-    """`values`, once they are there."""
-    if work is not None:
+def _is_done(work: dist.Work) -> bool:
+    """Wait a little for `work`; raises its error where it failed."""
+    try:
+        work.wait(_LOOK)
+    except RuntimeError:
+        if not work.is_completed():
+            return False
         work.wait()
-    return values
+    return True
+
+
+def _explained(error: RuntimeError, wait: Wait) -> RuntimeError:
+    """What gloo's `error` means for the layer that waits."""
+    text = str(error)
+    if _LATE.search(text):
+        return wait.timed_out()
+    if _LOST.search(text):
+        return wait.lost(text)
+    return RuntimeError(f"{wait.here}: the exchange failed: {text or type(error).__name__}")
 
 
 def frame_bytes(world_size: int) -> int:

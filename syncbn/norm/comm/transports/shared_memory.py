@@ -2,39 +2,40 @@
 
 Each rank has two slots and a counter. It writes its frame into the slot of its parity, then raises its counter;
 it reads the others' slots once their counters are as high. Two slots are enough: a rank can be one exchange
-ahead of the slowest, not two, because for the second it has waited for everybody's first. The copying and the
+ahead of the slowest, not two, because for the second it has waited for every rank's first. The copying and the
 waiting are one call into the native library (`native/exchange.cpp`), made without the interpreter's lock;
-where some rank has no library the group serves.
+where some rank has no library another transport serves.
 
-The call returns after a while although nobody came, so that this rank looks after the others (`patrol`). A rank
-that gives up marks the memory: whoever is in an exchange of this group, or comes to one, raises the same
+The call returns after a while although some rank has not come, so that this rank looks why (`Wait`). A rank
+that gives up marks the memory: all ranks that are in an exchange of this group, or come to one, raise the same
 message at once, because from then on the ranks are out of step. Headers that differ break nothing: all see them.
+
+The memory never has a name, so nothing is left behind, however a process ends. In front stands a control block for
+each rank, in cache lines of its own: how many frames it has published, and whether it left the group; behind the
+blocks, why the memory failed; then the slots.
 """
 
+import contextlib
 import ctypes
 import functools
 import mmap
 import os
-from collections.abc import Callable
+import weakref
+from pathlib import Path
 from typing import NamedTuple, Self
 
+import torch
 from torch import Tensor
 
-from syncbn.norm.comm.board import MESSAGE_BYTES, Board, board_bytes
 from syncbn.norm.comm.fingerprint import (
-    CALL,
-    FORWARD,
     HEADER_BYTES,
-    Header,
     RankLost,
     RanksDisagree,
     disagreement,
-    passed_by,
-    place_of,
 )
-from syncbn.norm.comm.patrol import Absent, Patrol, linger
-from syncbn.norm.comm.transports.mapping import shared_over
-from syncbn.norm.comm.transports.process_group import PAYLOAD_BYTES, Wire
+from syncbn.norm.comm.processes import machine
+from syncbn.norm.comm.transports.process_group import PAYLOAD_BYTES, Group
+from syncbn.norm.comm.watchdog import Wait
 from syncbn.norm.native import library
 
 SLOT_BYTES = -(-(HEADER_BYTES + PAYLOAD_BYTES) // 64) * 64
@@ -42,12 +43,23 @@ SPIN_NS = 10_000
 """How long to spin where every rank has a core: two exchanges' worth (50 us cost 40 us more on busy cores)."""
 LOOK_NS = 50_000_000
 """Time between two looks after the others; also how late an interrupt may be noticed."""
+_CONTROL_BYTES = 256
+"""A control block; `CONTROL_BYTES` of native/exchange.cpp."""
+_LEFT = 10
+"""The word of a control block beside the count; the next counts who sleeps until this rank publishes."""
+_FAILURE_BYTES = 1024
+"""State, whether a rank was lost, and length, 8 bytes each; then the message."""
+_MESSAGE_BYTES = _FAILURE_BYTES - 24
+_OFFER_BYTES = 128
+"""Room for a secret and a path."""
+_SIGNATURE_BYTES = 128
+"""Room at the end of the memory for what rank 0 signs it with."""
 _DIFFER, _NOT_YET, _FAILED = 1, 2, 3
 _INT, _POINTER = ctypes.c_int64, ctypes.c_void_p
 
 
 class Ring(ctypes.Structure):
-    """`SyncbnRing` of `native/exchange.cpp`."""
+    """`SharedMemory` of `native/exchange.h`."""
 
     _fields_ = (
         ("rank", _INT),
@@ -59,11 +71,6 @@ class Ring(ctypes.Structure):
         ("failure", _POINTER),
         ("slots", _POINTER),
     )
-
-
-def ring_of(wire: Wire) -> Ring:
-    """The ring of a group that shares no memory: a native call then leaves the exchange to its caller."""
-    return Ring(wire.rank, wire.world_size)
 
 
 class _Destination(NamedTuple):
@@ -79,149 +86,167 @@ class SharedMemory:
 
     Args:
         memory: zero bytes, `size` of them, the same pages on every rank.
-        wire: to the ranks that share it.
+        group: the ranks that share it.
     """
 
-    def __init__(self, memory: mmap.mmap, wire: Wire) -> None:
-        self._wire, self._memory = wire, memory
-        self._world_size, self._timeout_s = wire.world_size, wire.timeout_s
-        self._board = Board(memory, wire.rank, wire.world_size)
+    def __init__(self, memory: mmap.mmap, group: Group) -> None:
+        self._group, self._memory = group, memory
+        self._world_size = world_size = group.world_size
+        self._words = memoryview(memory).cast("q")
         start = ctypes.addressof(ctypes.c_char.from_buffer(memory))
-        self._slots_at = board_bytes(wire.world_size)
-        failure = start + self._slots_at - board_bytes(0)
-        spin_ns = SPIN_NS if len(os.sched_getaffinity(0)) >= wire.world_size else 0
-        places = (start, failure, start + self._slots_at)
-        self.ring = Ring(wire.rank, wire.world_size, SLOT_BYTES, spin_ns, 0, *places)
+        self._failure_at = world_size * _CONTROL_BYTES
+        self._slots_at = self._failure_at + _FAILURE_BYTES
+        spin_ns = SPIN_NS if len(os.sched_getaffinity(0)) >= world_size else 0
+        places = (start, start + self._failure_at, start + self._slots_at)
+        self.ring = Ring(group.rank, world_size, SLOT_BYTES, spin_ns, 0, *places)
         """What the library knows of the memory."""
-        self._address = ctypes.addressof(self.ring)
+        self.address = ctypes.addressof(self.ring)
         native = _native()
         assert native is not None, "the handshake saw to it"
         self._native = native
+        weakref.finalize(self, _leave, self._words, group.rank, os.getpid())
 
     @staticmethod
     def size(world_size: int) -> int:
         """Bytes that `world_size` ranks need."""
-        return board_bytes(world_size) + 2 * world_size * SLOT_BYTES
+        return world_size * (_CONTROL_BYTES + 2 * SLOT_BYTES) + _FAILURE_BYTES
 
     @classmethod
-    def over(cls, wire: Wire, willing: bool = True) -> Self | None:
-        """The memory that all ranks of `wire` share, or None; a collective (see `memory.shared_over`)."""
+    def over(cls, group: Group, willing: bool = True) -> Self | None:
+        """The memory that all ranks of `group` share, or None; a collective (see `shared_over`)."""
         willing = willing and _native() is not None
-        memory = shared_over(wire, cls.size(wire.world_size), willing)
-        return None if memory is None else cls(memory, wire)
+        memory = shared_over(group, cls.size(group.world_size), willing)
+        return None if memory is None else cls(memory, group)
 
-    def begin(self, header: bytes, call: int, payload: Tensor) -> Callable[[], Tensor]:
-        """See `Transport`. A payload larger than a slot takes several rounds, of which the first is begun."""
-        self._publish(header, call, payload, 0)
-        return lambda: self._rest(header, call, payload)
-
-    def _publish(self, header: bytes, call: int, payload: Tensor, offset: int) -> None:
-        """Enter a round with the bytes of `payload` from `offset` on, as many as a slot holds."""
-        size = min(payload.nbytes - offset, PAYLOAD_BYTES)
-        source = payload.data_ptr() + offset
-        if self._native.syncbn_exchange_publish(self._address, call, header, source, size):
-            raise self._board.failure()
-
-    def _rest(self, header: bytes, call: int, payload: Tensor) -> Tensor:
-        """Every rank's payload, once the first round is entered."""
+    def exchange(self, header: bytes, number: int, payload: Tensor) -> Tensor:
+        """See `Transport`. A payload larger than a slot takes several rounds."""
         gathered = payload.new_empty((self._world_size, payload.numel()))
-        out, total = gathered.data_ptr(), payload.nbytes
+        source, out, total = payload.data_ptr(), gathered.data_ptr(), payload.nbytes
         for offset in range(0, max(total, 1), PAYLOAD_BYTES):
-            if offset:
-                self._publish(header, call, payload, offset)
-            to = _Destination(min(total - offset, PAYLOAD_BYTES), out + offset, total)
-            status = self._native.syncbn_exchange_wait(self._address, *to, LOOK_NS, 0)
+            size = min(total - offset, PAYLOAD_BYTES)
+            published = (self.address, number, header, source + offset, size)
+            if self._native.syncbn_exchange_publish(*published):
+                raise self._failure()
+            to = _Destination(size, out + offset, total)
+            status = self._native.syncbn_exchange_wait(self.address, *to, LOOK_NS, 0)
             if status:
-                self._settle(status, header, call, to)
+                self._settle(status, header, number, to)
         return gathered
 
-    def brought(self, status: int, header: bytes, call: int, own: Tensor) -> Tensor:
-        """Every rank's payload of a round that a whole pass entered with `own`, and left with a `status`."""
+    def complete(self, status: int, header: bytes, number: int, own: Tensor) -> Tensor:
+        """Every rank's payload of a round that a native call entered with `own`, and left with a `status`."""
         gathered = own.new_empty((self._world_size, own.numel()))
         to = _Destination(own.nbytes, gathered.data_ptr(), own.nbytes)
         if status != _FAILED:
-            status = self._native.syncbn_exchange_wait(self._address, *to, 0, 0)
+            status = self._native.syncbn_exchange_wait(self.address, *to, 0, 0)
         if status:
-            self._settle(status, header, call, to)
+            self._settle(status, header, number, to)
         return gathered
 
-    def forget(self) -> None:
-        """Take back what was noted of eval mode: an exchange has brought all ranks together again."""
-        self._board.forget()
-
-    def _settle(self, status: int, header: bytes, call: int, to: _Destination) -> None:
+    def _settle(self, status: int, header: bytes, number: int, to: _Destination) -> None:
         """Bring a round to its end that did not end at once."""
-        here = f"rank {self._wire.ranks[self._wire.rank]} {place_of(header, call)}"
-        try:
-            patrol, layer = Patrol(here, self._timeout_s), Header.unpack(header).layer
-            while status == _NOT_YET:
-                patrol.look(self._absent(layer))
-                status = self._native.syncbn_exchange_wait(self._address, *to, LOOK_NS, LOOK_NS)
-        except BaseException as error:
-            self._fail(error, here)
-            raise
+        if status == _NOT_YET:
+            status = self._wait(header, number, to)
         if status == _DIFFER:
-            self._board.forget()
-            headers = [self._header(r, self.ring.round) for r in range(self._world_size)]
-            raise disagreement(headers, self._wire.rank, self._wire.ranks)
+            headers = [self._header(rank) for rank in range(self._world_size)]
+            raise disagreement(headers, self._group.rank, self._group.ranks)
         if status:
-            raise self._board.failure()
+            raise self._failure()
 
-    def _absent(self, layer: str) -> list[Absent]:
+    def _wait(self, header: bytes, number: int, to: _Destination) -> int:
+        """Wait for the ranks that have not come, and look after them; the round's status."""
+        status = _NOT_YET
+        with Wait(self._group, header, number) as wait:
+            try:
+                while status == _NOT_YET:
+                    missing = self._missing()
+                    wait.look(missing, [rank for rank in missing if self._words[_left_at(rank)]])
+                    status = self._native.syncbn_exchange_wait(self.address, *to, LOOK_NS, LOOK_NS)
+            except BaseException as error:
+                self._fail(error, wait.here)
+                raise
+        return status
+
+    def _missing(self) -> list[int]:
         """The ranks that have not published this round."""
-        board, ranks = self._board, self._wire.ranks
-        return [
-            Absent(ranks[rank], board.process(rank), board.passed(rank, layer), board.left(rank))
-            for rank, count in enumerate(board.published())
-            if count < self.ring.round
-        ]
+        stride = _CONTROL_BYTES // 8
+        published = self._words[: self._world_size * stride : stride].tolist()
+        return [rank for rank, count in enumerate(published) if count < self.ring.round]
 
-    def _header(self, rank: int, round_: int) -> bytes:
-        """The header that `rank` published in a round that this rank has not left."""
-        at = self._slots_at + (round_ % 2 * self._world_size + rank) * SLOT_BYTES
+    def _header(self, rank: int) -> bytes:
+        """The header that `rank` published in the present round."""
+        at = self._slots_at + (self.ring.round % 2 * self._world_size + rank) * SLOT_BYTES
         return self._memory[at : at + HEADER_BYTES]
 
     def _fail(self, error: BaseException, here: str) -> None:
         """Let every other rank raise what made this one give up."""
         known = isinstance(error, RanksDisagree | RankLost)
-        message = str(error) if known else f"{here}, and was interrupted there: {error!r}"
-        text = message.encode()[:MESSAGE_BYTES]
+        message = str(error) if known else f"{here}, and was interrupted: {error!r}"
+        text = message.encode()[:_MESSAGE_BYTES]
         lost = not isinstance(error, RanksDisagree)
-        self._native.syncbn_exchange_fail(self._address, lost, text, len(text))
+        self._native.syncbn_exchange_fail(self.address, lost, text, len(text))
 
-    def pass_by(self, layer: str, backward: bool) -> None:
-        """Note that this rank goes through `layer` in eval mode.
+    def _failure(self) -> RanksDisagree | RankLost:
+        """What the rank that gave up first has said."""
+        at = self._failure_at
+        lost, length = self._words[at // 8 + 1 : at // 8 + 3]
+        message = self._memory[at + 24 :][:length].decode(errors="replace")
+        return RankLost(message) if lost else RanksDisagree(message)
 
-        Raises:
-            RanksDisagree: in the backward pass, where another rank waits for this one in the forward pass of a
-                layer that this one has gone through in eval mode and that one has not.
-        """
-        first = self._board.note(layer, backward)
-        if backward:
-            if first:
-                linger(lambda: self._unknown(layer))
-            for rank, count in enumerate(self._board.published()):
-                if count > self.ring.round:
-                    self._refuse(layer, rank, count)
 
-    def _unknown(self, layer: str) -> bool:
-        """Whether some rank is neither in an exchange that this one has not entered nor seen in `layer` itself."""
-        board, own, round_ = self._board, self._wire.rank, self.ring.round
-        return any(
-            rank != own and count <= round_ and not board.seen_in(rank, layer)
-            for rank, count in enumerate(board.published())
-        )
+def _left_at(rank: int) -> int:
+    """The word that says whether `rank` let go of the group."""
+    return rank * _CONTROL_BYTES // 8 + _LEFT
 
-    def _refuse(self, layer: str, waiting: int, round_: int) -> None:
-        """Raise where rank `waiting` waits for what this rank has gone through in eval mode."""
-        data = self._header(waiting, round_)
-        call, header = CALL.unpack_from(data)[0], Header.unpack(data[CALL.size :])
-        if header.kind != FORWARD or not self._board.passed_alone(header.layer, waiting):
-            return
-        own, other = self._wire.ranks[self._wire.rank], self._wire.ranks[waiting]
-        error = passed_by(own, layer, f"rank {other} {header.place(call)}")
-        self._fail(error, "")
-        raise error
+
+def _leave(words: memoryview, rank: int, pid: int) -> None:
+    if pid == os.getpid():  # a forked child that ends leaves nothing
+        words[_left_at(rank)] = 1
+
+
+def shared_over(group: Group, size: int, willing: bool) -> mmap.mmap | None:
+    """`size` zero bytes that all ranks of `group` share, None where some cannot or are not willing; a collective.
+
+    Rank 0 makes nameless memory and tells where it can be opened; a rank that finds it there, signed by rank 0,
+    is on the same machine.
+    """
+    secret = os.urandom(8).hex().encode()
+    descriptor = _make(size, secret) if group.rank == 0 and willing else None
+    try:
+        path = "" if descriptor is None else f"/proc/{os.getpid()}/fd/{descriptor}"
+        offer = (secret + path.encode()).ljust(_OFFER_BYTES, b"\0")
+        offers = group.all_gather(torch.frombuffer(bytearray(offer), dtype=torch.uint8))
+        secret, slash, rest = bytes(offers[0].tolist()).rstrip(b"\0").partition(b"/")
+        memory = _map(Path((slash + rest).decode()), size, secret) if rest and willing else None
+        verdicts = group.all_gather(torch.tensor([memory is not None], dtype=torch.uint8))
+    finally:
+        if descriptor is not None:
+            os.close(descriptor)
+    return memory if bool(verdicts.all()) else None
+
+
+def _make(size: int, secret: bytes) -> int | None:
+    """The descriptor of `size` bytes, zero up to the signature after them; None where there can be none."""
+    try:
+        descriptor = os.memfd_create("syncbn")
+    except (AttributeError, OSError):  # not Linux; or not permitted
+        return None
+    try:
+        os.posix_fallocate(descriptor, 0, size + _SIGNATURE_BYTES)  # or a bus error, later
+        os.pwrite(descriptor, secret + machine().encode(), size)
+    except OSError:
+        os.close(descriptor)
+        return None
+    return descriptor
+
+
+def _map(path: Path, size: int, secret: bytes) -> mmap.mmap | None:
+    with contextlib.suppress(OSError, ValueError):
+        with path.open("r+b") as file:
+            memory = mmap.mmap(file.fileno(), size + _SIGNATURE_BYTES)
+        if memory[-_SIGNATURE_BYTES:].rstrip(b"\0") == secret + machine().encode():
+            return memory
+    return None
 
 
 @functools.cache

@@ -1,184 +1,293 @@
-"""Frames through connections of our own between the ranks of a small group: no other thread to wake.
+"""Frames through TCP connections between the ranks of a small group: no other thread to wake.
 
 Whatever goes through gloo is read by a thread of gloo's, which must be woken on a busy core, and wakes the one that
 waits for it: 2 ms an exchange within a layer, whether as a gather or as messages between two ranks. Here
 the thread that waits reads by itself: 0.2 ms (2 ranks on 2 cores). Every rank sends its frame to all others, then
 reads theirs in rank order, so the number of frames grows with the square of that of ranks: large groups gather
-through gloo (`wire`), as do those whose ranks cannot connect (`connect`).
+through gloo, as do those whose ranks cannot all connect.
 
-A rank takes the header first, then as many bytes as that announces: connections stay in step when headers differ.
-A payload of more than `CHUNK_BYTES` goes in several, so that nobody waits for room in which to send.
+A rank reads the header first, then as many bytes as that announces: connections stay in step when headers differ.
+A payload of more than `CHUNK_BYTES` goes in several, so that no rank waits for room in which to send.
+
+Connections lie on the interface that gloo uses (`GLOO_SOCKET_IFNAME`, else the address of the host's name). A rank
+listens only while they are made, and accepts those alone that know its secret, which the group was told. Nothing is
+encrypted, so where gloo is told to (`GLOO_DEVICE_TRANSPORT`), there are none.
 """
 
+import errno
+import hmac
 import os
 import socket
 import struct
+import time
 import weakref
 from collections.abc import Callable
 from contextlib import suppress
-from functools import partial
 from typing import Self
 
+import torch
 from torch import Tensor
 
-from syncbn.norm.comm import connect
-from syncbn.norm.comm.connect import Connections
 from syncbn.norm.comm.fingerprint import (
-    CALL,
     HEADER_BYTES,
+    NUMBER,
     Header,
     RankLost,
     RanksDisagree,
     disagreement,
-    place_of,
 )
-from syncbn.norm.comm.transports.process_group import Wire, bytes_of
+from syncbn.norm.comm.transports.process_group import Group, bytes_of
+from syncbn.norm.comm.watchdog import Wait
 
 MESH_RANKS = 8
 """Ranks of a group that connect each with each: 8 on 2 cores exchange in 1.5 ms, against 17 ms through gloo."""
 CHUNK_BYTES = 2**15
 """Sent before others' are read. Every layer of a ResNet-50 fits one; a connection holds two that nobody reads."""
+CONNECT_S = 3.0
+"""How long ranks try: what drops their packets silently must not hold them up for long."""
+SECRET_BYTES = 16
 _SEND_BUFFER = 4 * CHUNK_BYTES
+_LOOK_S = 1.0
+"""How long to wait before looking why the others do not come."""
 _AT_ONCE = struct.pack("ii", 1, 0)
 """`struct linger` under which a connection that is closed is reset: the other end cannot send to it any more."""
-_LONGEST_S = 2.0**20
-"""What a socket can wait at most, about, in seconds."""
+_OFFER = struct.Struct(f"<q64s{SECRET_BYTES}s")
+"""Port, or 0 of a rank that does not listen; address; secret."""
+_HELLO = struct.Struct(f"<q{SECRET_BYTES}s")
+"""The rank that connects, and the secret of the one it connects to."""
+_SIOCGIFADDR = 0x8915
+_UNREACHABLE = (errno.ETIMEDOUT, errno.EHOSTUNREACH, errno.EHOSTDOWN, errno.ENETUNREACH)
+
+Connections = dict[int, socket.socket]
+"""By the other end's rank in the group."""
 
 
-class Mesh:
+class Sockets:
     """A `Transport` over connections.
 
     Args:
-        made: a connection with every other rank of `wire`.
-        wire: to the ranks at their ends.
+        made: a connection with every other rank of `group`.
+        group: the ranks at their ends.
     """
 
-    def __init__(self, made: Connections, wire: Wire) -> None:
+    def __init__(self, made: Connections, group: Group) -> None:
         self._connections = dict(sorted(made.items()))
-        self._rank, self._ranks, self._timeout_s = wire.rank, wire.ranks, wire.timeout_s
-        self._failure = ""
+        self._group, self._failure = group, ""
         for connection in made.values():
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER)
-            connection.settimeout(min(self._timeout_s, _LONGEST_S))
-        weakref.finalize(self, connect.close, made)
-        _meshes.add(self)
+            connection.settimeout(_LOOK_S)
+        weakref.finalize(self, close, made)
+        _all.add(self)
 
     @classmethod
-    def over(cls, wire: Wire, willing: bool = True) -> Self | None:
-        """Connections between all ranks of `wire`, None of too many, or where some cannot; a collective."""
-        made = connect.connections(wire, willing) if wire.world_size <= MESH_RANKS else None
-        return None if made is None else cls(made, wire)
+    def over(cls, group: Group, willing: bool = True) -> Self | None:
+        """Connections between all ranks of `group`, None of too many, or where some cannot; a collective."""
+        made = connections(group, willing) if group.world_size <= MESH_RANKS else None
+        return None if made is None else cls(made, group)
 
-    def begin(self, header: bytes, call: int, payload: Tensor) -> Callable[[], Tensor]:
+    def exchange(self, header: bytes, number: int, payload: Tensor) -> Tensor:
         """See `Transport`. Once a rank is lost or late it stays failed, and the others are told.
 
         Raises:
-            RanksDisagree: headers differ; or some rank did not come within the group's time limit.
-            RankLost: some rank has closed its connection.
+            RanksDisagree: headers differ; or some rank did not come.
+            RankLost: the connection to some rank was closed.
+            RuntimeError: this rank cannot use a connection.
         """
         if self._failure:
             raise RanksDisagree(self._failure)
-        front = CALL.pack(call) + header
         try:
-            self._send(front + bytes_of(payload)[:CHUNK_BYTES], front)
+            headers, gathered = self._frames(header, number, payload)
         except BaseException as error:
-            self._fail(error, front)
-            raise
-        return partial(self._rest, front, payload)
-
-    def _rest(self, header: bytes, payload: Tensor) -> Tensor:
-        try:
-            headers, gathered = self._receive_all(header, payload)
-        except BaseException as error:
-            self._fail(error, header)
+            known = isinstance(error, RanksDisagree | RankLost)
+            self._failure = str(error) if known else f"the exchange was interrupted: {error!r}"
+            self._hang_up()
             raise
         if gathered is None:
-            raise disagreement(headers, self._rank, self._ranks)
+            raise disagreement(headers, self._group.rank, self._group.ranks)
         return gathered
 
-    def _fail(self, error: BaseException, header: bytes) -> None:
-        """Whatever went wrong, the connections are out of step from here on."""
-        known = isinstance(error, RanksDisagree | RankLost)
-        place = place_of(header[CALL.size :], CALL.unpack_from(header)[0])
-        here = f"rank {self._ranks[self._rank]} {place}"
-        self._failure = str(error) if known else f"{here}, and was interrupted: {error!r}"
-        self._hang_up()
-
-    def _receive_all(self, header: bytes, payload: Tensor) -> tuple[list[bytes], Tensor | None]:
+    def _frames(
+        self, header: bytes, number: int, payload: Tensor
+    ) -> tuple[list[bytes], Tensor | None]:
         """All headers; and all payloads, None where headers differ."""
-        gathered = payload.new_empty((len(self._ranks), payload.numel()))
+        self._group.turn = header, number
+        rank, front = self._group.rank, NUMBER.pack(number) + header
+        gathered = payload.new_empty((self._group.world_size, payload.numel()))
         own, rows = bytes_of(payload), bytes_of(gathered)
-        size, headers = len(own), [header] * len(self._ranks)
-        rows[self._rank * size :][:size] = own
+        size, headers = len(own), [front] * self._group.world_size
+        self._send(front + own[:CHUNK_BYTES])
+        rows[rank * size :][:size] = own
         for rank in self._connections:
-            headers[rank] = theirs = bytes(self._receive(rank, bytearray(HEADER_BYTES), header))
-            if theirs == header:
-                self._receive(rank, rows[rank * size :][: min(size, CHUNK_BYTES)], header)
+            headers[rank] = theirs = bytes(self._receive(rank, bytearray(HEADER_BYTES)))
+            if theirs == front:
+                self._receive(rank, rows[rank * size :][: min(size, CHUNK_BYTES)])
             else:
-                announced = Header.unpack(theirs[CALL.size :]).payload_bytes
-                self._receive(rank, bytearray(min(announced, CHUNK_BYTES)), header)
-        if any(theirs != header for theirs in headers):
+                announced = Header.unpack(theirs[NUMBER.size :]).payload_bytes
+                self._receive(rank, bytearray(min(announced, CHUNK_BYTES)))
+        if any(theirs != front for theirs in headers):
             return headers, None
         for at in range(CHUNK_BYTES, size, CHUNK_BYTES):
-            self._send(own[at : at + CHUNK_BYTES], header)
+            self._send(own[at : at + CHUNK_BYTES])
             for rank in self._connections:
-                self._receive(rank, rows[rank * size :][:size][at : at + CHUNK_BYTES], header)
+                self._receive(rank, rows[rank * size :][:size][at : at + CHUNK_BYTES])
         return headers, gathered
 
-    def _send(self, values: bytes | memoryview, header: bytes) -> None:
+    def _send(self, values: bytes | memoryview) -> None:
         """Send `values` to all others."""
         for rank, connection in self._connections.items():
-            try:
-                connection.sendall(values)
-            except OSError as error:
-                raise self._missing(rank, header, error) from error
-
-    def _receive(
-        self, rank: int, into: bytearray | memoryview, header: bytes
-    ) -> bytearray | memoryview:
-        """Fill `into` with what `rank` sent."""
-        connection, rest = self._connections[rank], memoryview(into)
-        try:
+            rest = memoryview(values)
             while rest:
-                read = connection.recv_into(rest)
-                if read == 0:
-                    raise ConnectionResetError
-                rest = rest[read:]
-        except OSError as error:
-            raise self._missing(rank, header, error) from error
+                rest = rest[self._patiently(rank, connection.send, rest) :]
+
+    def _receive(self, rank: int, into: bytearray | memoryview) -> bytearray | memoryview:
+        """Fill `into` with what `rank` sent."""
+        rest = memoryview(into)
+        while rest:
+            read = self._patiently(rank, self._connections[rank].recv_into, rest)
+            if read == 0:
+                raise self._lost(rank, "it closed the connection")
+            rest = rest[read:]
         return into
 
-    def _missing(self, rank: int, header: bytes, error: OSError) -> RanksDisagree | RankLost:
-        """What to say of `rank`, of which `error` was heard in the exchange of `header`."""
-        place = place_of(header[CALL.size :], CALL.unpack_from(header)[0])
-        waits = f"rank {self._ranks[self._rank]} {place} and waits for rank {self._ranks[rank]}: it"
-        if isinstance(error, TimeoutError):
-            return RanksDisagree(f"{waits} did not come within {self._timeout_s:g} s")
-        return RankLost(f"{waits} died, failed, or let go of its process group")
+    def _patiently(self, rank: int, move: Callable[[memoryview], int], values: memoryview) -> int:
+        """What `move` returns, once the connection to `rank` lets it."""
+        moved = self._attempt(rank, move, values)
+        if moved is None:
+            with Wait(self._group, *self._group.turn) as wait:
+                while moved is None:
+                    wait.look([rank])
+                    moved = self._attempt(rank, move, values)
+        return moved
+
+    def _attempt(
+        self, rank: int, move: Callable[[memoryview], int], values: memoryview
+    ) -> int | None:
+        """What `move` returns; None where the connection to `rank` does not let it yet."""
+        try:
+            return move(values)
+        except OSError as error:
+            if isinstance(error, TimeoutError) and error.errno is None:
+                return None
+            if isinstance(error, ConnectionError) or error.errno in _UNREACHABLE:
+                raise self._lost(rank, str(error)) from error
+            here, other = self._group.here(), self._group.ranks[rank]
+            raise RuntimeError(
+                f"{here} and cannot use its socket to rank {other}: {error}"
+            ) from error
+
+    def _lost(self, rank: int, why: str) -> RankLost:
+        """The error of a connection to `rank` that is closed."""
+        return RankLost(
+            f"{self._group.here()} and waits for rank {self._group.ranks[rank]}: "
+            f"it exited, failed or left its process group ({why})"
+        )
 
     def _hang_up(self) -> None:
         """Have all others raise, now or when they come: what was sent to them is no longer to be taken."""
         for connection in self._connections.values():
             with suppress(OSError):  # it is closed already
                 connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _AT_ONCE)
-        connect.close(self._connections)
-
-    def let_go(self) -> None:
-        """Close this process's side of the connections, which may be those of its parent."""
-        connect.close(self._connections)
-
-    def pass_by(self, layer: str, backward: bool) -> None:
-        """Nothing: a rank that does not come is noticed at the group's time limit."""
+        close(self._connections)
 
 
-_meshes: weakref.WeakSet[Mesh] = weakref.WeakSet()
+def connections(group: Group, willing: bool = True) -> Connections | None:
+    """Connections with all other ranks of `group`, None where some rank lacks one or is not willing; a collective."""
+    secret = os.urandom(SECRET_BYTES)
+    listener = _listener() if willing else None
+    made: Connections | None = None
+    try:
+        host, port = listener.getsockname()[:2] if listener else ("", 0)
+        offer = bytearray(_OFFER.pack(port, host.encode(), secret))
+        gathered = group.all_gather(torch.frombuffer(offer, dtype=torch.uint8))
+        offers = [_OFFER.unpack(bytes(row)) for row in gathered.tolist()]
+        if listener and all(port for port, _, _ in offers):
+            made = _made(listener, offers, group.rank)
+        verdicts = group.all_gather(torch.tensor([made is not None], dtype=torch.uint8))
+    finally:
+        if listener:
+            listener.close()
+    if made is not None and not verdicts.all():
+        close(made)
+        return None
+    return made
+
+
+def close(made: Connections) -> None:
+    """Close connections that are of no use."""
+    for connection in made.values():
+        connection.close()
+
+
+def _listener() -> socket.socket | None:
+    """A socket that listens where gloo would; None where there is none, or where gloo would not talk plainly."""
+    if os.environ.get("GLOO_DEVICE_TRANSPORT", "TCP") != "TCP":
+        return None
+    with suppress(OSError):
+        return socket.create_server((_address(), 0))
+    return None
+
+
+def _address() -> str:
+    """The IPv4 address on which gloo would listen: this machine's own, where its name stands for none.
+
+    Raises:
+        OSError: the interface has none.
+    """
+    interface = os.environ.get("GLOO_SOCKET_IFNAME", "").split(",")[0]
+    if not interface:
+        with suppress(OSError, UnicodeError):  # the latter of a name that no resolver takes
+            return socket.gethostbyname(socket.gethostname())
+        return "127.0.0.1"
+    import fcntl  # not everywhere
+
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as any_socket:
+        request = struct.pack("256s", interface.encode()[:15])
+        return socket.inet_ntoa(fcntl.ioctl(any_socket, _SIOCGIFADDR, request)[20:24])
+
+
+def _made(
+    listener: socket.socket, offers: list[tuple[int, bytes, bytes]], rank: int
+) -> Connections | None:
+    """Connections with all ranks, made to those before this one and accepted from those behind it."""
+    made: Connections = {}
+    try:
+        for other, (port, host, secret) in enumerate(offers[:rank]):
+            place = host.rstrip(b"\0").decode(), port
+            made[other] = socket.create_connection(place, CONNECT_S)
+            made[other].sendall(_HELLO.pack(rank, secret))
+        deadline = time.monotonic() + CONNECT_S
+        while len(made) < len(offers) - 1:
+            listener.settimeout(max(deadline - time.monotonic(), 0.001))
+            accepted, _ = listener.accept()
+            _admit(accepted, offers[rank][2], made)
+    except OSError:
+        close(made)
+        return None
+    return made
+
+
+def _admit(accepted: socket.socket, secret: bytes, made: Connections) -> None:
+    """Add a connection to those `made`, if it comes from a rank of the group."""
+    accepted.settimeout(CONNECT_S / 4)  # a stranger may say nothing, and others wait behind it
+    hello = b""
+    with suppress(OSError):
+        while len(hello) < _HELLO.size and (more := accepted.recv(_HELLO.size - len(hello))):
+            hello += more
+        other, told = _HELLO.unpack(hello.ljust(_HELLO.size, b"\0"))
+        if hmac.compare_digest(told, secret):
+            made[other] = accepted
+            return
+    accepted.close()
+
+
+_all: weakref.WeakSet[Sockets] = weakref.WeakSet()
 
 
 def _let_go() -> None:
     """In a forked child: a connection ends with its rank, not with the last worker that loads data for it."""
-    for mesh in _meshes:
-        mesh.let_go()
+    for sockets in _all:
+        close(sockets._connections)
 
 
 os.register_at_fork(after_in_child=_let_go)

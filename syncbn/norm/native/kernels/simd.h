@@ -1,8 +1,10 @@
-// Vectors of 64 bytes, 16 floats or 8 doubles, whatever the machine has: as many pieces of VECTOR_BYTES as that
-// takes. The number of lanes is fixed so that sums have the same order, and so the same bits, on every machine.
+// Vectors of 64 bytes (16 floats or 8 doubles) on every machine, in pieces of VECTOR_BYTES. The number of lanes is fixed so
+// that sums have the same order, and so the same bits, on every machine.
 #pragma once
 
 #include <stdint.h>
+
+#include <type_traits>
 
 #if VECTOR_BYTES > 16
 #include <immintrin.h>
@@ -12,29 +14,23 @@
 
 namespace {
 
-template <class, class> constexpr bool same = false;
-template <class T> constexpr bool same<T, T> = true;
-
-// Storage of the half types: bits alone, their arithmetic is done in float.
+// Storage of the half types; their arithmetic is done in float.
 struct Bfloat16 { uint16_t bits; };
 struct Float16 { uint16_t bits; };
 
-template <class T> struct StatisticsOf { using Type = float; };
-template <> struct StatisticsOf<double> { using Type = double; };
-template <class T> using Statistics = typename StatisticsOf<T>::Type;
-
-template <class A> struct IntegerOf { using Type = int32_t; };
-template <> struct IntegerOf<double> { using Type = int64_t; };
+// The dtype of an input's statistics and arithmetic, and the integer of the same size.
+template <class T> using Statistics = std::conditional_t<std::is_same_v<T, double>, double, float>;
+template <class A> using Integer = std::conditional_t<std::is_same_v<A, double>, int64_t, int32_t>;
 
 template <class A> struct Pack {
   static constexpr int lanes = 64 / sizeof(A);
   static constexpr int pieces = 64 / VECTOR_BYTES;
   typedef A Piece __attribute__((vector_size(VECTOR_BYTES)));
-  typedef typename IntegerOf<A>::Type Bits __attribute__((vector_size(VECTOR_BYTES)));
+  typedef Integer<A> Bits __attribute__((vector_size(VECTOR_BYTES)));
   Piece piece[pieces];
 };
 
-// f of the corresponding pieces of packs.
+// f applied to the corresponding pieces of packs.
 template <class A, class F, class... P> INLINE Pack<A> map(F f, const Pack<A>& first, const P&... rest) {
   Pack<A> result;
 #pragma GCC unroll 4
@@ -63,7 +59,7 @@ template <class A> INLINE Pack<A> broadcast(A value) {
 
 template <class A> INLINE Pack<A> zero() { return broadcast<A>(0); }
 
-// An A of the same bits.
+// A value of another type with the same bits.
 template <class To, class From> INLINE To bits_as(const From& from) {
   static_assert(sizeof(To) == sizeof(From), "the same size");
   To to;
@@ -93,41 +89,29 @@ INLINE void store_narrowed(void* to, Words words) {
 // Each half goes to the upper half of its word in one step, where widening takes another to shift.
 INLINE Floats load_piece(const Bfloat16* from) {
   const __m512i halves = _mm512_castsi256_si512(_mm256_loadu_si256((const __m256i*)from));
-  const __m512i places = _mm512_slli_epi32(_mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0), 16);
-  return (Floats)_mm512_maskz_permutexvar_epi16(0xaaaaaaaau, places, halves);
+  const __m512i targets = _mm512_slli_epi32(_mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0), 16);
+  return (Floats)_mm512_maskz_permutexvar_epi16(0xaaaaaaaau, targets, halves);
 }
 #else
 INLINE Floats load_piece(const Bfloat16* from) { return bits_as<Floats>(widened(from) << 16); }
 #endif
 
-// To nearest, ties to even; NaN stays NaN.
-#if VECTOR_BYTES == 64
-INLINE void store_piece(Bfloat16* to, Floats value) {
-  const __m512i bits = (__m512i)value;
-  const __mmask16 odd = _mm512_test_epi32_mask(bits, _mm512_set1_epi32(0x10000));
-  const __mmask16 number = _mm512_cmp_ps_mask((__m512)value, (__m512)value, _CMP_ORD_Q);
-  const __m512i down = _mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff));
-  const __m512i even = _mm512_mask_add_epi32(down, odd, bits, _mm512_set1_epi32(0x8000));
-  const __m512i words = _mm512_mask_srli_epi32(_mm512_set1_epi32(0x7fc0), number, even, 16);
-  _mm256_storeu_si256((__m256i*)to, _mm512_cvtepi32_epi16(words));
+// Round to nearest, ties to even; NaN stays NaN.
+INLINE Words rounded_up(Floats value) {
+  const Words bits = bits_as<Words>(value);
+  return bits + 0x7fffu + ((bits >> 16) & 1u);
 }
-// Two at once, in one store of a whole cache line and half the steps, if neither holds a NaN.
+INLINE void store_piece(Bfloat16* to, Floats value) {
+  store_narrowed(to, value == value ? rounded_up(value) >> 16 : Words{} + 0x7fc0u);
+}
+#if VECTOR_BYTES == 64
+// Two pieces in one store of a whole cache line, in half the steps, if neither holds a NaN.
 INLINE bool store_both(Bfloat16* to, Floats first, Floats second) {
   if (__builtin_expect(_mm512_cmp_ps_mask((__m512)first, (__m512)second, _CMP_UNORD_Q) != 0, 0)) return false;
-  const auto rounded = [](Floats value) __attribute__((always_inline)) {
-    const Words bits = bits_as<Words>(value);
-    return (__m512i)(bits + 0x7fffu + ((bits >> 16) & 1u));
-  };
   const __m512i upper = _mm512_set_epi16(63, 61, 59, 57, 55, 53, 51, 49, 47, 45, 43, 41, 39, 37, 35, 33, 31, 29, 27, 25, 23,
                                          21, 19, 17, 15, 13, 11, 9, 7, 5, 3, 1);
-  _mm512_storeu_si512(to, _mm512_permutex2var_epi16(rounded(first), upper, rounded(second)));
+  _mm512_storeu_si512(to, _mm512_permutex2var_epi16((__m512i)rounded_up(first), upper, (__m512i)rounded_up(second)));
   return true;
-}
-#else
-INLINE void store_piece(Bfloat16* to, Floats value) {
-  const Words bits = bits_as<Words>(value);
-  const Words rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-  store_narrowed(to, value == value ? rounded : Words{} + 0x7fc0u);
 }
 #endif
 
@@ -146,7 +130,7 @@ INLINE void store_piece(Float16* to, Floats value) {
   _mm_storeu_si128((__m128i*)to, _mm256_cvtps_ph((__m256)value, _MM_FROUND_TO_NEAREST_INT));
 }
 #else
-// Exponents are moved by adding; infinities need more of it, and subnormals are made normal by a subtraction.
+// An addition rebiases the exponent, a second one that of infinity and NaN; a subtraction makes subnormals normal.
 INLINE Floats load_piece(const Float16* from) {
   const Words half = widened(from), shifted = (half & 0x7fffu) << 13, exponent = shifted & 0x0f800000u;
   const Words normal = shifted + (112u << 23), infinite = normal + (112u << 23);
@@ -155,7 +139,7 @@ INLINE Floats load_piece(const Float16* from) {
   bits = exponent == 0u ? bits_as<Words>(small) : bits;
   return bits_as<Floats>(bits | (half & 0x8000u) << 16);
 }
-// Below 2^-14 the addition of 0.5 rounds to the subnormal's grid; above, adding to the bits rounds to even.
+// Below 2^-14 the addition of 0.5 rounds to the subnormals' spacing; above, adding to the bits rounds to even.
 INLINE void store_piece(Float16* to, Floats value) {
   const Words bits = bits_as<Words>(value), sign = bits & 0x80000000u, size = bits ^ sign;
   const Words normal = (size - (112u << 23) + 0xfffu + ((size >> 13) & 1u)) >> 13;
@@ -169,38 +153,32 @@ INLINE void store_piece(Float16* to, Floats value) {
 
 // ---- packs from and to memory of any alignment ---------------------------------------------------------------
 
-template <class T> INLINE Pack<float> load(const T* from) {
-  Pack<float> result;
-#pragma GCC unroll 4
-  for (int i = 0; i < Pack<float>::pieces; ++i) result.piece[i] = load_piece(from + i * FLOATS);
-  return result;
-}
-template <class T> INLINE void store(T* to, const Pack<float>& value) {
-#pragma GCC unroll 4
-  for (int i = 0; i < Pack<float>::pieces; ++i) store_piece(to + i * FLOATS, value.piece[i]);
-}
-// Piece by piece: a copy of the whole pack goes through the stack where it has more than one.
-template <class A> INLINE Pack<A> load_same(const A* from) {
+// Full-width dtypes go piece by piece: a copy of a whole pack goes through the stack where it has several pieces.
+template <class T> INLINE Pack<Statistics<T>> load(const T* from) {
+  using A = Statistics<T>;
   Pack<A> result;
 #pragma GCC unroll 4
-  for (int i = 0; i < Pack<A>::pieces; ++i)
-    __builtin_memcpy(&result.piece[i], from + i * (VECTOR_BYTES / sizeof(A)), VECTOR_BYTES);
+  for (int i = 0; i < Pack<A>::pieces; ++i) {
+    const T* const piece = from + i * (VECTOR_BYTES / int(sizeof(A)));
+    if constexpr (sizeof(T) == 2) result.piece[i] = load_piece(piece);
+    else __builtin_memcpy(&result.piece[i], piece, VECTOR_BYTES);
+  }
   return result;
 }
-template <class A> INLINE void store_same(A* to, const Pack<A>& value) {
+template <class T> INLINE void store(T* to, const Pack<Statistics<T>>& value) {
+  using A = Statistics<T>;
 #pragma GCC unroll 4
-  for (int i = 0; i < Pack<A>::pieces; ++i)
-    __builtin_memcpy(to + i * (VECTOR_BYTES / sizeof(A)), &value.piece[i], VECTOR_BYTES);
+  for (int i = 0; i < Pack<A>::pieces; ++i) {
+    T* const piece = to + i * (VECTOR_BYTES / int(sizeof(A)));
+    if constexpr (sizeof(T) == 2) store_piece(piece, value.piece[i]);
+    else __builtin_memcpy(piece, &value.piece[i], VECTOR_BYTES);
+  }
 }
-INLINE Pack<float> load(const float* from) { return load_same(from); }
-INLINE Pack<double> load(const double* from) { return load_same(from); }
-INLINE void store(float* to, const Pack<float>& value) { store_same(to, value); }
-INLINE void store(double* to, const Pack<double>& value) { store_same(to, value); }
 
-// Two packs to one place after another.
-template <class T, class A> INLINE void store_pair(T* to, const Pack<A>& first, const Pack<A>& second) {
+// Two packs, one after the other in memory.
+template <class T, class A> INLINE void store(T* to, const Pack<A>& first, const Pack<A>& second) {
 #if VECTOR_BYTES == 64
-  if constexpr (same<T, Bfloat16>)
+  if constexpr (std::is_same_v<T, Bfloat16>)
     if (store_both(to, first.piece[0], second.piece[0])) return;
 #endif
   store(to, first);
@@ -210,7 +188,7 @@ template <class T, class A> INLINE void store_pair(T* to, const Pack<A>& first, 
 // `value` with all but its last `count` lanes 0.
 template <class A> INLINE Pack<A> keep_last(const Pack<A>& value, int64_t count) {
   using Bits = typename Pack<A>::Bits;
-  static const typename IntegerOf<A>::Type keep[2 * 16] = {
+  static const Integer<A> keep[2 * 16] = {
       0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1};
   const auto* from = keep + 16 - Pack<A>::lanes + count;
   Pack<A> result;
@@ -223,21 +201,20 @@ template <class A> INLINE Pack<A> keep_last(const Pack<A>& value, int64_t count)
   return result;
 }
 
-// The sum of all lanes in float64, halves added to halves: as vectors, since a loop over lanes goes through memory and
-// took half the time of the moments of 7x7 planes.
+// The sum of all lanes in float64, by adding halves as vectors: a loop over lanes goes through memory and takes half the
+// time of the moments of 7x7 planes.
+template <class Half, class Whole> INLINE Half halved(const Whole& value) {
+  Half half[2];
+  static_assert(sizeof half == sizeof value, "two halves");
+  __builtin_memcpy(half, &value, sizeof half);
+  return half[0] + half[1];
+}
 typedef double Doubles2 __attribute__((vector_size(16)));
 typedef double Doubles4 __attribute__((vector_size(32)));
 typedef double Doubles8 __attribute__((vector_size(64)));
-INLINE double halved(Doubles4 value) {
-  Doubles2 half[2];
-  __builtin_memcpy(half, &value, sizeof half);
-  const Doubles2 pair = half[0] + half[1];
-  return pair[0] + pair[1];
-}
 INLINE double total(const Pack<double>& value) {
-  Doubles4 half[2];
-  __builtin_memcpy(half, &value, sizeof half);
-  return halved(half[0] + half[1]);
+  const Doubles2 pair = halved<Doubles2>(halved<Doubles4>(value));
+  return pair[0] + pair[1];
 }
 INLINE double total(const Pack<float>& value) {
   typedef float Floats8 __attribute__((vector_size(32)));

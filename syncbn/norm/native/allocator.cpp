@@ -1,8 +1,8 @@
-// Memory for results that is used again once their last tensor is gone.
+// An allocator for results that keeps their memory for later results.
 //
-// glibc gives large blocks back to the kernel as soon as they are free, and mapping them anew, page by page, takes longer
-// than a pass over them. Blocks are mapped here instead, in pages of 2 MiB where that is worth it, and kept: never more
-// than were in use at once. They leave as DLPack tensors, whose deleter brings them back.
+// glibc returns large blocks to the kernel once they are free, and page faults on new ones take longer than a pass over
+// them (8x64x56x56 in float32, forward and backward: 9 ms, and 2.5 ms with this allocator). It keeps at most as many bytes as
+// were in use at one time. Results are DLPack tensors, whose deleter returns the block.
 #include <pthread.h>
 #include <stdlib.h>
 #include <string.h>
@@ -11,8 +11,8 @@
 #include <mutex>
 #include <vector>
 
-#include "common.h"
-#include "kernels.h"
+#include "abi.h"
+#include "kernels/kernels.h"
 
 namespace {
 
@@ -35,54 +35,56 @@ constexpr uint8_t FLOAT = 2, BFLOAT = 4;
 
 constexpr int64_t HUGE_PAGE = 1 << 21;
 
-// Sizes of blocks are eight to an octave, so that one of another batch size may serve.
+// Block sizes are eight to an octave, so that a block serves similar batch sizes.
 int64_t size_class(int64_t bytes) {
   int64_t step = 1 << 12;
   while (step * 8 < bytes) step *= 2;
   return (bytes + step - 1) / step * step;
 }
 
-void* mapped(int64_t bytes) {
+// Map a block, aligned to huge pages where it holds several. Null where there is no memory.
+void* map_block(int64_t bytes) {
   const int64_t spare = bytes >= 2 * HUGE_PAGE ? HUGE_PAGE : 0;
-  void* const found = mmap(nullptr, size_t(bytes + spare), PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-  if (found == MAP_FAILED) return nullptr;
-  if (!spare) return found;
-  char* const begin = (char*)((uintptr_t(found) + HUGE_PAGE - 1) / HUGE_PAGE * HUGE_PAGE);
-  const int64_t head = begin - (char*)found;
-  if (head) munmap(found, size_t(head));
+  void* const mapped = mmap(nullptr, size_t(bytes + spare), PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  if (mapped == MAP_FAILED) return nullptr;
+  if (!spare) return mapped;
+  char* const begin = (char*)((uintptr_t(mapped) + HUGE_PAGE - 1) / HUGE_PAGE * HUGE_PAGE);
+  const int64_t head = begin - (char*)mapped;
+  if (head) munmap(mapped, size_t(head));
   if (spare - head) munmap(begin + bytes, size_t(spare - head));
 #ifdef MADV_HUGEPAGE
-  madvise(begin, size_t(bytes), MADV_HUGEPAGE);  // a wish: nothing depends on it
+  madvise(begin, size_t(bytes), MADV_HUGEPAGE);  // a hint, which may fail
 #endif
   return begin;
 }
 
-class Blocks {
+class Allocator {
  public:
   // `bytes` is a size class. Null where there is no memory.
-  void* take(int64_t bytes) {
+  void* allocate(int64_t bytes) {
     const std::lock_guard<std::mutex> lock(mutex_);
-    void* memory = found(bytes);
+    void* memory = take_idle(bytes);
     if (!memory) {
-      while (!idle_.empty() && in_use_ + idle_bytes_ + bytes > most_in_use_) drop_oldest();
-      memory = mapped(bytes);
+      while (!idle_.empty() && in_use_ + idle_bytes_ + bytes > peak_) unmap_oldest();
+      memory = map_block(bytes);
     }
     if (!memory) return nullptr;
     in_use_ += bytes;
-    if (in_use_ > most_in_use_) most_in_use_ = in_use_;
+    if (in_use_ > peak_) peak_ = in_use_;
     return memory;
   }
-  void bring_back(void* memory, int64_t bytes) {
+  void free(void* memory, int64_t bytes) {
     const std::lock_guard<std::mutex> lock(mutex_);
     in_use_ -= bytes;
     idle_bytes_ += bytes;
     idle_.push_back({memory, bytes});
   }
+  // Unmap all idle blocks; returns their bytes.
   int64_t release() {
     const std::lock_guard<std::mutex> lock(mutex_);
     const int64_t bytes = idle_bytes_;
-    while (!idle_.empty()) drop_oldest();
-    most_in_use_ = in_use_;
+    while (!idle_.empty()) unmap_oldest();
+    peak_ = in_use_;
     return bytes;
   }
   void lock() { mutex_.lock(); }
@@ -90,8 +92,8 @@ class Blocks {
 
  private:
   struct Block { void* memory; int64_t bytes; };
-  // The block that came back last: it is the likeliest to be in a cache.
-  void* found(int64_t bytes) {
+  // The most recently freed block of this size, which is the likeliest to be in a cache.
+  void* take_idle(int64_t bytes) {
     for (size_t i = idle_.size(); i-- > 0;)
       if (idle_[i].bytes == bytes) {
         void* const memory = idle_[i].memory;
@@ -101,37 +103,37 @@ class Blocks {
       }
     return nullptr;
   }
-  void drop_oldest() {
+  void unmap_oldest() {
     munmap(idle_.front().memory, size_t(idle_.front().bytes));
     idle_bytes_ -= idle_.front().bytes;
     idle_.erase(idle_.begin());
   }
   std::mutex mutex_;
   std::vector<Block> idle_;  // the oldest first
-  int64_t in_use_ = 0, idle_bytes_ = 0, most_in_use_ = 0;
+  int64_t in_use_ = 0, idle_bytes_ = 0, peak_ = 0;
 };
 
-Blocks& blocks() {
-  static Blocks* const all = new Blocks;  // for ever: tensors may outlive whatever ends it
-  return *all;
+Allocator& allocator() {
+  static Allocator* const instance = new Allocator;  // never destroyed: tensors may outlive static objects
+  return *instance;
 }
 
-// Nobody is in there while a thread forks: the child would find the mutex locked for ever.
+// No thread holds the mutex during a fork: the child could never lock it.
 [[maybe_unused]] const int fork_safe =
-    pthread_atfork([] { blocks().lock(); }, [] { blocks().unlock(); }, [] { blocks().unlock(); });
+    pthread_atfork([] { allocator().lock(); }, [] { allocator().unlock(); }, [] { allocator().unlock(); });
 
-void bring_back(DLManagedTensor* managed) {
-  blocks().bring_back(managed->tensor.data, size_class(int64_t(intptr_t(managed->context))));
+void delete_tensor(DLManagedTensor* managed) {
+  allocator().free(managed->tensor.data, size_class(int64_t(intptr_t(managed->context))));
   free(managed);
 }
 
 }  // namespace
 
-// An uninitialised DLPack tensor of `ndim` sizes, followed by as many strides, that takes `bytes` without a gap; null
+// An uninitialised DLPack tensor of `bytes` without gaps, whose `layout` is `ndim` sizes followed by `ndim` strides; null
 // where there is no memory.
-SYNCBN_API void* syncbn_result(int64_t ndim, const int64_t* layout, int dtype, int64_t bytes) {
+SYNCBN_API void* syncbn_allocate(int64_t ndim, const int64_t* layout, int dtype, int64_t bytes) {
   auto* const managed = (DLManagedTensor*)malloc(sizeof(DLManagedTensor) + 2 * size_t(ndim) * sizeof(int64_t));
-  void* const memory = managed ? blocks().take(size_class(bytes)) : nullptr;
+  void* const memory = managed ? allocator().allocate(size_class(bytes)) : nullptr;
   if (!memory) {
     free(managed);
     return nullptr;
@@ -142,9 +144,9 @@ SYNCBN_API void* syncbn_result(int64_t ndim, const int64_t* layout, int dtype, i
   const uint8_t code = dtype == syncbn::BFLOAT16 ? BFLOAT : FLOAT;
   managed->tensor = {memory, {CPU, 0}, int32_t(ndim), {code, bits, 1}, sizes, sizes + ndim, 0};
   managed->context = (void*)intptr_t(bytes);
-  managed->deleter = bring_back;
+  managed->deleter = delete_tensor;
   return managed;
 }
 
-// Give memory that no tensor uses back to the system; returns how many bytes.
-SYNCBN_API int64_t syncbn_release() { return blocks().release(); }
+// Return idle memory to the system; returns how many bytes.
+SYNCBN_API int64_t syncbn_release_memory() { return allocator().release(); }

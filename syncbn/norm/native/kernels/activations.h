@@ -1,18 +1,18 @@
-// The activations of syncbn/norm/backends/activations.py and their derivatives, on vectors. Kinks and NaN go as in
-// torch: comparisons are turned so that NaN takes the branch which keeps it.
+// The activations of syncbn/norm/backends/activations.py and their derivatives, on vectors. Kinks and NaN behave as in
+// torch: NaN fails each comparison, and takes the branch which keeps it.
 #pragma once
 
 #include "kernels.h"
-#include "kernels_lanes.h"
+#include "simd.h"
 
 namespace {
 
-// e^x to 2 units in the last place, x cut off where float would overflow: x = n ln 2 + r, 2^n built from bits, e^r
+// e^x to 2 units in the last place, x clamped where float would overflow: x = n ln 2 + r, 2^n built from bits, e^r
 // a polynomial (Cephes' expf).
 INLINE Floats exponential(Floats x) {
   x = x < -87.3f ? Floats{} - 87.3f : x;
   x = x > 88.3f ? Floats{} + 88.3f : x;
-  const Floats shifted = x * 1.44269504f + 12582912.0f;  // 1.5 * 2^23: the sum's last bits are a whole number
+  const Floats shifted = x * 1.44269504f + 12582912.0f;  // 1.5 * 2^23: rounds to an integer in the last bits
   const Floats n = shifted - 12582912.0f;
   const Floats r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
   Floats p = r * 1.9875691500e-4f + 1.3981999507e-3f;
@@ -27,7 +27,7 @@ INLINE Floats exponential(Floats x) {
 
 INLINE Floats sigmoid(Floats z) { return 1.0f / (1.0f + exponential(-z)); }
 
-template <class Piece> INLINE Piece silu(Piece z) { return z; }  // float64 is left to ATen
+template <class Piece> INLINE Piece silu(Piece z) { return z; }  // ATen serves float64
 template <> INLINE Floats silu(Floats z) { return z * sigmoid(z); }
 
 template <class Piece> INLINE Piece silu_derivative(Piece z) { return z; }

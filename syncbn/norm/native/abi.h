@@ -1,0 +1,4 @@
+// Linkage of the functions that Python calls.
+#pragma once
+
+#define SYNCBN_API extern "C" __attribute__((visibility("default")))
