@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 from hypothesis import settings
+from programs import Bench
 from ranks import RankPool
 
 settings.register_profile("patient", deadline=None)  # a busy machine is slow, not wrong
@@ -65,6 +66,14 @@ def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
     pool = _interpreter if interpreted else _pool
     pool.run(pyfuncitem.module.__name__, pyfuncitem.originalname, kwargs, world_size)
     return True
+
+
+@pytest.fixture
+def bench(tmp_path: Path) -> Iterator[Bench]:
+    """A place to run programs, none of which outlives the test."""
+    bench = Bench(tmp_path)
+    yield bench
+    bench.kill_all()
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -9,7 +9,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple
 
-TIMEOUT_S = 60.0
+from ranks import GLOO_TIMEOUT_S, TIMEOUT_S
 
 
 class Outcome(NamedTuple):
@@ -39,6 +39,7 @@ def run_ranks(module: str, function: str, *arguments: str, world_size: int = 2) 
         finally:
             for rank in ranks:
                 rank.kill()
+                rank.wait()
     return [Outcome(r.returncode, output) for r, output in zip(ranks, outputs, strict=True)]
 
 
@@ -56,7 +57,7 @@ def _main(
         store=dist.FileStore(store, size),
         rank=int(rank),
         world_size=size,
-        timeout=timedelta(seconds=30),
+        timeout=timedelta(seconds=GLOO_TIMEOUT_S),
     )
     getattr(importlib.import_module(module), function)(*arguments)
     dist.destroy_process_group()
