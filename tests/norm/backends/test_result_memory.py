@@ -229,9 +229,13 @@ def in_child(work: Callable[[], bool]) -> int:
     child = os.fork()
     if child == 0:
         signal.signal(signal.SIGALRM, signal.SIG_DFL)
-        signal.alarm(5)
-        torch.set_num_threads(1)
-        os._exit(0 if work() else 1)
+        signal.alarm(120)
+        status = 1
+        try:
+            torch.set_num_threads(1)
+            status = 0 if work() else 1
+        finally:  # an error here must not go on in the tests that follow
+            os._exit(status)
     sys.settrace(tracer)
     return os.waitpid(child, 0)[1]
 
