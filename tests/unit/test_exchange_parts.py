@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from syncbn.norm.comm.patrol import Absent, Patrol
 
 from syncbn.norm import sums
 from syncbn.norm.comm import patrol
@@ -20,7 +21,6 @@ from syncbn.norm.comm.fingerprint import (
     RanksDisagree,
     Serials,
 )
-from syncbn.norm.comm.patrol import Absent, Patrol
 from syncbn.norm.comm.processes import Process, Rest
 from syncbn.norm.moments import Moments, merge, pack, unpack
 

@@ -1,15 +1,12 @@
 """The README's commands and its Python block, run as they stand there, only shorter."""
 
-import os
 import re
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from programs import ROOT, Bench
 
-ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
 NEEDS_A_CLUSTER = ("status", "logs", "stop", "jobs")
 
@@ -24,13 +21,6 @@ COMMANDS = [
     for command in (line.split("  #")[0].strip() for line in block.splitlines())
     if command and not command.startswith("#")
 ]
-
-
-def _run(words: list[str]) -> subprocess.CompletedProcess[str]:
-    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
-    return subprocess.run(
-        words, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=150
-    )
 
 
 def _short(command: str, runs: Path) -> list[str]:
@@ -50,16 +40,17 @@ def _short(command: str, runs: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_a_command_of_the_readme_does_its_work(command: str, tmp_path: Path) -> None:
-    words = _short(command, tmp_path)
-    done = _run(words)
+def test_a_command_of_the_readme_does_its_work(command: str, bench: Bench) -> None:
+    words = _short(command, bench.folder)
+    done = bench.run(*words, cwd=ROOT)
     assert done.returncode == 0, done.stderr[-4000:]
-    if f"runs_dir={tmp_path}" in words and "--dry-run" not in words:
-        assert list(tmp_path.glob("*/summary.json"))
+    if f"runs_dir={bench.folder}" in words and "--dry-run" not in words:
+        assert list(bench.folder.glob("*/summary.json"))
 
 
-def test_the_python_block_of_the_readme_runs_on_two_ranks(tmp_path: Path) -> None:
-    script = tmp_path / "example.py"
+def test_the_python_block_of_the_readme_runs_on_two_ranks(bench: Bench) -> None:
+    script = bench.folder / "example.py"
     script.write_text(_blocks("python")[0])
-    done = _run(["torchrun", "--standalone", "--nproc-per-node", "2", str(script)])
+    command = ("torchrun", "--standalone", "--nproc-per-node", "2", str(script))
+    done = bench.run(*command, cwd=ROOT)
     assert done.returncode == 0, done.stderr[-4000:]

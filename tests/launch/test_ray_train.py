@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from programs import TRAIN, Bench, losses
+from programs import SUPPORT, TRAIN, losses
 
 from syncbn.errors import RankFailed
 
@@ -19,9 +19,9 @@ def session_folders():
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
-def test_ray_gives_the_bits_of_torchrun_and_leaves_nothing_behind(tmp_path):
-    bench, before = Bench(tmp_path), session_folders()
+@pytest.mark.timeout(1200)
+def test_ray_gives_the_bits_of_torchrun_and_leaves_nothing_behind(bench, tmp_path):
+    before = session_folders()
     for launcher in ("local", "ray"):
         result = bench.run(*TRAIN, *RUN, f"launcher={launcher}", f"name={launcher}")
         assert result.returncode == 0, result.stderr
@@ -71,11 +71,11 @@ def test_the_interface_of_an_address_is_found():
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(400)
-def test_failing_ranks_come_back_with_their_exit_codes(tmp_path):
-    bench = Bench(tmp_path, environ={"PYTHONPATH": str(Path(__file__).parent)})
-    program = str(Path(__file__).with_name("ray_work.py"))
-    result = bench.run(sys.executable, program, str(tmp_path / "runs"), timeout=380)
+@pytest.mark.timeout(1200)
+def test_failing_ranks_come_back_with_their_exit_codes(bench, tmp_path):
+    bench.environ["PYTHONPATH"] = str(SUPPORT)
+    program = str(SUPPORT / "ray_work.py")
+    result = bench.run(sys.executable, program, str(tmp_path / "runs"), timeout=1000)
     assert result.returncode == 0, result.stderr
     outcomes = json.loads(result.stdout.splitlines()[-1])  # Ray tells of the dead worker before
     assert outcomes["says_why"] == [3, "rank 1 has no data"]

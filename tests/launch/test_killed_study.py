@@ -1,15 +1,13 @@
 """A study that was killed, and run again, comes to the same summary as one that was not."""
 
 import json
-import os
 import random
-import signal
 import subprocess
 import time
 from pathlib import Path
 
 import pytest
-from programs import COMPARE, Bench
+from programs import COMPARE, Bench, wait_until
 
 STUDY = (
     "study=batch_size",
@@ -30,16 +28,15 @@ MOMENTS = 3
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
-def test_a_study_killed_at_random_moments_comes_to_the_summary_of_one_that_was_not(tmp_path):
-    bench = Bench(tmp_path)
-    whole = bench.run(*COMPARE, *STUDY, "runs_dir=whole", timeout=400)
+@pytest.mark.timeout(2400)
+def test_a_study_killed_at_random_moments_comes_to_the_summary_of_one_that_was_not(bench, tmp_path):
+    whole = bench.run(*COMPARE, *STUDY, "runs_dir=whole", timeout=1000)
     assert whole.returncode == 0, whole.stderr
     moments = random.SystemRandom()
     for _ in range(MOMENTS):
         _killed_after(bench, moments.uniform(0.0, 1.0))
         assert not bench.left_running()
-    again = bench.run(*COMPARE, *STUDY, "runs_dir=cut", timeout=400)
+    again = bench.run(*COMPARE, *STUDY, "runs_dir=cut", timeout=1000)
     assert again.returncode == 0, again.stderr
     assert _summary(tmp_path / "cut") == _summary(tmp_path / "whole")
 
@@ -47,34 +44,12 @@ def test_a_study_killed_at_random_moments_comes_to_the_summary_of_one_that_was_n
 def _killed_after(bench: Bench, share: float) -> None:
     """Start the study in `cut`, and kill all its processes once a random number of files have come."""
     folder = bench.folder / "cut" / "batch_size"
-    process = subprocess.Popen(
-        [*COMPARE, *STUDY, "runs_dir=cut"],
-        cwd=bench.folder,
-        env=bench.environment(),
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-    )
-    before = _num_finished(folder)
-    wanted = before + round(6 * share)
-    deadline = time.monotonic() + 200
-    while _num_finished(folder) < wanted and process.poll() is None:
-        assert time.monotonic() < deadline, "the study does not get on"
-        time.sleep(0.05)
-    time.sleep(0.3 * share)  # somewhere in a trial
-    _kill_all(bench, process)
-
-
-def _kill_all(bench: Bench, process: "subprocess.Popen[bytes]") -> None:
-    """As a machine that loses its power: nobody gets to say anything."""
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-    for path in Path("/proc").glob("[0-9]*"):  # ranks that have a session of their own
-        if bench._marked(path):
-            os.kill(int(path.name), signal.SIGKILL)
-    deadline = time.monotonic() + 20
-    while bench.left_running() and time.monotonic() < deadline:
-        time.sleep(0.05)
+    wanted = _num_finished(folder) + round(6 * share)
+    silent = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    with bench.start(*COMPARE, *STUDY, "runs_dir=cut", **silent) as process:
+        wait_until(lambda: _num_finished(folder) >= wanted or process.poll() is not None)
+        time.sleep(0.3 * share)  # somewhere in a trial
+        bench.kill_all()  # as a machine that loses its power
 
 
 def _num_finished(folder: Path) -> int:

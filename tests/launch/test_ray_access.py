@@ -26,12 +26,13 @@ HERE = Path("/submitted/from")
 @pytest.fixture
 def dashboard():
     """Starts servers that answer every request with one status and body; yields the starter."""
-    servers = []
+    servers, over = [], threading.Event()
 
-    def start(status, body, seconds=0.0):
+    def start(status, body, hangs=False):
         class Handler(BaseHTTPRequestHandler):
             def do_GET(self):
-                threading.Event().wait(seconds)
+                if hangs:
+                    over.wait()
                 self.send_response(status)
                 self.end_headers()
                 self.wfile.write(body.encode())
@@ -46,6 +47,7 @@ def dashboard():
         return f"http://127.0.0.1:{server.server_port}"
 
     yield start
+    over.set()
     for server in servers:
         server.shutdown()
         server.server_close()
@@ -76,7 +78,7 @@ def test_nothing_at_the_address_is_unreachable():
 def test_a_dashboard_that_hangs_is_unreachable(dashboard, monkeypatch):
     monkeypatch.setattr("syncbn.launch.ray_dashboard.TIMEOUT_S", 0.2)
     with pytest.raises(ServiceUnreachable, match="timed out"):
-        require_token_mode(dashboard(401, "", seconds=2.0))
+        require_token_mode(dashboard(401, "", hangs=True))
 
 
 @pytest.mark.parametrize(

@@ -4,25 +4,16 @@ import json
 import os
 import secrets
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
-import time
 import urllib.request
 from pathlib import Path
 
 import pytest
-from programs import SYNCBN, Bench, complaint, losses
+from programs import SYNCBN, Bench, complaint, free_port, losses, wait_until
 
 TINY = ("tracking=journal", "model.hidden=[8]", "train.per_rank_batch=4", "launcher.num_workers=2")
-STARTUP_S = 90
-
-
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 @pytest.fixture(scope="module")
@@ -69,25 +60,24 @@ def wait_until_up(address, token):
     request = urllib.request.Request(
         f"{address}/api/v0/nodes", headers={"Authorization": f"Bearer {token}"}
     )
-    deadline = time.monotonic() + STARTUP_S
-    while True:
+
+    def up():
         try:
             with urllib.request.urlopen(request, timeout=5) as answer:
-                if json.load(answer)["data"]["result"]["result"]:
-                    return
+                return json.load(answer)["data"]["result"]["result"]
         except OSError:
-            assert time.monotonic() < deadline, "the cluster did not come up"
-        time.sleep(0.5)
+            return False
+
+    wait_until(up)
 
 
 def end(head, bench):
     """Kill the cluster's session; its workers and agents, in sessions of their own, notice and follow."""
     os.killpg(head.pid, signal.SIGKILL)
-    head.wait(10)
-    deadline = time.monotonic() + 30
-    while bench.left_running() and time.monotonic() < deadline:
-        time.sleep(0.2)
-    assert not bench.left_running()
+    head.wait()
+    left = bench.left_running()
+    bench.kill_all()
+    assert not left
 
 
 def submit(cluster, *arguments):
@@ -96,7 +86,7 @@ def submit(cluster, *arguments):
     return json.loads(result.stdout)
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(1800)
 def test_a_job_gives_the_bits_of_a_local_run_and_saves_when_it_is_stopped(cluster, monkeypatch):
     redirection = dict.fromkeys(("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS"), "http://127.0.0.1:1")
     monkeypatch.setattr(cluster, "environ", cluster.environ | redirection)  # not followed
@@ -128,14 +118,11 @@ def test_a_job_takes_the_code_and_its_configs_along_and_little_else(cluster):
 
 
 def wait_for_losses(folder):
-    deadline = time.monotonic() + 150
-    while not (folder / "journal.jsonl").exists() or not losses(folder):
-        assert time.monotonic() < deadline
-        time.sleep(0.5)
+    wait_until(lambda: (folder / "journal.jsonl").exists() and losses(folder))
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(1200)
 def test_a_job_that_fails_passes_its_exit_code_on(cluster):
     job = submit(cluster, "train", *TINY, "data=mnist", "data.root=/nowhere", "name=no-data")
     assert cluster.run(*SYNCBN, "logs", "-f", job["job_id"]).returncode == 3

@@ -12,7 +12,9 @@ from multiprocessing.connection import Connection, Pipe
 from pathlib import Path
 from typing import Any
 
-TIMEOUT_S = 60.0
+TIMEOUT_S = 300.0
+GLOO_TIMEOUT_S = 120.0
+"""Both only bound what hangs: four ranks on a busy machine of two cores take a minute to import torch."""
 
 
 class RankFailed(AssertionError):
@@ -43,7 +45,7 @@ class RankPool:
                 connection.send((module, function, kwargs, rank, world_size, store))
             failures = self._failures(world_size)
         if failures:
-            self.close()
+            self.close(kill=True)
             raise RankFailed("\n".join(failures))
 
     def _failures(self, world_size: int) -> list[str]:
@@ -62,13 +64,15 @@ class RankPool:
                 failures.append(f"rank {rank}: {error}")
         return failures
 
-    def close(self) -> None:
-        """End the processes: at once after a failure, by closing their pipe otherwise."""
-        for _, connection in self._workers:
+    def close(self, kill: bool = False) -> None:
+        """End the processes: by closing their pipe, or with `kill` at once."""
+        for process, connection in self._workers:
             connection.close()
+            if kill:
+                process.kill()
         for process, _ in self._workers:
             try:
-                process.wait(timeout=10)
+                process.wait(timeout=60)
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
@@ -107,7 +111,7 @@ def _attempt(
             store=dist.FileStore(store, world_size),
             rank=rank,
             world_size=world_size,
-            timeout=timedelta(seconds=30),
+            timeout=timedelta(seconds=GLOO_TIMEOUT_S),
         )
         getattr(importlib.import_module(module), function)(**kwargs)
         dist.barrier()  # a rank that leaves early breaks the connections others are still making

@@ -22,6 +22,12 @@ def test_the_mutant_would_change_what_is_there(mutant):
     assert said == 1, f"{mutant.file} says {mutant.before!r} {said} times"
 
 
+@pytest.mark.parametrize("test", sorted({mutant.test for mutant in MUTANTS}))
+def test_a_test_that_must_see_a_mutant_exists(test):
+    file, _, name = test.partition("::")
+    assert f"def {name.partition('[')[0]}" in (ROOT / file).read_text()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("mutant", MUTANTS, ids=lambda m: m.what)
 def test_the_mutant_is_killed(mutant, tmp_path):

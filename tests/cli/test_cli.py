@@ -6,17 +6,12 @@ import sys
 
 import pytest
 import yaml
-from programs import BIN, COMPARE, SYNCBN, TRAIN, Bench, complaint
+from programs import BIN, COMPARE, SYNCBN, TRAIN, complaint
 
 from syncbn.cli import VERBS
 
-TORCHRUN = (str(BIN / "torchrun"), "--nproc-per-node", "2", TRAIN[1])
+TORCHRUN = (str(BIN / "torchrun"), "--standalone", "--nproc-per-node", "2", TRAIN[1])
 TINY = ("debug=tiny",)
-
-
-@pytest.fixture
-def bench(tmp_path):
-    return Bench(tmp_path)
 
 
 def test_a_dry_run_prints_the_plan_and_starts_nothing(bench):

@@ -42,7 +42,7 @@ def start(tmp_path):
             **dict(environ),
         }
         command = [str(DOCKER / "entrypoint.sh"), *arguments]
-        return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=10)
+        return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
 
     return run
 

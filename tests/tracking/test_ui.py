@@ -3,14 +3,12 @@
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
-import time
 import urllib.request
-from contextlib import closing
 
 import pytest
+from programs import HANGS_S, free_port, wait_until
 from study_files import study_config, write_results, write_trials
 
 from syncbn.tracking.study import StudyTracker
@@ -22,7 +20,7 @@ pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no chromium on this ma
 SERVE = (
     "import sys; from syncbn.tracking.ui import serve_ui; serve_ui(sys.argv[1], int(sys.argv[2]))"
 )
-WAIT_MS = 60_000
+WAIT_MS = 300_000  # bounds what hangs
 
 
 @pytest.fixture(scope="module")
@@ -32,15 +30,14 @@ def runs_dir(tmp_path_factory):
     tracker = StudyTracker(cfg)
     tracker.follow(write_trials(cfg))
     write_results(cfg)
-    assert tracker.finish(timeout_s=120) == 0
+    assert tracker.finish(timeout_s=HANGS_S) == 0
     return cfg.runs_dir
 
 
 @pytest.fixture(scope="module")
 def links(runs_dir, tmp_path_factory):
     """The pages that the server names at its start, while it serves them."""
-    with closing(socket.create_server(("127.0.0.1", 0))) as free:
-        port = free.getsockname()[1]
+    port = free_port()
     out = tmp_path_factory.mktemp("server") / "out"
     with out.open("w") as log:
         server = subprocess.Popen(
@@ -48,14 +45,15 @@ def links(runs_dir, tmp_path_factory):
             stdout=log, stderr=log, start_new_session=True,
         )  # fmt: skip
     try:
-        _wait_for(f"http://127.0.0.1:{port}/health")
+        wait_until(lambda: _answers(f"http://127.0.0.1:{port}/health"))
         lines = [line.strip() for line in out.read_text().splitlines()]
         yield dict(line.split(": ", 1) for line in lines if ": http://" in line and "#/" in line)
         server.send_signal(signal.SIGTERM)
-        server.wait(30)
+        server.wait(HANGS_S)
     finally:
         if server.poll() is None:
             os.killpg(server.pid, signal.SIGKILL)
+            server.wait()
 
 
 @pytest.fixture(scope="module")
@@ -72,16 +70,12 @@ def page(links):
         browser.close()
 
 
-def _wait_for(address: str, timeout_s: float = 120) -> None:
-    limit = time.monotonic() + timeout_s
-    while True:
-        try:
-            urllib.request.urlopen(address, timeout=2).close()
-        except OSError:
-            assert time.monotonic() < limit, f"nothing at {address}"
-            time.sleep(0.3)
-        else:
-            return
+def _answers(address: str) -> bool:
+    try:
+        urllib.request.urlopen(address, timeout=2).close()
+    except OSError:
+        return False
+    return True
 
 
 def open_launch(page, links) -> None:

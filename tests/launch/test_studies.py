@@ -1,15 +1,16 @@
 """Several studies in one go: each in a process of its own, whose end the others survive, and signals for all."""
 
 import json
+import os
 import shutil
 import signal
 import subprocess
 import sys
-import time
+from contextlib import suppress
 from types import SimpleNamespace
 
 import pytest
-from programs import ROOT, SYNCBN, Bench, complaint
+from programs import ROOT, SYNCBN, Bench, complaint, wait_until
 
 from syncbn.compare.suite.tiers import Launch
 from syncbn.launch import studies as running
@@ -71,24 +72,26 @@ def test_a_study_that_was_stopped_by_somebody_else_stops_the_rest_too(run):
 
 
 def test_a_study_hears_when_the_process_that_started_it_is_killed(tmp_path):
-    mark = tmp_path / "heard"
+    mark, up = tmp_path / "heard", tmp_path / "up"
     child = (
-        "import signal, sys, time, pathlib;"
+        "import os, signal, sys, time, pathlib;"
         f"signal.signal(15, lambda *_: (pathlib.Path({str(mark)!r}).touch(), sys.exit(143)));"
-        f"pathlib.Path({str(tmp_path / 'up')!r}).touch(); time.sleep(60)"
+        f"up = pathlib.Path({str(up)!r}); up.with_name('new').write_text(str(os.getpid()));"
+        "up.with_name('new').rename(up); time.sleep(600)"
     )
     parent = (
         "import os, subprocess, sys, time, pathlib\n"
         "from syncbn.launch.studies import _stop_with_parent\n"
         f"subprocess.Popen([sys.executable, '-c', {child!r}], preexec_fn=_stop_with_parent, start_new_session=True)\n"
-        f"while not pathlib.Path({str(tmp_path / 'up')!r}).exists(): time.sleep(0.02)\n"
+        f"while not pathlib.Path({str(up)!r}).exists(): time.sleep(0.02)\n"
         "os.kill(os.getpid(), 9)\n"
     )
     subprocess.run([sys.executable, "-c", parent], check=False)
-    deadline = time.monotonic() + 20
-    while not mark.exists() and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert mark.exists()
+    try:
+        wait_until(mark.exists, 120)
+    finally:
+        with suppress(ProcessLookupError):
+            os.kill(int(up.read_text()), signal.SIGKILL)
 
 
 def test_a_refused_study_is_one_with_bad_settings(tmp_path):
@@ -114,7 +117,8 @@ def bench(tmp_path):
         if name == "first":
             text = text.replace("data: digits", "data: mnist")
         (tmp_path / "conf" / "study" / f"{name}.yaml").write_text(text)
-    return bench
+    yield bench
+    bench.kill_all()
 
 
 SHORT = (

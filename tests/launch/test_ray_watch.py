@@ -3,8 +3,10 @@
 import socket
 import subprocess
 import sys
+from contextlib import contextmanager
 
 import pytest
+from programs import HANGS_S, killed
 
 PROGRAM = """
 import sys, time
@@ -24,27 +26,31 @@ def head():
         yield server
 
 
+@contextmanager
 def watched(head, seconds):
+    """A process that watches `head` for `seconds`, ended by force where it does not end itself."""
     address = f"127.0.0.1:{head.getsockname()[1]}"
-    return subprocess.Popen(
+    process = subprocess.Popen(
         [sys.executable, "-c", PROGRAM, address, str(seconds)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
     )
+    with killed(process):
+        yield process
 
 
-def test_it_ends_with_75_and_a_line_when_the_head_goes(head):
-    process = watched(head, 60)
-    assert process.stdout.readline() == "watching\n"
-    head.close()
-    _, stderr = process.communicate(timeout=30)
+def test_a_process_that_joined_ends_with_75_and_a_line_when_the_head_goes(head):
+    with watched(head, 2 * HANGS_S) as process:
+        assert process.stdout.readline() == "watching\n"
+        head.close()
+        _, stderr = process.communicate(timeout=HANGS_S)
     assert process.returncode == 75
     assert stderr.startswith("syncbn: error: the head of the cluster at 127.0.0.1:")
     assert len(stderr.splitlines()) == 1
 
 
-def test_it_goes_on_while_the_head_answers(head):
-    process = watched(head, 2)
-    assert process.communicate(timeout=30)[0] == "watching\ndone\n"
+def test_a_process_that_joined_goes_on_while_the_head_answers(head):
+    with watched(head, 2) as process:
+        assert process.communicate(timeout=HANGS_S)[0] == "watching\ndone\n"
     assert process.returncode == 0

@@ -9,7 +9,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple
 
-TIMEOUT_S = 60.0
+from ranks import GLOO_TIMEOUT_S, TIMEOUT_S
 
 
 class Outcome(NamedTuple):
@@ -23,7 +23,7 @@ def run_ranks(module: str, function: str, *arguments: str, world_size: int = 2) 
     """Call `module.function(*arguments)` in each of `world_size` processes, ranks of one gloo group."""
     with tempfile.TemporaryDirectory() as folder:
         store = str(Path(folder) / "store")
-        command = [sys.executable, __file__, str(Path(__file__).parent / "dist"), store]
+        command = [sys.executable, __file__, os.pathsep.join(sys.path), store]
         ranks = [
             subprocess.Popen(
                 [*command, str(world_size), str(rank), module, function, *arguments],
@@ -39,16 +39,17 @@ def run_ranks(module: str, function: str, *arguments: str, world_size: int = 2) 
         finally:
             for rank in ranks:
                 rank.kill()
+                rank.wait()
     return [Outcome(r.returncode, output) for r, output in zip(ranks, outputs, strict=True)]
 
 
 def _main(
-    folder: str, store: str, world_size: str, rank: str, module: str, function: str, *arguments: str
+    path: str, store: str, world_size: str, rank: str, module: str, function: str, *arguments: str
 ) -> None:
     import torch
     import torch.distributed as dist
 
-    sys.path[:0] = [folder, str(Path(__file__).parent)]
+    sys.path[:] = path.split(os.pathsep)  # test modules are imported as the parent imports them
     torch.set_num_threads(1)
     size = int(world_size)
     dist.init_process_group(
@@ -56,7 +57,7 @@ def _main(
         store=dist.FileStore(store, size),
         rank=int(rank),
         world_size=size,
-        timeout=timedelta(seconds=30),
+        timeout=timedelta(seconds=GLOO_TIMEOUT_S),
     )
     getattr(importlib.import_module(module), function)(*arguments)
     dist.destroy_process_group()

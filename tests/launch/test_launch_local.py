@@ -2,63 +2,48 @@
 
 import signal
 import subprocess
-import time
 
 import psutil
 import pytest
-from programs import TRAIN, Bench, complaint, losses
+from programs import HANGS_S, TRAIN, complaint, losses, wait_until
 
 ENDLESS = ("tracking=journal", "model.hidden=[8]", "train.per_rank_batch=4", "train.steps=1000000",
            "optim.schedule=constant", "data=synthetic", "launcher.num_workers=2")  # fmt: skip
 
 
-@pytest.fixture
-def bench(tmp_path):
-    return Bench(tmp_path)
-
-
 def start(bench):
-    return subprocess.Popen(
-        [*TRAIN, *ENDLESS],
-        cwd=bench.folder,
-        env=bench.environment(),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    return bench.start(*TRAIN, *ENDLESS, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 
 def ended(process):
     """The launch once it is over, with what it said."""
-    stdout, stderr = process.communicate(timeout=90)
+    stdout, stderr = process.communicate(timeout=HANGS_S)
     return subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)
 
 
 def ranks_of(process, number=2):
     """Its ranks, once they are there: the processes that a spawn started."""
-    deadline = time.monotonic() + 90
-    while True:
+    ranks = []
+
+    def there():
         children = psutil.Process(process.pid).children(recursive=True)
-        ranks = [child for child in children if "spawn_main" in " ".join(child.cmdline())]
-        if len(ranks) == number:
-            return ranks
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+        ranks[:] = [child for child in children if "spawn_main" in " ".join(child.cmdline())]
+        return len(ranks) == number
+
+    wait_until(there)
+    return sorted(ranks, key=lambda rank: rank.create_time())
 
 
 def wait_for_losses(bench):
-    deadline = time.monotonic() + 90
     folder = bench.folder / "runs" / "run"
-    while not (folder / "journal.jsonl").exists() or not losses(folder):
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
+    wait_until(lambda: (folder / "journal.jsonl").exists() and losses(folder))
 
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_killed_rank_is_what_the_launch_speaks_of(bench, rank):
     process = start(bench)
     wait_for_losses(bench)
-    sorted(ranks_of(process), key=lambda rank: rank.create_time())[rank].kill()
+    ranks_of(process)[rank].kill()
     result = ended(process)
     assert result.returncode == 75, result.stderr
     assert f"rank {rank} died" in complaint(result)

@@ -7,7 +7,7 @@ BACKENDS = f"{LAYER_TESTS}/backends"
 EQUIVALENCE = f"{LAYER_TESTS}/test_equivalence.py"
 ONE_BATCH = f"{EQUIVALENCE}::test_any_split_matches_one_big_batch_in_float64[2-ranks-4d]"
 LARGE_MEAN = f"{EQUIVALENCE}::test_float32_stays_within_its_bound_even_at_a_large_mean[2-ranks-100.0-0.01-0.001]"
-TRAINING = f"{DIST}/test_train_on_ranks.py::test_synchronised_ranks_train_as_one_process_on_the_whole_batch"
+TRAINING = "tests/train/test_train_on_ranks.py::test_synchronised_ranks_train_as_one_process_on_the_whole_batch"
 EVERY_CUT = f"{BACKENDS}/test_cpu_kernels.py::test_every_cut_counts_each_value_once"
 
 
