@@ -147,7 +147,9 @@ def test_jobs_are_listed_with_what_was_sent_and_no_token(cluster):
         ([], {"SYNCBN_ADDRESS": "http://127.0.0.1:1"}, 6, "no Ray dashboard answers"),
     ],
 )
-def test_what_cannot_be_sent_is_refused(cluster, overrides, environ, code, reason, monkeypatch):
+def test_a_job_that_cannot_run_is_refused_before_it_is_sent(
+    cluster, overrides, environ, code, reason, monkeypatch
+):
     monkeypatch.setattr(cluster, "environ", cluster.environ | environ)
     before = cluster.run(*SYNCBN, "jobs", "--json").stdout
     result = cluster.run(*SYNCBN, "submit", "train", *overrides)

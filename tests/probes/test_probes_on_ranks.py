@@ -97,7 +97,7 @@ def test_a_resumed_run_of_ranks_ends_with_the_same_numbers(world_size, tmp_path)
 
 
 @pytest.mark.world_size(2)
-def test_what_a_step_exchanges_is_counted_and_timed_by_layer(world_size, tmp_path):
+def test_exchanges_of_a_step_are_counted_and_timed_by_layer(world_size, tmp_path):
     cfg = _config(tmp_path, world_size, ["exchange"])
     final = recorded_run(cfg, TorchrunRuntime(CPU)).final
     # float64: count, two sums' room and 2C moments forward, 2C sums backward; see syncbn.norm.moments
@@ -112,7 +112,7 @@ def test_what_a_step_exchanges_is_counted_and_timed_by_layer(world_size, tmp_pat
 
 
 @pytest.mark.world_size(2)
-def test_what_is_seen_of_ranks_is_what_is_seen_of_one_process(world_size, tmp_path):
+def test_probes_on_ranks_give_the_numbers_of_one_process(world_size, tmp_path):
     names = ["quantiles", "shift", "saturation", "gradients"]
     ranks = _config(tmp_path / "ranks", world_size, names)
     recorded_run(ranks, TorchrunRuntime(CPU))

@@ -100,7 +100,7 @@ def test_ray_asks_for_the_token_and_never_shows_it(start):
         assert "MLFLOW_TRACKING_USERNAME=trainer\n" in environment
 
 
-def test_other_commands_are_the_verbs(start):
+def test_a_container_command_that_is_no_role_is_a_verb_of_syncbn(start):
     assert start("train", "norm=sync", "name=a b").stdout.startswith(
         "syncbn train norm=sync name=a b\n"
     )

@@ -120,7 +120,7 @@ def test_a_folder_of_another_config_is_refused(tmp_path):
     assert (tmp_path / "run" / "journal.jsonl").read_bytes() == journal
 
 
-def test_half_a_summary_counts_as_none(tmp_path):
+def test_a_run_whose_summary_is_cut_off_is_finished_again(tmp_path):
     cfg = _config(tmp_path)
     recorded_run(cfg, SOLO)
     (cfg.folder / "summary.json").write_text('{"final": {')
@@ -135,7 +135,9 @@ def test_half_a_summary_counts_as_none(tmp_path):
     ],
     ids=["target reached", "patience over"],
 )
-def test_it_ends_early_when_told_to_and_still_measures(tmp_path, options, steps):
+def test_a_run_that_ends_early_at_its_target_or_without_progress_is_evaluated(
+    tmp_path, options, steps
+):
     cfg = _config(tmp_path, steps=400, **options)
     summary = recorded_run(cfg, SOLO)
     assert summary.steps < 400
