@@ -11,7 +11,14 @@ import urllib.request
 from pathlib import Path
 
 import pytest
-from programs import SYNCBN, Bench, complaint, free_port, losses, wait_until
+from programs import Bench, complaint, free_port, losses, wait_until
+
+PATIENT = (
+    "from syncbn.launch import ray_dashboard; ray_dashboard.TIMEOUT_S = 300.0;"
+    "from syncbn.cli import main; main()"
+)
+SYNCBN = (sys.executable, "-c", PATIENT)
+"""The command, with time for a dashboard on a busy machine."""
 
 TINY = ("tracking=journal", "model.hidden=[8]", "train.per_rank_batch=4", "launcher.num_workers=2")
 
