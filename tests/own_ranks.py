@@ -23,7 +23,12 @@ def run_ranks(module: str, function: str, *arguments: str, world_size: int = 2) 
     """Call `module.function(*arguments)` in each of `world_size` processes, ranks of one gloo group."""
     with tempfile.TemporaryDirectory() as folder:
         store = str(Path(folder) / "store")
-        command = [sys.executable, __file__, str(Path(__file__).parent / "dist"), store]
+        command = [
+            sys.executable,
+            __file__,
+            str(Path(str(sys.modules[module].__file__)).parent),
+            store,
+        ]
         ranks = [
             subprocess.Popen(
                 [*command, str(world_size), str(rank), module, function, *arguments],
@@ -39,6 +44,7 @@ def run_ranks(module: str, function: str, *arguments: str, world_size: int = 2) 
         finally:
             for rank in ranks:
                 rank.kill()
+                rank.wait()
     return [Outcome(r.returncode, output) for r, output in zip(ranks, outputs, strict=True)]
 
 

@@ -18,8 +18,8 @@ from syncbn.config import (
     TrainConfig,
 )
 from syncbn.errors import UsageError
-from syncbn.norm.comm.exchange import BACKWARD, FORWARD, exchange_of
-from syncbn.norm.comm.observer import observe
+from syncbn.norm.comm.exchange import BACKWARD, FORWARD, Fingerprint, exchange_of
+from syncbn.norm.comm.observer import is_observed, observe
 from syncbn.probes.oracle import KINDS
 from syncbn.runtime import TorchrunRuntime
 from syncbn.tracking import Untracked, read_journal
@@ -108,7 +108,7 @@ def test_what_a_step_exchanges_is_counted_and_timed_by_layer(world_size, tmp_pat
     assert final["exchange_bytes"] == sum(final[f"exchange_bytes/{layer}"] for layer in sizes)
     assert final["exchange_ms"] < final["step_ms"]
     assert final["exchange_share"] == final["exchange_ms"] / final["step_ms"]
-    assert exchange_of(dist.group.WORLD) is exchange_of(dist.group.WORLD)  # nobody listens any more
+    assert not is_observed()
 
 
 @pytest.mark.world_size(2)
@@ -149,18 +149,18 @@ def test_population_of_a_process_that_trains_alone_among_others_waits_for_nobody
 @pytest.mark.world_size(2)
 def test_an_observer_is_told_of_each_exchange_and_changes_none(world_size):
     torch.manual_seed(dist.get_rank())
-    place = {"layer": "a", "channels": 3, "dtype": torch.float32, "needs_grad": True}
+    what = Fingerprint("a", 3, torch.float32, needs_grad=True)
     packed, sums = torch.rand(8), torch.rand(2, 3)
-    expected = [exchange_of(dist.group.WORLD).moments(packed, **place)]
-    expected.append(exchange_of(dist.group.WORLD).sums(sums, **place))
+    exchange = exchange_of(dist.group.WORLD)
+    expected = [exchange.gather_statistics(packed, what), exchange.gather_sums(sums, what)]
     told = []
-    observe(lambda *what: told.append(what))
+    observe(lambda *one: told.append(one))
     try:
-        observed = exchange_of(dist.group.WORLD)
-        found = [observed.moments(packed, **place), observed.sums(sums, **place)]
+        assert exchange.native_ring(8) == 0  # there it could not be told from the rest of the pass
+        found = [exchange.gather_statistics(packed, what), exchange.gather_sums(sums, what)]
     finally:
         observe(None)
-    exchange_of(dist.group.WORLD).moments(packed, **place)
+    exchange.gather_statistics(packed, what)
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
-    assert [what[:3] for what in told] == [("a", FORWARD, 32), ("a", BACKWARD, 24)]
-    assert all(what[3] > 0 for what in told)
+    assert [one[:3] for one in told] == [("a", FORWARD, 32), ("a", BACKWARD, 24)]
+    assert all(one[3] > 0 for one in told)

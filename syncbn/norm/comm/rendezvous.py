@@ -50,13 +50,13 @@ def connect(group: Group, header: bytes, number: int) -> Transport:
 
 
 def _wait_for_all(group: Group) -> None:
+    _hear_of_failure(group)
     missing = _missing(group, range(group.world_size))
     if not missing:
         return
     with Wait(group, *group.turn) as wait:
         while missing and not _is_vain(wait):
-            if group.store.check([_FAILED]):
-                raise RanksDisagree(group.store.get(_FAILED).decode())
+            _hear_of_failure(group)
             try:
                 wait.look(missing)
             except RuntimeError as error:
@@ -64,6 +64,12 @@ def _wait_for_all(group: Group) -> None:
                 raise
             time.sleep(min(0.05, max(0.001, wait.waited_s / 10)))
             missing = _missing(group, missing)
+
+
+def _hear_of_failure(group: Group) -> None:
+    """Raise what made another rank give up the group."""
+    if group.store.check([_FAILED]):
+        raise RanksDisagree(group.store.get(_FAILED).decode())
 
 
 def _missing(group: Group, ranks: Iterable[int]) -> list[int]:

@@ -1,7 +1,6 @@
 """Ranks that do not agree get an error on every rank, soon, and the layer is usable afterwards."""
 
 import time
-
 from unittest.mock import Mock
 
 import pytest

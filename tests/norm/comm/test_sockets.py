@@ -14,11 +14,10 @@ import torch.distributed as dist
 from own_ranks import run_ranks
 
 import syncbn
-from syncbn.norm.comm import connect
-from syncbn.norm.comm.transports import mapping as memory, sockets as mesh
-from syncbn.norm.comm.exchange import RankLost, exchange_of
-from syncbn.norm.comm.transports.sockets import CHUNK_BYTES, Mesh
-from syncbn.norm.comm.transports.process_group import Wire
+from syncbn.norm.comm.exchange import FORWARD, Fingerprint, RankLost, exchange_of
+from syncbn.norm.comm.transports import shared_memory, sockets
+from syncbn.norm.comm.transports.process_group import Group
+from syncbn.norm.comm.transports.sockets import CHUNK_BYTES, Sockets
 
 CHUNK = CHUNK_BYTES // 4
 """Values of float32 in one chunk."""
@@ -27,7 +26,7 @@ CHUNK = CHUNK_BYTES // 4
 def _group(timeout_s=30.0):
     """A group of all ranks, connected in its first exchange."""
     group = dist.new_group(timeout=timedelta(seconds=timeout_s))
-    assert type(_first_exchange(group)) is Mesh
+    assert type(_first_exchange(group)) is Sockets
     return group
 
 
@@ -35,16 +34,15 @@ def _first_exchange(group, choice="sockets"):
     """The transport of a group that shares no memory."""
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setenv("SYNCBN_EXCHANGE", choice)
-        monkeypatch.setattr(memory, "_make", lambda *_: None)
+        monkeypatch.setattr(shared_memory, "_make", lambda *_: None)
         _gather(group)
-    return exchange_of(group)._transport
+    return exchange_of(group).transport
 
 
 def _gather(group, values=None, layer="bn1"):
     values = torch.ones(3) if values is None else values
-    return exchange_of(group).gather(
-        values, kind=1, layer=layer, channels=len(values), dtype=values.dtype, needs_grad=True
-    )
+    what = Fingerprint(layer, len(values), values.dtype, needs_grad=True)
+    return exchange_of(group).gather(values, FORWARD, what)
 
 
 def _values(rank, size, dtype=torch.float32):
@@ -150,7 +148,7 @@ def test_a_rank_that_is_killed_is_missed_at_once_by_all(child):
 @pytest.mark.world_size(2)
 def test_connections_go_with_the_group(world_size):
     group = _group()
-    held = exchange_of(group)._transport._connections[1 - dist.get_rank()]
+    held = exchange_of(group).transport._connections[1 - dist.get_rank()]
     dist.barrier()
     if dist.get_rank():
         dist.destroy_process_group(group)
@@ -165,7 +163,7 @@ def test_connections_go_with_the_group(world_size):
 def test_a_rank_that_ends_having_read_everything_is_missed_at_once(world_size):
     group = _group()
     if dist.get_rank():
-        exchange_of(group)._transport._connections[0].shutdown(socket.SHUT_WR)
+        exchange_of(group).transport._connections[0].shutdown(socket.SHUT_WR)
         dist.barrier()
     else:
         dist.barrier()
@@ -177,8 +175,8 @@ def test_a_forked_child_lets_go_of_connections(world_size):
     group = _group()
     dist.barrier()
     if dist.get_rank():
-        mesh._let_go()
-        assert exchange_of(group)._transport._connections[0].fileno() == -1
+        sockets._let_go()
+        assert exchange_of(group).transport._connections[0].fileno() == -1
     assert _until_refused(group, RankLost, "waits for rank [01]: it died") < 2
 
 
@@ -187,12 +185,12 @@ def test_a_forked_child_lets_go_of_connections(world_size):
 def test_ranks_that_cannot_all_connect_gather_through_the_group(world_size, obstacle):
     group = dist.new_group()
     with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setattr(connect, "CONNECT_S", 0.5)
+        monkeypatch.setattr(sockets, "CONNECT_S", 0.5)
         if obstacle == "many":
-            monkeypatch.setattr(mesh, "MESH_RANKS", 2)
+            monkeypatch.setattr(sockets, "MESH_RANKS", 2)
         elif dist.get_rank() == 1:
             _obstruct(monkeypatch, obstacle)
-        assert type(_first_exchange(group, "auto")) is Wire
+        assert type(_first_exchange(group, "auto")) is Group
     gathered = _gather(group, torch.full((5,), float(dist.get_rank())))
     assert torch.equal(gathered, torch.arange(3.0)[:, None].expand(3, 5))
 
@@ -200,7 +198,7 @@ def test_ranks_that_cannot_all_connect_gather_through_the_group(world_size, obst
 @pytest.mark.world_size(2)
 def test_connections_that_cannot_be_had_are_an_error_where_they_were_demanded(world_size):
     with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setattr(connect, "_listener", lambda: None)
+        monkeypatch.setattr(sockets, "_listener", lambda: None)
         with pytest.raises(RuntimeError, match="SYNCBN_EXCHANGE=sockets, but the ranks of this"):
             _first_exchange(dist.new_group())
 
@@ -211,9 +209,9 @@ def _obstruct(monkeypatch, obstacle):
     elif obstacle == "encrypted":
         monkeypatch.setenv("GLOO_DEVICE_TRANSPORT", "TCP_TLS")
     elif obstacle == "elsewhere":
-        monkeypatch.setattr(connect.socket, "create_connection", _unreachable)
+        monkeypatch.setattr(sockets.socket, "create_connection", _unreachable)
     else:
-        monkeypatch.setattr(connect, "_HELLO", _Stranger(connect._HELLO.format))
+        monkeypatch.setattr(sockets, "_HELLO", _Stranger(sockets._HELLO.format))
 
 
 class _Stranger(struct.Struct):
