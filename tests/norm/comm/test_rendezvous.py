@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from syncbn.norm.comm import processes, rendezvous
 from syncbn.norm.comm.exchange import FORWARD, Fingerprint, exchange_of
-from syncbn.norm.comm.fingerprint import NAMED, RanksDisagree, packed
+from syncbn.norm.comm.fingerprint import NAMED, RankLost, RanksDisagree, packed
 from syncbn.norm.comm.transports import shared_memory as shared
 from syncbn.norm.comm.transports.process_group import Group
 
@@ -43,10 +43,11 @@ def test_a_rank_without_a_sign_of_life_from_the_others_goes_on_to_the_collective
     assert not group.store.check(["syncbn/failed"])
 
 
-def test_a_rank_that_comes_after_another_gave_up_hears_why():
+@pytest.mark.parametrize(("kind", "error"), [("lost", RankLost), ("disagree", RanksDisagree)])
+def test_a_rank_that_comes_after_another_gave_up_hears_why(kind, error):
     group = Alone()
-    group.store.set("syncbn/failed", "rank 1 gave up")
-    with pytest.raises(RanksDisagree, match="rank 1 gave up"):
+    group.store.set("syncbn/failed", f"{kind} rank 1 gave up")
+    with pytest.raises(error, match=r"^rank 1 gave up$"):
         rendezvous._wait_for_all(group)
 
 
