@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-DIST, UNIT, LAYER_TESTS, NORM = "tests/dist", "tests/unit", "tests/norm", "syncbn/norm"
+DIST, UNIT, LAYER_TESTS, NORM = "tests/norm/comm", "tests/norm", "tests/norm", "syncbn/norm"
 BACKENDS = f"{LAYER_TESTS}/backends"
 EQUIVALENCE = f"{LAYER_TESTS}/test_equivalence.py"
 ONE_BATCH = f"{EQUIVALENCE}::test_any_split_matches_one_big_batch_in_float64[2-ranks-4d]"
