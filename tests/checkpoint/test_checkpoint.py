@@ -126,7 +126,7 @@ def test_saving_a_step_again_replaces_it(tmp_path):
     assert names(tmp_path) == ["LATEST", "step-000001"]
 
 
-def test_what_could_not_be_read_back_is_not_saved(tmp_path):
+def test_a_state_that_could_not_be_read_back_is_not_saved(tmp_path):
     with pytest.raises(CheckpointError, match=r"state\['extra'\]\['lr'\] is a numpy.float64"):
         save(tmp_path, {}, {}, meta_at(1), extra={"lr": np.float64(0.1)})
     assert names(tmp_path) == []
@@ -178,7 +178,7 @@ def test_another_architecture_is_named_and_changes_nothing():
     assert all(torch.equal(model.state_dict()[name], before[name]) for name in before)
 
 
-def test_a_long_list_of_differences_is_cut():
+def test_a_long_list_of_missing_parameters_is_cut():
     with pytest.raises(CheckpointError, match=r"missing: 0.weight, 0.bias, 1.weight and 6 more"):
         restore_model(small_net(), {})
 

@@ -142,7 +142,7 @@ def test_a_real_full_disk_keeps_the_old_one(tmp_path):
     assert load_step(tmp_path) == 1
 
 
-def test_what_a_crash_left_behind_goes_at_the_next_save(tmp_path):
+def test_temporary_files_of_a_crashed_save_go_at_the_next_save(tmp_path):
     save_step(tmp_path, 1)
     (tmp_path / ".tmp-step-000002").mkdir()
     (tmp_path / ".tmp-step-000002" / "state.pt").write_text("half")

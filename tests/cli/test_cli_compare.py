@@ -3,14 +3,9 @@
 import json
 
 import pytest
-from programs import SYNCBN, Bench, complaint
+from programs import SYNCBN, complaint
 
 TINY = ("debug=tiny", "study.seeds=[0,1]", "launcher.processes=1", "launcher.num_workers=4")
-
-
-@pytest.fixture
-def bench(tmp_path):
-    return Bench(tmp_path)
 
 
 def write(folder, errors, **design):
@@ -76,7 +71,7 @@ def test_a_plan_of_advice_starts_nothing(bench):
         (["launcher.num_workers=2", "train.per_rank_batch=1"], "one by one"),
     ],
 )
-def test_what_cannot_be_advised_on_is_answered_at_once(bench, arguments, said):
+def test_advice_on_an_unfit_study_is_refused_at_once(bench, arguments, said):
     result = bench.run(*SYNCBN, "advise", *arguments)
     assert result.returncode == 2
     assert said in complaint(result)

@@ -52,7 +52,7 @@ def test_an_option_that_the_model_would_leave_aside_is_refused(model, named):
         check(Config(model=model))
 
 
-def test_what_needs_real_ranks_cannot_be_virtual():
+def test_options_that_need_real_ranks_are_refused_for_virtual_ones():
     cfg = Config(norm=NormConfig(name="torch_sync"), launcher=LauncherConfig(num_workers=2))
     check(cfg)
     with pytest.raises(UsageError, match=r"norm=torch_sync .* train\.virtual=True.*norm=sync"):

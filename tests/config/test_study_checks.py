@@ -49,7 +49,7 @@ def test_a_sound_study_has_no_complaints():
         ({"target": TargetConfig(arm="a"), "grid": {"optim.lr": [1.0]}}, "error is needed"),
     ],
 )  # fmt: skip
-def test_what_is_wrong_with_a_study_is_said(study, words):
+def test_a_study_that_cannot_be_judged_is_refused_with_a_reason(study, words):
     assert words in complaint(**study)
 
 
@@ -79,5 +79,5 @@ def test_what_is_wrong_with_a_study_is_said(study, words):
         ({"tiers": ["never"]}, "tier 'never'"),
     ],
 )  # fmt: skip
-def test_what_is_wrong_with_a_claim_is_said(claim, words):
+def test_a_claim_that_cannot_be_judged_is_refused_with_a_reason(claim, words):
     assert words in of_claim(**claim)

@@ -5,7 +5,7 @@ import subprocess
 
 import psutil
 import pytest
-from programs import HANGS_S, TRAIN, complaint, losses, wait_until
+from programs import HANGS_S, TRAIN, cmdline, complaint, losses, wait_until
 
 ENDLESS = ("tracking=journal", "model.hidden=[8]", "train.per_rank_batch=4", "train.steps=1000000",
            "optim.schedule=constant", "data=synthetic", "launcher.num_workers=2")  # fmt: skip
@@ -27,7 +27,7 @@ def ranks_of(process, number=2):
 
     def there():
         children = psutil.Process(process.pid).children(recursive=True)
-        ranks[:] = [child for child in children if "spawn_main" in " ".join(child.cmdline())]
+        ranks[:] = [child for child in children if "spawn_main" in cmdline(child.pid)]
         return len(ranks) == number
 
     wait_until(there)

@@ -109,6 +109,6 @@ def test_samples_that_would_be_normalised_alone_are_refused(norm):
         ("compare", ("study=demo", "train.time_limit_s=9"), {}, "time_limit_s=9 is not allowed in"),
     ],
 )  # fmt: skip
-def test_what_cannot_be_launched_is_refused(verb, overrides, environ, complaint):
+def test_a_launch_that_cannot_start_is_refused(verb, overrides, environ, complaint):
     with pytest.raises(UsageError, match=complaint):
         plan_of(verb, *overrides, environ=environ)

@@ -42,7 +42,7 @@ def dashboard():
 
         server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         server.daemon_threads = True
-        threading.Thread(target=server.serve_forever, daemon=True).start()
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
         servers.append(server)
         return f"http://127.0.0.1:{server.server_port}"
 
@@ -150,7 +150,7 @@ def test_auto_is_the_cluster_of_the_job_or_of_this_machine():
 @pytest.mark.parametrize(
     "address", ["ray://head:10001", "http://head:8265", "head", "head:0", ":1", "head:x"]
 )
-def test_other_addresses_are_refused(address):
+def test_addresses_of_other_kinds_are_refused_for_a_cluster(address):
     with pytest.raises(UsageError, match=r"launcher.address="):
         cluster_address(address, {})
 

@@ -11,7 +11,14 @@ import urllib.request
 from pathlib import Path
 
 import pytest
-from programs import SYNCBN, Bench, complaint, free_port, losses, wait_until
+from programs import Bench, complaint, free_port, losses, wait_until
+
+PATIENT = (
+    "from syncbn.launch import ray_dashboard; ray_dashboard.TIMEOUT_S = 300.0;"
+    "from syncbn.cli import main; main()"
+)
+SYNCBN = (sys.executable, "-c", PATIENT)
+"""The command, with time for a dashboard on a busy machine."""
 
 TINY = ("tracking=journal", "model.hidden=[8]", "train.per_rank_batch=4", "launcher.num_workers=2")
 
@@ -147,7 +154,9 @@ def test_jobs_are_listed_with_what_was_sent_and_no_token(cluster):
         ([], {"SYNCBN_ADDRESS": "http://127.0.0.1:1"}, 6, "no Ray dashboard answers"),
     ],
 )
-def test_what_cannot_be_sent_is_refused(cluster, overrides, environ, code, reason, monkeypatch):
+def test_a_job_that_cannot_run_is_refused_before_it_is_sent(
+    cluster, overrides, environ, code, reason, monkeypatch
+):
     monkeypatch.setattr(cluster, "environ", cluster.environ | environ)
     before = cluster.run(*SYNCBN, "jobs", "--json").stdout
     result = cluster.run(*SYNCBN, "submit", "train", *overrides)

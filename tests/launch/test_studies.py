@@ -179,7 +179,9 @@ def test_a_tier_runs_whole_though_one_study_lacks_its_data_and_goes_on_where_it_
         (["--show"], "no study is finished"),
     ],
 )
-def test_what_cannot_be_run_is_answered_before_anything_starts(bench, arguments, said):
+def test_a_call_that_names_no_runnable_study_is_refused_before_anything_starts(
+    bench, arguments, said
+):
     result = bench.run(*SYNCBN, "studies", *arguments)
     assert result.returncode == 2
     assert said in complaint(result)

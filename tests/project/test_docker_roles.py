@@ -100,7 +100,7 @@ def test_ray_asks_for_the_token_and_never_shows_it(start):
         assert "MLFLOW_TRACKING_USERNAME=trainer\n" in environment
 
 
-def test_other_commands_are_the_verbs(start):
+def test_a_container_command_that_is_no_role_is_a_verb_of_syncbn(start):
     assert start("train", "norm=sync", "name=a b").stdout.startswith(
         "syncbn train norm=sync name=a b\n"
     )
@@ -166,7 +166,7 @@ def answering():
             pass
 
     with HTTPServer(("127.0.0.1", 0), Handler) as server:
-        thread = Thread(target=server.serve_forever)
+        thread = Thread(target=server.serve_forever, args=(0.01,))
         thread.start()
         yield f"http://127.0.0.1:{server.server_port}"
         server.shutdown()

@@ -75,7 +75,7 @@ def test_the_layer_works_with_torch_alone_installed() -> None:
 
 
 @pytest.mark.parametrize("module", ["numpy", "ray", "mlflow", "hydra"])
-def test_what_is_not_torch_is_out_of_reach_there(module: str) -> None:
+def test_packages_that_torch_does_not_need_are_out_of_reach_in_these_processes(module: str) -> None:
     with pytest.raises(AssertionError, match="out of reach"):
         _python(f"{ONLY}\nimport {module}", ",".join(_modules_of_torch_alone()))
 

@@ -1,7 +1,6 @@
 """Running the project's programs as a user does, and looking for what they leave behind."""
 
 import contextlib
-import json
 import os
 import random
 import signal
@@ -14,6 +13,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+
+from syncbn.tracking import read_journal
 
 SUPPORT = Path(__file__).parent
 ROOT = SUPPORT.parents[1]
@@ -123,13 +124,11 @@ def cmdline(pid):
 
 
 def losses(run_folder):
-    """(step, training loss) of a run, exactly as written."""
-    lines = (run_folder / "journal.jsonl").read_text().splitlines()
-    records = [json.loads(line) for line in lines]
+    """(step, training loss) of a run, exactly as written; the run may be writing still."""
     return [
-        (r["step"], r["metrics"]["train_loss"])
-        for r in records
-        if "train_loss" in r.get("metrics", {})
+        (record["step"], record["metrics"]["train_loss"])
+        for record in read_journal(run_folder / "journal.jsonl")
+        if "train_loss" in record.get("metrics", {})
     ]
 
 

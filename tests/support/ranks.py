@@ -39,14 +39,17 @@ class RankPool:
         """
         while len(self._workers) < world_size:
             self._workers.append(_start(self._environment))
-        with tempfile.TemporaryDirectory() as folder:
-            for rank, (_, connection) in enumerate(self._workers[:world_size]):
-                store = str(Path(folder) / "store")
-                connection.send((module, function, kwargs, rank, world_size, store))
-            failures = self._failures(world_size)
-        if failures:
+        try:
+            with tempfile.TemporaryDirectory() as folder:
+                for rank, (_, connection) in enumerate(self._workers[:world_size]):
+                    store = str(Path(folder) / "store")
+                    connection.send((module, function, kwargs, rank, world_size, store))
+                failures = self._failures(world_size)
+            if failures:
+                raise RankFailed("\n".join(failures))
+        except BaseException:  # also a timeout of pytest's: no test gets the answers of another
             self.close(kill=True)
-            raise RankFailed("\n".join(failures))
+            raise
 
     def _failures(self, world_size: int) -> list[str]:
         deadline = time.monotonic() + TIMEOUT_S

@@ -114,7 +114,7 @@ def test_a_server_that_refuses_the_user_is_a_matter_of_rights(status):
 @pytest.mark.parametrize(
     ("status", "body"), [(500, b"oh"), (404, b"no such page"), (200, b"<html>")]
 )
-def test_anything_else_is_no_working_mlflow(status, body):
+def test_a_server_that_answers_an_error_or_no_json_is_no_working_mlflow(status, body):
     refusal = pytest.raises(ServiceUnreachable, match=r"no (working )?MLflow server")
     with server(lambda _: (status, body)) as uri, refusal:
         probe(uri, timeout_s=60)
@@ -154,7 +154,7 @@ def test_an_sqlite_store_may_be_there_or_come(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["text.db", "folder", "text.db/below.db"])
-def test_what_cannot_be_an_sqlite_store_is_unreachable(tmp_path, name):
+def test_a_path_that_cannot_be_an_sqlite_store_is_unreachable(tmp_path, name):
     (tmp_path / "text.db").write_text("not a database")
     (tmp_path / "folder").mkdir()
     with pytest.raises(ServiceUnreachable):

@@ -61,7 +61,7 @@ def page(links):
     """A browser's page, that notes which other machines it asks for something."""
     options = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
     with playwright.sync_playwright() as driver:
-        browser = driver.chromium.launch(executable_path=CHROMIUM, args=options)
+        browser = driver.chromium.launch(executable_path=CHROMIUM, args=options, timeout=WAIT_MS)
         page = browser.new_page(viewport={"width": 1500, "height": 1000})
         page.set_default_timeout(WAIT_MS)
         page.asked = set()

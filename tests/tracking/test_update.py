@@ -74,7 +74,7 @@ def test_secrets_in_a_config_do_not_become_params():
     assert "https://***@host:5000/x?api_token=***&y=1" in said
 
 
-def test_what_is_no_secret_stays():
+def test_redaction_keeps_words_that_are_no_secret():
     tree = {"optim": {"lr": 0.1, "momentum": 0.9}, "arms": ["a", "b"], "uri": None, "keys": 3}
     assert redact(tree) == tree
 

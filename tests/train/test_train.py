@@ -1,11 +1,12 @@
 """The training loop in one process: when it ends, what it writes, how it resumes."""
 
+import itertools
 import json
 import math
 import signal
-import time
 from contextlib import contextmanager
 from dataclasses import replace
+from types import SimpleNamespace
 from unittest.mock import patch
 
 import pytest
@@ -17,7 +18,7 @@ from syncbn.errors import CheckpointError, DataError, NonFinite, OutOfTime, Stop
 from syncbn.optim import learning_rate
 from syncbn.runtime import Solo
 from syncbn.tracking import read_journal
-from syncbn.train import loop, recorded_run
+from syncbn.train import loop, recorded_run, stopping
 from syncbn.train.stopping import stop_on_signals
 
 SOLO = Solo(torch.device("cpu"))
@@ -120,7 +121,7 @@ def test_a_folder_of_another_config_is_refused(tmp_path):
     assert (tmp_path / "run" / "journal.jsonl").read_bytes() == journal
 
 
-def test_half_a_summary_counts_as_none(tmp_path):
+def test_a_run_whose_summary_is_cut_off_is_finished_again(tmp_path):
     cfg = _config(tmp_path)
     recorded_run(cfg, SOLO)
     (cfg.folder / "summary.json").write_text('{"final": {')
@@ -135,7 +136,9 @@ def test_half_a_summary_counts_as_none(tmp_path):
     ],
     ids=["target reached", "patience over"],
 )
-def test_it_ends_early_when_told_to_and_still_measures(tmp_path, options, steps):
+def test_a_run_that_ends_early_at_its_target_or_without_progress_is_evaluated(
+    tmp_path, options, steps
+):
     cfg = _config(tmp_path, steps=400, **options)
     summary = recorded_run(cfg, SOLO)
     assert summary.steps < 400
@@ -159,12 +162,16 @@ def test_a_run_out_of_time_is_interrupted_and_goes_on_where_it_was(tmp_path):
     assert _metrics(cfg, "train_loss") == _metrics(straight, "train_loss")
 
 
-def test_the_seconds_of_a_run_are_those_of_all_its_attempts(tmp_path):
-    cfg = _config(tmp_path, agree_every=2, time_limit_s=1e-6)
-    with _before_step(1, lambda: time.sleep(1.0)), pytest.raises(OutOfTime):
+def test_the_seconds_of_a_run_are_those_of_all_its_attempts(tmp_path, monkeypatch):
+    seconds = itertools.count()  # each look at the clock finds it a second later
+    monkeypatch.setattr(loop, "time", SimpleNamespace(monotonic=lambda: float(next(seconds))))
+    cfg = _config(tmp_path, agree_every=2, time_limit_s=0.5)
+    with pytest.raises(OutOfTime):
         recorded_run(cfg, SOLO)
+    first = load_latest(cfg.folder / "checkpoints").extra["seconds"]
     cfg.train.time_limit_s = None
-    assert recorded_run(cfg, SOLO).seconds > 1.0
+    assert first > 0
+    assert recorded_run(cfg, SOLO).seconds == first + 1
 
 
 def test_a_last_step_that_comes_too_late_is_still_the_last(tmp_path):
@@ -243,10 +250,32 @@ def test_losses_are_numbers(tmp_path):
     assert all(math.isfinite(loss) for loss in _metrics(cfg, "train_loss").values())
 
 
-def test_the_first_signal_asks_and_handlers_come_back():
+@pytest.fixture
+def clock(monkeypatch):
+    """What the handler of signals takes for the time, in seconds: `clock.now`."""
+    clock = SimpleNamespace(now=100.0)
+    monkeypatch.setattr(stopping, "time", SimpleNamespace(monotonic=lambda: clock.now))
+    return clock
+
+
+def test_the_first_signal_asks_and_handlers_come_back(clock):
     before = signal.getsignal(signal.SIGTERM)
     with stop_on_signals() as stop:
         signal.raise_signal(signal.SIGTERM)
         signal.raise_signal(signal.SIGTERM)  # the launcher passes the same one on
         assert stop.signal_number == signal.SIGTERM
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_a_second_signal_that_is_not_the_first_passed_on_ends_the_process(clock, monkeypatch):
+    raised, restored = [], []
+    monkeypatch.setattr(signal, "raise_signal", raised.append)
+    monkeypatch.setattr(signal, "signal", lambda *handler: restored.append(handler))
+    stop = stopping.StopRequest()
+    stop.ask(signal.SIGINT, None)
+    clock.now += stopping.REPEAT_S
+    stop.ask(signal.SIGINT, None)
+    assert not raised
+    clock.now += 0.1
+    stop.ask(signal.SIGINT, None)
+    assert (restored, raised) == ([(signal.SIGINT, signal.SIG_DFL)], [signal.SIGINT])

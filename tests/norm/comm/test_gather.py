@@ -5,14 +5,13 @@ import torch
 import torch.distributed as dist
 
 import syncbn
-from syncbn.norm.comm.exchange import exchange_of
-from syncbn.norm.comm.transports.process_group import PAYLOAD_BYTES, Wire
+from syncbn.norm.comm.exchange import FORWARD, Fingerprint, exchange_of
+from syncbn.norm.comm.transports.process_group import PAYLOAD_BYTES, Group
 
 
 def _gather(group, values, layer="bn1"):
-    return exchange_of(group).gather(
-        values, kind=1, layer=layer, channels=len(values), dtype=values.dtype, needs_grad=True
-    )
+    what = Fingerprint(layer, len(values), values.dtype, needs_grad=True)
+    return exchange_of(group).gather(values, FORWARD, what)
 
 
 def _group():
@@ -20,7 +19,7 @@ def _group():
         monkeypatch.setenv("SYNCBN_EXCHANGE", "gloo")
         group = dist.new_group()
         _gather(group, torch.ones(3))
-    assert type(exchange_of(group)._transport) is Wire
+    assert type(exchange_of(group).transport) is Group
     return group
 
 

@@ -7,8 +7,10 @@ from oracle import assert_close
 
 import syncbn
 from syncbn.norm import moments
+from syncbn.norm.comm.exchange import FORWARD, Fingerprint, exchange_of
 from syncbn.norm.comm.transports import process_group as wire
-from syncbn.norm.comm.exchange import exchange_of
+from syncbn.norm.comm.transports.shared_memory import SharedMemory
+from syncbn.norm.moments import add_rows
 
 CHANNELS = 5
 
@@ -31,8 +33,12 @@ def _packed(x):
     return moments.pack(moments.Moments(count, mean, ((x - mean) ** 2).sum(0)))
 
 
-def _place(layer="bn1", dtype=torch.float32):
-    return {"layer": layer, "channels": CHANNELS, "dtype": dtype, "needs_grad": True}
+def _what(layer="bn1", dtype=torch.float32, channels=CHANNELS):
+    return Fingerprint(layer, channels, dtype, needs_grad=True)
+
+
+def _sums(exchange, values, what):
+    return add_rows(exchange.gather_sums(values, what)).view_as(values)
 
 
 def _merged(packed):
@@ -45,8 +51,8 @@ def test_reduced_moments_are_those_of_all_values(world_size, mean):
     with pytest.MonkeyPatch.context() as monkeypatch:
         exchange = exchange_of(_group(monkeypatch))
         own = _packed(_values(dist.get_rank(), mean))
-        reduced = exchange.moments(own, **_place())
-        gathered = exchange.gather(own, kind=1, **_place())
+        reduced = exchange.gather_statistics(own, _what())
+        gathered = exchange.gather(own, FORWARD, _what())
     assert reduced.shape == (1, own.numel())
     assert reduced.dtype == own.dtype
     for ours, theirs in zip(_merged(reduced), _merged(gathered), strict=True):
@@ -60,8 +66,8 @@ def test_reduced_moments_are_those_of_all_values(world_size, mean):
 def test_reduced_sums_are_the_sums_of_all_ranks(world_size):
     values = torch.arange(10.0).view(2, 5) * 10 ** dist.get_rank()
     with pytest.MonkeyPatch.context() as monkeypatch:
-        reduced = exchange_of(_group(monkeypatch)).sums(values, **_place())
-        gathered = exchange_of(_group(monkeypatch, 2**20)).sums(values, **_place())
+        reduced = _sums(exchange_of(_group(monkeypatch)), values, _what())
+        gathered = _sums(exchange_of(_group(monkeypatch, 2**20)), values, _what())
     assert torch.equal(reduced, torch.arange(10.0).view(2, 5) * 111)
     assert torch.equal(reduced, gathered)
     assert reduced.dtype == values.dtype
@@ -72,7 +78,7 @@ def test_float64_is_always_gathered(world_size):
     with pytest.MonkeyPatch.context() as monkeypatch:
         exchange = exchange_of(_group(monkeypatch))
         own = _packed(_values(dist.get_rank(), 1e6, torch.float64))
-        gathered = exchange.moments(own, **_place(dtype=torch.float64))
+        gathered = exchange.gather_statistics(own, _what(dtype=torch.float64))
     assert torch.equal(gathered[dist.get_rank()], own)
 
 
@@ -83,21 +89,23 @@ def test_shared_memory_gathers_whatever_the_size(world_size):
         monkeypatch.setenv("SYNCBN_EXCHANGE", "auto")
         exchange = exchange_of(group)
         own = _packed(_values(0, 0.0))
-        exchange.gather(own, kind=1, **_place())
-        if exchange.memory is None:
+        exchange.gather(own, FORWARD, _what())
+        if type(exchange.transport) is not SharedMemory:
             pytest.skip("the native library is not built: there is no shared memory")
-        assert exchange.moments(own, **_place()).shape[0] == world_size
+        assert exchange.gather_statistics(own, _what()).shape[0] == world_size
 
 
 @pytest.mark.world_size(2, 3)
-@pytest.mark.parametrize("what", ["moments", "sums"])
+@pytest.mark.parametrize("what", ["gather_statistics", "gather_sums"])
 def test_ranks_that_disagree_find_out_before_they_reduce(world_size, what):
     with pytest.MonkeyPatch.context() as monkeypatch:
         exchange = exchange_of(_group(monkeypatch))
-        place = _place(layer=f"bn{dist.get_rank() == 1}")
-        values = _packed(_values(0, 0.0)) if what == "moments" else torch.ones(2, CHANNELS)
+        own = _what(layer=f"bn{dist.get_rank() == 1}")
+        values = (
+            _packed(_values(0, 0.0)) if what == "gather_statistics" else torch.ones(2, CHANNELS)
+        )
         with pytest.raises(syncbn.RanksDisagree, match="'bnTrue'"):
-            getattr(exchange, what)(values, **place)
+            getattr(exchange, what)(values, own)
 
 
 @pytest.mark.world_size(2)
@@ -106,7 +114,7 @@ def test_one_rank_that_would_gather_and_one_that_would_reduce_disagree(world_siz
         exchange = exchange_of(_group(monkeypatch, 600))
         width = [2, 400][dist.get_rank()]
         with pytest.raises(syncbn.RanksDisagree):
-            exchange.sums(torch.ones(2, width), **_place() | {"channels": width})
+            exchange.gather_sums(torch.ones(2, width), _what(channels=width))
 
 
 def test_first_frames_never_exceed_what_may_be_gathered_nor_fall_below_a_header():

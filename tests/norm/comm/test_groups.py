@@ -1,7 +1,6 @@
 """Who is synchronised with whom: by name, by size, or by ProcessGroup."""
 
 import copy
-import os
 import pickle
 from unittest import mock
 
@@ -13,8 +12,8 @@ from torch import nn
 
 import syncbn
 from syncbn.norm import backends as kernels
-from syncbn.norm.comm.groups import resolve
-from syncbn.norm.comm.transports.process_group import Wire
+from syncbn.norm.comm import groups, processes
+from syncbn.norm.comm.groups import Members, resolve
 
 
 def _mean_seen(process_group):
@@ -55,15 +54,29 @@ def test_a_process_group_of_our_own(world_size):
 
 
 @pytest.mark.world_size(3)
-def test_node_means_the_ranks_of_one_machine(world_size):
+@pytest.mark.parametrize("local_rank", [None, "0"])
+def test_node_means_the_ranks_of_one_host_however_they_were_started(world_size, local_rank):
     rank = dist.get_rank()
-    os.environ["LOCAL_RANK"] = str(
-        rank if rank < 2 else 0
-    )  # ranks 0 and 1 on one machine, 2 on another
-    try:
-        assert dist.get_process_group_ranks(resolve("node")) == ([0, 1] if rank < 2 else [2])
-    finally:
-        del os.environ["LOCAL_RANK"]
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.delenv("LOCAL_RANK", raising=False)
+        if local_rank is not None:
+            monkeypatch.setenv("LOCAL_RANK", local_rank)
+        monkeypatch.setattr(groups, "host", lambda: "one" if rank != 1 else "other")
+        assert dist.get_process_group_ranks(resolve("node")) == ([1] if rank == 1 else [0, 2])
+
+
+@pytest.mark.world_size(2)
+def test_ranks_of_one_machine_are_one_node(world_size):
+    assert dist.get_process_group_ranks(resolve("node")) == [0, 1]
+
+
+def test_hosts_are_told_apart_by_name_and_by_boot(monkeypatch):
+    names = {processes.host()}
+    monkeypatch.setattr(processes.socket, "gethostname", lambda: "another")
+    names.add(processes.host())
+    monkeypatch.setattr(processes, "_boot", lambda: "another")
+    names.add(processes.host())
+    assert len(names) == 3
 
 
 @pytest.mark.world_size(3)
@@ -74,7 +87,7 @@ def test_a_size_that_does_not_divide_the_world_is_refused(world_size):
 
 @pytest.mark.world_size(2)
 def test_groups_wait_no_longer_than_the_world_does(world_size):
-    assert Wire(resolve(2)).timeout_s == Wire(dist.group.WORLD).timeout_s == 30
+    assert Members(resolve(2)).timeout_s == Members(dist.group.WORLD).timeout_s == 30
 
 
 @pytest.mark.world_size(2)
@@ -91,12 +104,25 @@ def test_a_destroyed_group_is_refused(world_size):
         _mean_seen(group)
 
 
+def _converted(num_features, process_group):
+    return syncbn.convert_sync_batchnorm(nn.BatchNorm1d(num_features), process_group)
+
+
 @pytest.mark.world_size(2)
-def test_a_group_without_this_rank_is_refused(world_size):
+@pytest.mark.parametrize("make", [syncbn.SyncBatchNorm, _converted])
+def test_a_group_without_this_rank_is_refused_when_this_rank_trains_and_not_before(
+    world_size, make
+):
     group = dist.new_group([0])
+    layer = make(3, process_group=group)
+    x = torch.randn(4, 3)
+    assert torch.equal(layer.eval()(x), nn.BatchNorm1d(3).eval()(x))
+    layer.train()
     if dist.get_rank() == 1:
-        with pytest.raises(ValueError, match="does not contain this rank"):
-            syncbn.SyncBatchNorm(3, process_group=group)
+        with pytest.raises(RuntimeError, match="does not contain rank 1, which therefore cannot"):
+            layer(x)
+    else:
+        layer(x)
 
 
 @pytest.mark.world_size(2)

@@ -4,7 +4,7 @@ import socket
 
 import pytest
 
-from syncbn.norm.comm import connect
+from syncbn.norm.comm.transports import sockets as connect
 
 SECRET = bytes(range(16))
 

@@ -5,20 +5,13 @@ import torch
 import torch.distributed as dist
 
 import syncbn
-from syncbn.norm.comm.exchange import exchange_of
+from syncbn.norm.comm.exchange import FORWARD, Fingerprint, exchange_of
 
 
 def _use(group, *serials):
     for serial in serials:
-        exchange_of(group).gather(
-            torch.ones(3),
-            kind=1,
-            layer="SyncBatchNorm(1)",
-            channels=1,
-            dtype=torch.float32,
-            needs_grad=True,
-            serial=serial,
-        )
+        what = Fingerprint("SyncBatchNorm(1)", 1, torch.float32, True, serial)
+        exchange_of(group).gather(torch.ones(3), FORWARD, what)
 
 
 def _group():

@@ -11,11 +11,11 @@ import torch.distributed as dist
 from oracle import batch_norm, forward_backward
 
 import syncbn
-from syncbn.norm.comm.transports import mapping as memory, shared_memory as shared
-from syncbn.norm.comm.exchange import exchange_of
-from syncbn.norm.comm.transports.sockets import Mesh
+from syncbn.norm.comm.exchange import FORWARD, Fingerprint, exchange_of
+from syncbn.norm.comm.transports import shared_memory as shared
+from syncbn.norm.comm.transports.process_group import Group
 from syncbn.norm.comm.transports.shared_memory import SharedMemory
-from syncbn.norm.comm.transports.process_group import Wire
+from syncbn.norm.comm.transports.sockets import Sockets
 
 pytestmark = pytest.mark.skipif(
     shared._native() is None, reason="the native library is not built: there is no shared memory"
@@ -36,9 +36,7 @@ def _group(**options):
 
 
 def _gather(group, values):
-    return exchange_of(group).gather(
-        values, kind=1, layer="bn1", channels=1, dtype=values.dtype, needs_grad=True
-    )
+    return exchange_of(group).gather(values, FORWARD, Fingerprint("bn1", 1, values.dtype, True))
 
 
 @pytest.mark.world_size(2, 3, 4)
@@ -49,19 +47,19 @@ def test_memory_connections_and_gloo_give_the_same_bits(world_size, channels, dt
     generator = torch.Generator().manual_seed(dist.get_rank())
     batches = torch.randn(3, 4, channels, 3, 3, generator=generator).to(dtype)
     results = []
-    for choice, kind in (("sockets", Mesh), ("gloo", Wire), ("shared", SharedMemory)):
+    for choice, kind in (("sockets", Sockets), ("gloo", Group), ("shared", SharedMemory)):
         with _exchanging_by(choice):
             layer = syncbn.convert_sync_batchnorm(batch_norm(channels), group := _group())
             # after the first exchange a pass in shared memory is one call, but for 2100 channels
             passes = [forward_backward(layer, x, x.sin()) for x in batches]
-        assert type(exchange_of(group)._transport) is kind
+        assert type(exchange_of(group).transport) is kind
         gradients = [parameter.grad for parameter in layer.parameters()]
         results.append([*sum(passes, ()), *gradients, *layer.buffers()])
     assert all(torch.equal(a, b) and torch.equal(a, c) for a, b, c in zip(*results, strict=True))
 
 
 @pytest.mark.world_size(2, 4)
-def test_a_rank_without_a_batch_meets_those_that_pass_in_one_call(world_size):
+def test_a_rank_without_a_batch_exchanges_with_those_that_pass_in_one_call(world_size):
     layer = syncbn.SyncBatchNorm(3)
     for step in range(3):
         size = 0 if step and dist.get_rank() == world_size - 1 else 4
@@ -134,18 +132,18 @@ def test_ranks_that_cannot_share_memory_all_connect(world_size, obstacle):
     if obstacle == "library" and dist.get_rank() == 1:
         patch.setattr(shared, "_native", lambda: None)
     elif obstacle == "kernel":
-        patch.setattr(memory.os, "memfd_create", _no_space)
+        patch.setattr(shared.os, "memfd_create", _no_space)
     elif obstacle == "full":
-        patch.setattr(memory.os, "posix_fallocate", _no_space)
+        patch.setattr(shared.os, "posix_fallocate", _no_space)
     elif obstacle == "unwilling" and dist.get_rank() == 1:
         patch.setenv("SYNCBN_EXCHANGE", "gloo")
     elif dist.get_rank() == 1:
-        patch.setattr(memory, "machine", lambda: b"another machine")
+        patch.setattr(shared, "machine", lambda: "another machine")
     try:
         assert _gather(group := _group(), torch.ones(2)).sum() == 4
     finally:
         patch.undo()
-    assert type(exchange_of(group)._transport) is (Wire if obstacle == "unwilling" else Mesh)
+    assert type(exchange_of(group).transport) is (Group if obstacle == "unwilling" else Sockets)
 
 
 def _no_space(*_):
@@ -163,6 +161,8 @@ def test_what_cannot_be_had_is_an_error_where_it_was_demanded(world_size):
         patch.undo()
     with (
         _exchanging_by("pigeon"),
-        pytest.raises(ValueError, match="'pigeon' is not allowed: one of auto, shared, sockets, gloo"),
+        pytest.raises(
+            ValueError, match="'pigeon' is not allowed: one of auto, shared, sockets, gloo"
+        ),
     ):
         _gather(_group(), torch.ones(2))
