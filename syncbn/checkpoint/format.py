@@ -1,8 +1,8 @@
 """The bytes of a checkpoint: four files, and the proof that they are those that were written.
 
-The decision that shaped this file: integrity is checked on bytes, before any parser. `torch.load` accepts a flipped
-bit, so the files are read once, compared with the manifest, and only those very bytes are parsed, by parsers that
-run no code: safetensors for the model, `weights_only=True` for the rest, JSON.
+Integrity is checked on bytes, before any parser. `torch.load` accepts a flipped bit, so the files are read once,
+compared with the manifest, and only those very bytes are parsed, by parsers that run no code: safetensors for the
+model, `weights_only=True` for the rest, JSON.
 """
 
 import hashlib

@@ -1,8 +1,8 @@
 """A Ray cluster to train on: one that runs, or one of our own for as long as the run takes.
 
-Whoever can reach a Ray cluster can run code on it. So a cluster that answers without a token is not used, the one
-started here gets a random token that only this process and its children know, and a running cluster is asked, by one
-small RPC, whether it lives, whom it lets in and what it has before Ray connects to it.
+Anyone who can connect to a Ray cluster can run code on it. So a cluster that answers without a token is not used, the
+one started here gets a random token that only this process and its children know, and a running cluster is asked, by
+one small RPC, whether it answers, whether it wants a token and what it has, before Ray connects to it.
 """
 
 import logging

@@ -94,7 +94,7 @@ def require_token_mode(address: str) -> None:
     Raises:
         UsageError: not an http(s) URL of a host.
         ServiceUnreachable: nothing answers, or not as Ray does.
-        NotAuthorised: it lets anybody in.
+        NotAuthorised: it accepts callers without a token.
     """
     _require_http(address)
     status, body = _request(address + "/api/version", "GET", None)

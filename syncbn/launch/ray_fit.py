@@ -82,7 +82,7 @@ def _rank(config: dict[str, Any]) -> Any:
 
 
 def cause(error: TrainingFailedError) -> SyncbnError:
-    """The failure behind `error`: that of the rank to be heard first (see `outcomes`), else the death of a worker."""
+    """The failure behind `error`: that of the rank to be reported (see `outcomes`), else the death of a worker."""
     failures = sorted(getattr(error, "worker_failures", {}).items())
     causes = {rank: getattr(failure, "_base_exc", failure) for rank, failure in failures}
     told = [failure for failure in causes.values() if isinstance(failure, RankFailed)]

@@ -1,7 +1,7 @@
-"""Ends this process when the head of the cluster that it joined is gone.
+"""Ends this process when the head of the cluster that it joined has died.
 
-Ray's own calls wait a minute for a head that does not answer, some of them again and again, and then end the process
-with no word of ours. So a thread knocks at the head's door, and no call that hangs can keep it from giving up.
+Ray's own calls wait a minute for a head that does not answer, some of them repeatedly, and then end the process without
+a message of ours. So a thread tests the connection to the head, which no call that hangs can delay.
 """
 
 import os
