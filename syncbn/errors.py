@@ -37,7 +37,7 @@ class ServiceUnreachable(SyncbnError):
 
 
 class NotAuthorised(SyncbnError):
-    """A service that refuses this user, or one that would let anybody in."""
+    """A service that refuses this user, or one that accepts anyone."""
 
     exit_code = 7
 

@@ -88,7 +88,7 @@ def decode(
     """What verified files hold: meta, model state, and `{"optimizer": ..., "extra": ...}`.
 
     Raises:
-        CheckpointError: somebody made the files by hand, with checksums that fit; nothing of them is run.
+        CheckpointError: the files were forged, with checksums that fit; nothing in them is run.
     """
     meta = _parsed(path / META, lambda: Meta(**json.loads(blobs[META])))
     model_state = _parsed(path / MODEL, lambda: safetensors.torch.load(blobs[MODEL]))

@@ -42,5 +42,5 @@ def lost_ranks_named() -> Iterator[None]:
         if hasattr(error, "exit_code") or not any(sign in str(error) for sign in _SIGNS):
             raise
         raise InfrastructureError(
-            "another rank is gone: where it left no message of its own, start it again to continue from its checkpoint"
+            "another rank exited: where it left no message of its own, start it again to continue from its checkpoint"
         ) from error

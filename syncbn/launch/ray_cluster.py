@@ -125,7 +125,7 @@ def cluster_resources(address: str, token: str) -> Mapping[str, float]:
     """
     if _ask_for_nodes(address, None) is not None:
         raise NotAuthorised(
-            f"the cluster at {address} answers without a token, so anybody who reaches it can run code there: "
+            f"the cluster at {address} answers without a token, so anyone who can connect can run code there: "
             "start it with RAY_AUTH_MODE=token"
         )
     nodes = _ask_for_nodes(address, token)

@@ -56,7 +56,7 @@ def fit(cfg: Config, work: Work, num_ranks: int) -> Any:
         raise cause(error) from error
     except RayActorError as error:  # of the trainer's own controller
         raise InfrastructureError(
-            f"the cluster is gone ({_first_line(error)}): start it again to continue from its checkpoint"
+            f"the cluster was lost ({_first_line(error)}): start it again to continue from its checkpoint"
         ) from error
     finally:
         shutil.rmtree(storage, ignore_errors=True)
