@@ -340,7 +340,7 @@ class _Watchdog:
         while not self._ends:
             self._wake.wait(TICK_S)
             self._wake.clear()
-            with suppress(Exception):  # whatever it meets, it must not disturb training
+            with suppress(Exception):  # whatever fails here, training goes on
                 self.look()
 
     def look(self) -> None:
