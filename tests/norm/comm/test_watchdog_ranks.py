@@ -320,8 +320,9 @@ def test_a_rank_that_is_interrupted_while_it_waits_tells_the_others(world_size, 
             signal.signal(signal.SIGALRM, before)
         elif rank == 2:
             _refused(group, "rank 0|enough")
-        dist.barrier()
-        if rank == 1 and way == "gloo":  # the values of the rank that was interrupted had been sent
+        told = [f"told {way} {other}" for other in range(world_size) if other != 1]
+        _store().wait(told) if rank == 1 else _store().set(f"told {way} {rank}", "")
+        if rank == 1 and way == "gloo":  # the values of the ranks that gave up had been sent
             _gather(group)
         else:
             _refused(group, "rank 0|enough")
