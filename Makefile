@@ -5,7 +5,7 @@ PYTHON ?= python3
 PORT ?= 5000
 BIN = .venv/bin
 STAMP = .venv/.installed
-PYTEST = $(BIN)/python -m pytest --numprocesses 2 --dist loadscope
+PYTEST_OPTIONS = --numprocesses 2 --dist loadscope
 
 .PHONY: help setup demo studies studies-fast ui test test-all coverage bench lint lock
 .DEFAULT_GOAL := help
@@ -40,15 +40,13 @@ ui: $(STAMP) ## Show runs, figures and reports in MLflow on 127.0.0.1 (PORT=5000
 	@$(BIN)/syncbn ui --port $(PORT)
 
 test: $(STAMP) ## Run the tests that need no GPU and are not slow; every line of the layer that runs on a CPU is covered
-	@$(PYTEST) -m "not gpu and not slow and layer" --cov --cov-report=
-	@$(BIN)/coverage report --include 'syncbn/norm/*' --skip-covered --show-missing --fail-under 100
-	@$(PYTEST) -m "not gpu and not slow and not layer"
+	@$(BIN)/python tests/support/run_parts.py $(PYTEST_OPTIONS)
 
 test-all: $(STAMP) ## Run all tests; those that need a GPU skip where there is none
 	@$(BIN)/python -m pytest
 
 coverage: $(STAMP) ## Run the tests of `make test`, then list the lines of the whole package that they left out
-	@$(PYTEST) -m "not gpu and not slow" --cov --cov-report=
+	@$(BIN)/python -m pytest $(PYTEST_OPTIONS) -m "not gpu and not slow" --cov --cov-report=
 	@$(BIN)/coverage report --skip-covered --show-missing
 
 bench: $(STAMP) ## Measure the layer against its peers, 10 minutes on 2 quiet cores; rewrites docs/performance.md

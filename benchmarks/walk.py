@@ -1,8 +1,8 @@
 """How far a training pass walks through the layer's code: `torchrun --nproc-per-node 2 -m benchmarks.walk`.
 
 One pass of `SyncBatchNorm`, forward and backward, is followed with `sys.settrace` on rank 0, after passes that fill the
-caches. Printed are the Python files of `syncbn/norm` that it enters, and how often it changes from one to another, calls
-and returns both counted.
+caches. It prints the Python files of `syncbn/norm` that the pass enters, in order, and how often it changes from one to
+another, calls and returns both counted.
 """
 
 import sys
@@ -28,11 +28,12 @@ class Walk:
 
     def follow(self, work: Callable[[], object]) -> None:
         """Run `work`, and note each file that it enters or comes back to."""
+        before = sys.gettrace()
         sys.settrace(self._trace)
         try:
             work()
         finally:
-            sys.settrace(None)
+            sys.settrace(before)
 
     @property
     def files(self) -> list[str]:

@@ -2,8 +2,8 @@
 
 `world_size`: one test function, run plainly in each rank of a gloo group. `triton_interpreter`: run where Triton's
 kernels run on the CPU, which is settled once a process, by its environment; both may be asked for. `layer`: given to
-every test that may run a line of the layer, by what its module imports; these alone are run under coverage, which costs
-half their time again.
+every test that may run a line of the layer, by the place, the name or the imports of its module; these alone are run
+under coverage, which costs half their time again.
 """
 
 import functools
@@ -13,12 +13,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
+from programs import Bench
 from ranks import RankPool
 
-settings.register_profile("patient", deadline=None)  # a busy machine is slow, not wrong
+# A busy machine is slow, not wrong.
+settings.register_profile("patient", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("patient")
 
+_TESTS = Path(__file__).parent
 _LAYER = re.compile(r"^\s*(import syncbn$|from syncbn import|from syncbn\.norm)", re.MULTILINE)
 _pool = RankPool()
 _interpreter = RankPool(TRITON_INTERPRET="1")
@@ -39,8 +42,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @functools.cache
 def _is_of_the_layer(module: Path) -> bool:
-    folders = {folder.name for folder in module.parents}
-    return not folders.isdisjoint({"dist", "norm"}) or _LAYER.search(module.read_text()) is not None
+    if module.relative_to(_TESTS).parts[0] in ("dist", "norm") or module.stem.endswith("_on_ranks"):
+        return True
+    return _LAYER.search(module.read_text()) is not None
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -63,6 +67,14 @@ def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
     pool = _interpreter if interpreted else _pool
     pool.run(pyfuncitem.module.__name__, pyfuncitem.originalname, kwargs, world_size)
     return True
+
+
+@pytest.fixture
+def bench(tmp_path: Path) -> Iterator[Bench]:
+    """A place to run programs, none of which outlives the test."""
+    bench = Bench(tmp_path)
+    yield bench
+    bench.kill_all()
 
 
 @pytest.fixture(scope="session", autouse=True)

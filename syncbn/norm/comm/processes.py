@@ -210,11 +210,13 @@ def _of_backward() -> Collective:
 def _waits_for_work(frame: FrameType) -> bool:
     """Whether `frame` has called `wait` of a `torch.distributed.Work`."""
     done = [one for one in dis.get_instructions(frame.f_code) if one.offset < frame.f_lasti]
-    loads = [one for one in done if one.opname.startswith("LOAD_")][-2:]
-    if len(loads) < 2 or loads[1].argval != "wait":
+    loads = [one for one in done if one.opname.startswith("LOAD_")]
+    if len(loads) < 2 or loads[-1].argval != "wait":
         return False
-    variables = {**frame.f_globals, **frame.f_locals}
-    if isinstance(variables.get(loads[0].argval), dist.Work):
+    if isinstance(frame.f_locals.get(loads[-2].argval), dist.Work):
         return True
-    attributes = [one.argval for one in done if one.opname in ("LOAD_ATTR", "LOAD_METHOD")]
-    return len(attributes) > 1 and hasattr(dist, attributes[-2])
+    if loads[-1].positions is None or loads[-1].positions.lineno is None:
+        return False  # compiled without them
+    first = loads[-1].positions.lineno  # of the expression
+    names = [one.argval for one in loads if one.positions and (one.positions.lineno or 0) >= first]
+    return any(isinstance(name, str) and callable(getattr(dist, name, None)) for name in names)

@@ -14,7 +14,7 @@ from contextlib import suppress
 import torch
 import torch.distributed as dist
 
-from syncbn.norm.comm.fingerprint import RanksDisagree
+from syncbn.norm.comm.fingerprint import RankLost, RanksDisagree
 from syncbn.norm.comm.processes import Process
 from syncbn.norm.comm.transports.process_group import Group, Transport
 from syncbn.norm.comm.transports.shared_memory import SharedMemory
@@ -50,20 +50,28 @@ def connect(group: Group, header: bytes, number: int) -> Transport:
 
 
 def _wait_for_all(group: Group) -> None:
+    _hear_of_failure(group)
     missing = _missing(group, range(group.world_size))
     if not missing:
         return
     with Wait(group, *group.turn) as wait:
         while missing and not _is_vain(wait):
-            if group.store.check([_FAILED]):
-                raise RanksDisagree(group.store.get(_FAILED).decode())
+            _hear_of_failure(group)
             try:
                 wait.look(missing)
             except RuntimeError as error:
-                group.store.set(_FAILED, str(error))
+                kind = "lost" if isinstance(error, RankLost) else "disagree"
+                group.store.set(_FAILED, f"{kind} {error}")
                 raise
             time.sleep(min(0.05, max(0.001, wait.waited_s / 10)))
             missing = _missing(group, missing)
+
+
+def _hear_of_failure(group: Group) -> None:
+    """Raise what made another rank give up the group."""
+    if group.store.check([_FAILED]):
+        kind, _, message = group.store.get(_FAILED).decode().partition(" ")
+        raise RankLost(message) if kind == "lost" else RanksDisagree(message)
 
 
 def _missing(group: Group, ranks: Iterable[int]) -> list[int]:

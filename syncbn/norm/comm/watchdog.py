@@ -43,6 +43,8 @@ TICK_S = 1.0
 """How often the thread wakes."""
 ASK_S = 0.9
 """How long a rank has waited when its watchdog begins to ask."""
+ANSWERED_S = 5.0
+"""How long an answer of a watchdog counts as a sign of life."""
 QUIET_TICKS = 3
 """How often in a row a thread is seen blocked at one place before anything follows from it."""
 QUIET_S = 0.01
@@ -210,7 +212,7 @@ class Wait:
 
     def answers(self, rank: int) -> bool:
         """Whether the watchdog of global `rank` has answered lately: its process lives."""
-        return time.monotonic() - self._heard.get(rank, -1e9) < 5 * TICK_S
+        return time.monotonic() - self._heard.get(rank, -1e9) < ANSWERED_S
 
     def study(self, read: Callable[[int], Post | None]) -> None:
         """Read the others' posts and settle whether they can come; called by the watchdog's thread."""

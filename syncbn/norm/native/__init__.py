@@ -34,9 +34,9 @@ def _installed_folder() -> Path:
     """This package as it was installed: its sources may stand before it on the path, as they do in a Ray job."""
     try:
         installed = importlib.metadata.distribution("syncbn")
-    except importlib.metadata.PackageNotFoundError:
+        origin = json.loads(installed.read_text("direct_url.json") or "{}")
+    except (importlib.metadata.PackageNotFoundError, OSError):  # the latter without descriptors
         return Path()
-    origin = json.loads(installed.read_text("direct_url.json") or "{}")
     root = Path(str(installed.locate_file("")))
     if origin.get("dir_info", {}).get("editable"):
         root = Path(url2pathname(urlparse(origin["url"]).path))

@@ -231,10 +231,14 @@ def in_child(work: Callable[[], bool]) -> int:
     child = os.fork()
     if child == 0:
         signal.signal(signal.SIGALRM, signal.SIG_DFL)
-        signal.alarm(60)  # a busy machine is slow; a child that hangs does so until then
-        torch.set_num_threads(1)
-        # the C function: under coverage Python's saves what was traced, behind the same lock
-        ctypes.CDLL(None)._exit(0 if work() else 1)
+        signal.alarm(120)  # a busy machine is slow; a child that hangs does so until then
+        status = 1
+        try:
+            torch.set_num_threads(1)
+            status = 0 if work() else 1
+        finally:  # an error here must not go on in the tests that follow
+            # the C function: under coverage Python's saves what was traced, behind the same lock
+            ctypes.CDLL(None)._exit(status)
     sys.settrace(tracer)
     return os.waitpid(child, 0)[1]
 

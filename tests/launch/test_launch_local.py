@@ -1,0 +1,73 @@
+"""Ranks of this machine, killed and signalled: what the launch says of it, and what can go on from there."""
+
+import signal
+import subprocess
+
+import psutil
+import pytest
+from programs import HANGS_S, TRAIN, cmdline, complaint, losses, wait_until
+
+ENDLESS = ("tracking=journal", "model.hidden=[8]", "train.per_rank_batch=4", "train.steps=1000000",
+           "optim.schedule=constant", "data=synthetic", "launcher.num_workers=2")  # fmt: skip
+
+
+def start(bench):
+    return bench.start(*TRAIN, *ENDLESS, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+def ended(process):
+    """The launch once it is over, with what it said."""
+    stdout, stderr = process.communicate(timeout=HANGS_S)
+    return subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)
+
+
+def ranks_of(process, number=2):
+    """Its ranks, once they are there: the processes that a spawn started."""
+    ranks = []
+
+    def there():
+        children = psutil.Process(process.pid).children(recursive=True)
+        ranks[:] = [child for child in children if "spawn_main" in cmdline(child.pid)]
+        return len(ranks) == number
+
+    wait_until(there)
+    return sorted(ranks, key=lambda rank: rank.create_time())
+
+
+def wait_for_losses(bench):
+    folder = bench.folder / "runs" / "run"
+    wait_until(lambda: (folder / "journal.jsonl").exists() and losses(folder))
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_killed_rank_is_what_the_launch_speaks_of(bench, rank):
+    process = start(bench)
+    wait_for_losses(bench)
+    ranks_of(process)[rank].kill()
+    result = ended(process)
+    assert result.returncode == 75, result.stderr
+    assert f"rank {rank} died" in complaint(result)
+    assert not bench.left_running()
+
+
+def test_a_signal_to_the_launch_says_that_a_checkpoint_was_saved(bench):
+    process = start(bench)
+    wait_for_losses(bench)
+    process.send_signal(signal.SIGTERM)
+    result = ended(process)
+    assert (result.returncode, complaint(result)) == (
+        143,
+        "syncbn: error: stopped by signal 15, checkpoint saved",
+    )
+    assert (bench.folder / "runs" / "run" / "checkpoints" / "LATEST").is_file()
+
+
+def test_a_signal_while_ranks_start_claims_a_checkpoint_only_where_there_is_one(bench):
+    process = start(bench)
+    ranks_of(process)
+    process.send_signal(signal.SIGTERM)
+    result = ended(process)
+    assert result.returncode == 143
+    saved = (bench.folder / "runs" / "run" / "checkpoints" / "LATEST").is_file()
+    how = ", checkpoint saved" if saved else " before a checkpoint could be saved"
+    assert complaint(result).endswith(f"stopped by signal 15{how}")

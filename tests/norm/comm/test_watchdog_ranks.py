@@ -1,0 +1,329 @@
+"""Ranks that do not come to an exchange, by every transport: which are waited for, which are named, and by whom."""
+
+import atexit
+import logging
+import os
+import signal
+import threading
+import time
+from contextlib import contextmanager, suppress
+
+import pytest
+import torch
+import torch.distributed as dist
+from own_ranks import run_ranks
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+import syncbn
+from syncbn.norm.comm import watchdog
+from syncbn.norm.comm.exchange import FORWARD, Fingerprint, RankLost, exchange_of
+from syncbn.norm.comm.transports import shared_memory as shared
+
+WAYS = ["gloo", "sockets"] + ["shared"] * (shared._native() is not None)
+HERE = r"rank {} is in the forward of SyncBatchNorm 'bn' .sequence number \d, 3 channels, float32. "
+
+
+@pytest.fixture(params=WAYS)
+def way(request):
+    return request.param
+
+
+@contextmanager
+def _quick(way, slow_s=1e9):
+    """Watchdogs that look every 50 ms, and groups that use one transport."""
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setenv("SYNCBN_EXCHANGE", way)
+        monkeypatch.setattr(watchdog, "TICK_S", 0.05)
+        monkeypatch.setattr(watchdog, "ASK_S", 0.05)
+        monkeypatch.setattr(watchdog, "SLOW_S", slow_s)
+        watchdog.watch()  # as a rank does that builds a layer
+        yield
+
+
+def _gather(group, layer="bn"):
+    """One exchange, which must bring what every rank sent."""
+    own = torch.full((3,), float(dist.get_rank(group)))
+    gathered = exchange_of(group).gather(own, FORWARD, Fingerprint(layer, 3, own.dtype, True))
+    ranks = torch.arange(dist.get_world_size(group), dtype=torch.float32)
+    assert torch.equal(gathered, ranks[:, None].expand(-1, 3))
+
+
+def _group(first, ranks=None):
+    """A group, perhaps after its first exchange."""
+    group = dist.new_group(ranks)
+    if not first and dist.get_rank() in (ranks or range(dist.get_world_size())):
+        _gather(group)
+    return group
+
+
+def _refused(group, match, error=(syncbn.RanksDisagree, RankLost)):
+    with pytest.raises(error, match=match):
+        _gather(group)
+
+
+def _store():
+    return dist.distributed_c10d._get_default_store()
+
+
+# waited for
+
+
+@pytest.mark.world_size(2, 3)
+@pytest.mark.parametrize("first", [True, False], ids=["first", "later"])
+def test_a_rank_in_eval_mode_is_waited_for_its_backward_passes_included(world_size, way, first):
+    with _quick(way):
+        group, rank = _group(first), dist.get_rank()
+        layer = syncbn.SyncBatchNorm(3, process_group=group)
+        if rank == 0:
+            layer.eval()
+            for x in (torch.randn(4, 3, requires_grad=True) for _ in range(5)):
+                layer(x)
+                torch.autograd.grad(layer(x).sum(), x)
+            time.sleep(1)
+            layer.train()
+        layer(torch.randn(4, 3, requires_grad=True)).square().sum().backward()
+
+
+@pytest.mark.world_size(2)
+def test_a_rank_that_is_slow_is_waited_for_and_mentioned(world_size, way):
+    said = []
+    handler = logging.Handler()
+    handler.emit = lambda record: _note(said, record, f"mentioned {way}")
+    watchdog.log.addHandler(handler)
+    with _quick(way, slow_s=0.5):
+        group, rank = _group(first=False), dist.get_rank()
+        if rank == 1:
+            _store().wait([f"mentioned {way}"])
+        _gather(group)
+    watchdog.log.removeHandler(handler)
+    assert [text.startswith("rank 0 is in the forward") for text in said] == [True] * (rank == 0)
+    assert all("slow rank 1" in text for text in said)
+
+
+def _note(said, record, key):
+    said.append(record.getMessage())
+    _store().set(key, "")
+
+
+@pytest.mark.world_size(3)
+def test_a_rank_that_waits_elsewhere_for_a_slow_third_is_waited_for(world_size, way):
+    with _quick(way):
+        rank = dist.get_rank()
+        pairs = [_group(first=False, ranks=ranks) for ranks in ([0, 1], [1, 2])]
+        if rank == 2:
+            time.sleep(1)
+        for group in reversed(pairs):
+            if isinstance(group, dist.ProcessGroup):
+                dist.barrier(group) if group is pairs[1] else _gather(group)
+
+
+@pytest.mark.world_size(3)
+def test_a_rank_that_collects_from_a_slow_third_is_waited_for_by_those_that_have_sent(
+    world_size, way
+):
+    with _quick(way):
+        group, rank = _group(first=False), dist.get_rank()
+        if rank == 2:
+            time.sleep(1)
+        parts = [torch.zeros(1) for _ in range(3)] if rank == 1 else None
+        dist.gather(torch.ones(1), parts, dst=1)
+        _gather(group)
+
+
+def stopped_for_a_while(way):
+    os.environ["SYNCBN_EXCHANGE"] = way
+    _gather(dist.group.WORLD)
+    dist.barrier()
+    if dist.get_rank() == 1:
+        os.kill(os.getpid(), signal.SIGSTOP)
+    else:
+        pid = exchange_of(dist.group.WORLD)._group.processes[1].pid
+        threading.Timer(2.0, os.kill, (pid, signal.SIGCONT)).start()
+    _gather(dist.group.WORLD)
+    os.write(1, b"came through\n")
+
+
+def test_a_rank_that_was_stopped_for_a_while_is_waited_for(way):
+    outcomes = run_ranks(__name__, "stopped_for_a_while", way)
+    assert ["came through" in outcome.output for outcome in outcomes] == [True, True]
+
+
+# named
+
+
+def _ddp():
+    torch.manual_seed(0)
+    return DistributedDataParallel(nn.Linear(3, 3))
+
+
+ELSEWHERE = {
+    "barrier": (lambda _: dist.barrier(), "barrier of torch.distributed"),
+    "all_reduce": (lambda _: dist.all_reduce(torch.ones(3)), "all_reduce of torch.distributed"),
+    "started": (lambda _: dist.all_reduce(torch.ones(3), async_op=True).wait(), "a collective"),
+    "broadcast": (lambda _: dist.broadcast(torch.ones(3), 0), "broadcast of torch.distributed"),
+    "backward": (lambda model: model(torch.ones(2, 3)).sum().backward(), "a backward pass"),
+}
+
+
+@pytest.mark.world_size(2, 3)
+@pytest.mark.parametrize("first", [True, False], ids=["first", "later"])
+def test_a_rank_blocked_in_another_collective_is_named_by_all_that_wait(world_size, way, first):
+    with _quick(way):
+        model = _ddp()
+        for _, (enter, _) in [*ELSEWHERE.items()] * 2:  # their first use does more than the others
+            enter(model)
+        for enter, name in ELSEWHERE.values():
+            group = _group(first)
+            dist.barrier()
+            if dist.get_rank() != 1:
+                waits = f".*and waits for rank 1: it is blocked in {name}.* at test_watchdog_ranks"
+                _refused(group, HERE.format("[02]") + waits)
+                _refused(group, "waits for rank 1: it is blocked in")
+            enter(model)  # lets the other rank out
+            if dist.get_rank() == 1:
+                _ends(group)
+            dist.barrier()
+
+
+def _ends(group):
+    """Complete what others have given up: a group of gloo's that is under way cannot be destroyed."""
+    with suppress(syncbn.RanksDisagree, RankLost):
+        _gather(group)
+
+
+@pytest.mark.world_size(2)
+@pytest.mark.parametrize("first", [True, False], ids=["first", "later"])
+def test_ranks_in_layers_of_different_groups_name_each_other(world_size, way, first):
+    with _quick(way):
+        groups, rank = [_group(first), _group(first)], dist.get_rank()
+        # the second to find out may see the first in the barrier
+        other = f"and waits for rank {1 - rank}: it is (in the forward of Sync|blocked in barrier)"
+        _refused(groups[rank], HERE.format(rank) + other)
+        dist.barrier()
+        _ends(groups[1 - rank])
+        dist.barrier()
+
+
+@pytest.mark.world_size(3)
+def test_ranks_that_wait_for_each_other_in_a_circle_of_groups_are_named(world_size):
+    with _quick(WAYS[-1]):
+        rank = dist.get_rank()
+        groups = [_group(first=False, ranks=sorted([one, (one + 1) % 3])) for one in range(3)]
+        _refused(groups[rank], f"waits for rank {(rank + 1) % 3}: it is (in the f|blocked in b)")
+        dist.barrier()
+
+
+@pytest.mark.world_size(3)
+def test_a_rank_that_does_not_come_is_named_at_the_time_limit(world_size, way):
+    with _quick(way):
+        group, rank = _group(first=False), dist.get_rank()
+        if rank == 1:
+            _store().wait([f"given up {way}"])
+            _ends(group)
+        else:
+            exchange_of(group)._group.timeout_s = 2.0
+            _refused(
+                group, HERE.format("[02]") + "and waits for rank 1: it did not come within 2 s"
+            )
+            if rank == 0:
+                _store().set(f"given up {way}", "")
+            _refused(group, "waits for rank 1: it did not come within 2 s")
+        dist.barrier()
+
+
+def stopped(way):
+    os.environ["SYNCBN_EXCHANGE"] = way
+    _gather(dist.group.WORLD)
+    dist.barrier()
+    group = exchange_of(dist.group.WORLD)._group
+    if dist.get_rank() == 1:
+        os.kill(os.getpid(), signal.SIGSTOP)
+    group.timeout_s = 2.0
+    try:
+        _gather(dist.group.WORLD)
+    except syncbn.RanksDisagree as error:
+        os.write(1, f"{error}\n".encode())
+    os.kill(group.processes[1].pid, signal.SIGKILL)
+    os._exit(0)
+
+
+def test_a_rank_that_stays_stopped_is_named_at_the_time_limit(way):
+    said = run_ranks(__name__, "stopped", way)[0].output
+    assert "waits for rank 1: it did not come within 2 s (it is stopped)" in said
+
+
+def lose_one(way, when):
+    os.environ["SYNCBN_EXCHANGE"] = way
+    syncbn.SyncBatchNorm(3)
+    if when == "later":
+        _gather(dist.group.WORLD)
+    dist.barrier()
+    if dist.get_rank() == 1:
+        time.sleep(3)
+        os.kill(os.getpid(), signal.SIGKILL)
+    try:
+        _gather(dist.group.WORLD)
+    except RankLost as error:
+        os.write(1, f"{error}\n".encode())
+        os._exit(error.exit_code)
+
+
+@pytest.mark.parametrize("when", ["first", "later"])
+def test_a_rank_that_is_killed_is_named_by_all(way, when):
+    outcomes = run_ranks(__name__, "lose_one", way, when, world_size=3)
+    assert [outcome.returncode for outcome in outcomes] == [75, -signal.SIGKILL, 75]
+    for rank in (0, 2):
+        said = outcomes[rank].output.splitlines()[-1]
+        assert "is in the forward of SyncBatchNorm 'bn'" in said
+        assert "waits for rank 1: it exited" in said
+
+
+@pytest.mark.world_size(2)
+@pytest.mark.skipif("shared" not in WAYS, reason="the native library is not built")
+def test_a_rank_that_destroyed_its_group_is_named(world_size):
+    with _quick("shared"):
+        group, rank = _group(first=False), dist.get_rank()
+        dist.barrier()
+        if rank:
+            dist.destroy_process_group(group)
+            del group
+        else:
+            _refused(group, "waits for rank 1: it destroyed its process group and cannot come")
+        dist.barrier()
+
+
+@pytest.mark.world_size(2)
+@pytest.mark.skipif("shared" not in WAYS, reason="the native library is not built")
+def test_a_forked_child_that_ends_does_not_speak_for_its_parent(world_size):
+    with _quick("shared"):
+        group, rank = _group(first=False), dist.get_rank()
+        if rank:
+            child = os.fork()
+            if child == 0:
+                watchdog.watch()
+                atexit._run_exitfuncs()
+                os._exit(0)
+            os.waitpid(child, 0)
+            time.sleep(0.5)
+        _gather(group)
+
+
+@pytest.mark.world_size(2)
+def test_a_rank_that_is_interrupted_while_it_waits_tells_the_others(world_size, way):
+    with _quick(way):
+        group, rank = _group(first=False), dist.get_rank()
+        if rank == 0:
+            before = signal.signal(signal.SIGALRM, _interrupt)
+            signal.setitimer(signal.ITIMER_REAL, 0.3)
+            _refused(group, "enough", KeyboardInterrupt)
+            signal.signal(signal.SIGALRM, before)
+        dist.barrier()
+        if rank and way == "gloo":  # the values of the rank that was interrupted had been sent
+            _gather(group)
+        else:
+            _refused(group, "rank 0|enough")
+
+
+def _interrupt(*_):
+    raise KeyboardInterrupt("enough")
