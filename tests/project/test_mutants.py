@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 from mutants import MUTANTS
+from mutants.building import Builder
 from mutants.planting import ROOT, Edited, MissedAim, Mutant, Replaced, edited, plant, split
 
 STARTUP = ROOT / "tests/support/mutants/startup"
-BUILD = [sys.executable, "-c", "import setuptools; setuptools.setup()", "build_ext", "--inplace"]
 SETTINGS = sorted({(mutant.kernels, mutant.exchange) for mutant in MUTANTS})
 REPLACED = [mutant for mutant in MUTANTS if isinstance(mutant, Replaced)]
 EDITED = [mutant for mutant in MUTANTS if isinstance(mutant, Edited)]
@@ -129,7 +129,12 @@ def test_a_fragment_is_edited_in_its_own_function(tmp_path, file, function, befo
 
 @pytest.mark.parametrize(
     ("file", "function", "before"),
-    [("a.py", "f", "return 2"), ("a.py", "h", "return"), ("a.cpp", "f", "return"), ("a.cpp", "h", "a")],
+    [
+        ("a.py", "f", "return 2"),
+        ("a.py", "h", "return"),
+        ("a.cpp", "f", "return"),
+        ("a.cpp", "h", "a"),
+    ],
 )
 def test_a_fragment_that_is_not_there_once_is_a_missed_aim(tmp_path, file, function, before):
     (tmp_path / file).write_text(SOURCES[file])
@@ -137,16 +142,23 @@ def test_a_fragment_that_is_not_there_once_is_a_missed_aim(tmp_path, file, funct
         edited(Edited("", "", file=file, function=function, before=before, after=""), tmp_path)
 
 
+@pytest.fixture(scope="session")
+def builder(tmp_path_factory: pytest.TempPathFactory) -> Builder:
+    """Compiles what mutants of one session have in common once."""
+    return Builder(tmp_path_factory.mktemp("objects"))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("mutant", MUTANTS, ids=_what)
-def test_the_mutant_is_killed(mutant, tmp_path):
+def test_the_mutant_is_killed(mutant, tmp_path, builder):
     package = ROOT
     if isinstance(mutant, Edited):
         text, package = edited(mutant), tmp_path
         shutil.copytree(ROOT / "syncbn", tmp_path / "syncbn")
         (tmp_path / mutant.file).write_text(text)
         if mutant.is_native:
-            _build(tmp_path)
+            shutil.copy(ROOT / "pyproject.toml", tmp_path)
+            builder.build(tmp_path)
     result = _run([mutant], package, mutant.what)
     assert result.returncode == 1, f"survived: {result.stdout}{result.stderr}"
     assert "1 failed" in result.stdout
@@ -158,17 +170,6 @@ def test_without_a_mutant_the_same_tests_pass(kernels, exchange):
     same = [m for m in MUTANTS if (m.kernels, m.exchange) == (kernels, exchange)]
     result = _run(same, ROOT)
     assert result.returncode == 0, f"{result.stdout}{result.stderr}"
-
-
-def _build(folder: Path) -> None:
-    """Compile the native library of the copy of the package in `folder`."""
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, folder)
-    native = folder / "syncbn/norm/native"
-    for built in native.glob("*.so"):
-        built.unlink()
-    subprocess.run(BUILD, cwd=folder, check=True, capture_output=True)
-    assert list(native.glob("*.so")), "the mutant does not compile"
 
 
 def _run(

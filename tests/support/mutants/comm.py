@@ -153,7 +153,7 @@ LIVENESS: list[Mutant] = [
     ),
     Replaced(
         "a watchdog that reports a rank that computes",
-        f"{WATCHED}::test_a_rank_in_eval_mode_is_waited_for_its_backward_passes_included[2-ranks-gloo-later]",
+        f"{WATCHED}::test_a_rank_in_eval_mode_is_waited_for_its_backward_passes_included[gloo-2-ranks-later]",
         aim=f"{COMM}.watchdog.Wait._judged",
         by=reports_who_answers,
     ),

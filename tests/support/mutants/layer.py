@@ -78,15 +78,15 @@ def with_running(change: Callable[[Any], Any]) -> Callable[[Any], Any]:
 
 def with_total(change: Callable[[Any], Any]) -> Callable[[Any], Any]:
     """`AtenBackend.update` by statistics of another number of values."""
-    return lambda original: lambda self, running, stats: original(
-        self, running, stats._replace(total=change(stats.total))
+    return lambda original: (
+        lambda self, running, stats: original(
+            self, running, stats._replace(total=change(stats.total))
+        )
     )
 
 
 def parameters_reduced_too(original: Any) -> Any:
-    def backward_pass(
-        dy: Any, args: Any, stats: Any, backend: Any, call: Any, needs: Any
-    ) -> Any:
+    def backward_pass(dy: Any, args: Any, stats: Any, backend: Any, call: Any, needs: Any) -> Any:
         import torch
 
         dx, dweight, dbias, dz = original(dy, args, stats, backend, call, needs)

@@ -184,7 +184,9 @@ def _python_functions(text: str, name: str) -> Iterator[tuple[int, int]]:
     *outer, last = name.split(".")
     scopes: list[ast.AST] = [ast.parse(text)]
     for cls in outer:
-        scopes = [one for s in scopes for one in ast.iter_child_nodes(s) if _is(one, ast.ClassDef, cls)]
+        scopes = [
+            one for s in scopes for one in ast.iter_child_nodes(s) if _is(one, ast.ClassDef, cls)
+        ]
     for scope in scopes:
         for node in ast.iter_child_nodes(scope):
             if isinstance(node, ast.FunctionDef) and node.name == last:

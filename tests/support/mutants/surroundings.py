@@ -6,9 +6,7 @@ from mutants.planting import Mutant, Replaced
 
 NORM, TESTS = "syncbn.norm", "tests/norm"
 GROUPS = f"{TESTS}/comm/test_groups.py"
-TRAINING = (
-    "tests/train/test_train_on_ranks.py::test_synchronised_ranks_train_as_one_process_on_the_whole_batch"
-)
+TRAINING = "tests/train/test_train_on_ranks.py::test_synchronised_ranks_train_as_one_process_on_the_whole_batch"
 
 
 def gradients_summed(original: Any) -> Any:
@@ -37,9 +35,7 @@ def nodes_by_local_rank(original: Any) -> Any:
         import torch.distributed as dist
 
         size = int(os.environ.get("LOCAL_WORLD_SIZE", dist.get_world_size()))
-        return [
-            list(range(first, first + size)) for first in range(0, dist.get_world_size(), size)
-        ]
+        return [list(range(first, first + size)) for first in range(0, dist.get_world_size(), size)]
 
     return nodes
 
@@ -79,16 +75,20 @@ MUTANTS: list[Mutant] = [
         "a strict conversion silent",
         f"{TESTS}/test_convert_left_alone.py::test_strict_refuses_it_and_changes_nothing",
         aim=f"{NORM}.convert.convert_sync_batchnorm",
-        by=lambda original: lambda module, process_group=None, *, strict=False, report=None: (
-            original(module, process_group, report=report)
+        by=lambda original: (
+            lambda module, process_group=None, *, strict=False, report=None: original(
+                module, process_group, report=report
+            )
         ),
     ),
     Replaced(
         "running statistics of a population with N in place of N - 1",
         f"{TESTS}/test_recalibrate.py::test_statistics_are_the_exact_moments_of_everything_that_entered_the_layer",
         aim=f"{NORM}.recalibrate._set",
-        by=lambda original: lambda layer, population: original(
-            layer, population._replace(count=population.count + 1)
+        by=lambda original: (
+            lambda layer, population: original(
+                layer, population._replace(count=population.count + 1)
+            )
         ),
     ),
     Replaced(
