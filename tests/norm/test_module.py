@@ -114,6 +114,15 @@ def test_a_parameter_or_statistic_of_another_size_is_refused(name, size):
         layer(torch.randn(4, 3, size, size))
 
 
+@pytest.mark.world_size(2)
+@pytest.mark.parametrize("name", ["weight", "bias", "running_mean", "running_var"])
+def test_a_parameter_of_another_size_than_the_channels_is_refused(world_size, name):
+    layer = syncbn.SyncBatchNorm(3)
+    getattr(layer, name).data = torch.ones(2)
+    with pytest.raises(ValueError, match=r"expected one value for each of 3 channels, got \(2,\)"):
+        layer(torch.randn(4, 3))
+
+
 def test_the_function_averages_all_batches_only_where_it_can_count_them():
     statistics = (torch.zeros(3), torch.ones(3))
     with pytest.raises(ValueError, match="momentum=None needs num_batches_tracked"):

@@ -1,0 +1,232 @@
+"""Mutants of what a training pass computes: statistics, their exchange, running statistics, gradients."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from mutants.planting import Edited, Mutant, Replaced
+
+NORM, TESTS = "syncbn.norm", "tests/norm"
+EQUIVALENCE = f"{TESTS}/test_equivalence.py"
+ONE_BATCH = f"{EQUIVALENCE}::test_any_split_matches_one_big_batch_in_float64[2-ranks-4d]"
+LARGE_MEAN = f"{EQUIVALENCE}::test_float32_stays_within_its_bound_even_at_a_large_mean[2-ranks-100.0-0.01-0.001]"
+LAUNCHED = f"{TESTS}/backends/test_launched.py::test_ranks_give_the_numbers_of_one"
+DERIVATIVES = f"{TESTS}/test_derivatives.py"
+ATEN = f"{NORM}.backends.aten"
+
+
+class Path(NamedTuple):
+    """A way through the layer, the test that takes it, and the variables that make it do so."""
+
+    name: str
+    test: str = ONE_BATCH
+    kernels: str = ""
+    exchange: str = ""
+
+
+ALL_PATHS = [
+    Path("ATen", kernels="eager"),
+    Path("native code in phases through gloo", exchange="gloo"),
+    Path("native code in phases through sockets", exchange="sockets"),
+    Path("native code in one call", exchange="shared"),
+    Path("Triton", f"{LAUNCHED}[2-ranks-None-shape0-False-0.3-planes]"),
+]
+
+
+def _on(paths: list[Path], what: str, aim: str, by: Callable[[Any], Any]) -> list[Mutant]:
+    return [
+        Replaced(f"{what}: {name}", test, kernels, exchange, aim=aim, by=by)
+        for name, test, kernels, exchange in paths
+    ]
+
+
+def _of_aten(what: str, aim: str, by: Callable[[Any], Any], test: str = ONE_BATCH) -> Mutant:
+    return Replaced(what, test, "eager", aim=aim, by=by)
+
+
+def variances_averaged(original: Any) -> Any:
+    def merge(counts: Any, means: Any, M2s: Any) -> Any:
+        merged = original(counts, means, M2s)
+        variances = M2s / counts.unsqueeze(1).clamp(min=1)
+        return merged._replace(M2=variances.mean(0) * merged.count)
+
+    return merge
+
+
+def means_averaged(original: Any) -> Any:
+    def merge(counts: Any, means: Any, M2s: Any) -> Any:
+        return original(counts, means, M2s)._replace(mean=means.mean(0))
+
+    return merge
+
+
+def squares_of_values(original: Any) -> Any:
+    def local_stats(self: Any, args: Any) -> Any:
+        packed = original(self, args)
+        dims = [dim for dim in range(args.x.dim()) if dim != 1]
+        mean, M2 = packed[2:].chunk(2)
+        count = args.x.numel() / args.x.shape[1]
+        M2.copy_(args.x.square().sum(dims) - count * mean.square())
+        return packed
+
+    return local_stats
+
+
+def with_running(change: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """`AtenBackend.update` of changed running statistics."""
+    return lambda original: lambda self, running, stats: original(self, change(running), stats)
+
+
+def with_total(change: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """`AtenBackend.update` by statistics of another number of values."""
+    return lambda original: (
+        lambda self, running, stats: original(
+            self, running, stats._replace(total=change(stats.total))
+        )
+    )
+
+
+def parameters_reduced_too(original: Any) -> Any:
+    def backward_pass(dy: Any, args: Any, stats: Any, backend: Any, call: Any, needs: Any) -> Any:
+        import torch
+
+        dx, dweight, dbias, dz = original(dy, args, stats, backend, call, needs)
+        sums = torch.stack([dbias, dweight])
+        rows = call.exchange.gather_sums(sums, call.fingerprint(args.x, True))
+        dbias, dweight = rows.sum(0).view_as(sums)
+        return dx, dweight, dbias, dz
+
+    return backward_pass
+
+
+def batches_left_out(original: Any) -> Any:
+    def sum_over_ranks(values: Any, exchange: Any, what: Any) -> Any:
+        from syncbn.norm.ops.autograd import is_transformed
+
+        return values if is_transformed(values) else original(values, exchange, what)
+
+    return sum_over_ranks
+
+
+def exchanged_whatever_it_holds(original: Any) -> Any:
+    def exchange_for(spec: Any, x: Any) -> Any:
+        import torch
+
+        exchange = original(spec, torch.empty(0))
+        if exchange is not None and original(spec, x) is None:
+            values = torch.zeros(2 + 2 * x.shape[1])
+            from syncbn.norm.comm.fingerprint import Fingerprint
+
+            exchange.gather_statistics(values, Fingerprint("mutant", x.shape[1], x.dtype, True))
+        return original(spec, x)
+
+    return exchange_for
+
+
+def evaluation_exchanges(original: Any) -> Any:
+    def evaluate(self: Any, input: Any, mask: Any, residual: Any) -> Any:
+        import torch
+
+        from syncbn.norm.comm.exchange import Fingerprint, exchange_for
+
+        exchange = exchange_for(self.process_group, input)
+        if exchange is not None:
+            what = Fingerprint(self._title(), input.shape[1], input.dtype, False)
+            exchange.gather_statistics(torch.zeros(2 + 2 * input.shape[1]), what)
+        return original(self, input, mask, residual)
+
+    return evaluate
+
+
+MUTANTS: list[Mutant] = [
+    *_on(
+        ALL_PATHS[:3] + ALL_PATHS[4:],
+        "no reduction in backward",
+        f"{NORM}.ops.collectives.gather_grad_sums",
+        lambda original: lambda sums, exchange, what: sums.view(1, -1),
+    ),
+    *_on(
+        ALL_PATHS,
+        "weight and bias gradients reduced too",
+        f"{NORM}.ops.autograd.backward_pass",
+        parameters_reduced_too,
+    ),
+    _of_aten("per-rank variances averaged", f"{NORM}.moments.merge", variances_averaged),
+    _of_aten("mean of means with unequal counts", f"{NORM}.moments.merge", means_averaged),
+    _of_aten(
+        "E[x^2] - E[x]^2 in float32",
+        f"{ATEN}.AtenBackend.local_stats",
+        squares_of_values,
+        LARGE_MEAN,
+    ),
+    _of_aten(
+        "Bessel's correction with one rank's count",
+        f"{ATEN}.AtenBackend.update",
+        with_total(lambda total: total / 2),
+    ),
+    _of_aten(
+        "momentum applied once a rank",
+        f"{ATEN}.AtenBackend.update",
+        with_running(lambda running: running._replace(momentum=1 - (1 - running.momentum) ** 2)),
+    ),
+    _of_aten(
+        "num_batches_tracked not counted",
+        f"{ATEN}.AtenBackend.update",
+        with_running(lambda running: running._replace(num_batches_tracked=None)),
+    ),
+    _of_aten(
+        "an empty batch counted",
+        f"{ATEN}.AtenBackend.update",
+        with_total(lambda total: total.clamp(min=1)),
+        f"{EQUIVALENCE}::test_a_batch_empty_on_all_ranks_changes_nothing",
+    ),
+    _of_aten(
+        "masked positions in the sums of backward",
+        f"{ATEN}._grad_before_act",
+        lambda original: lambda dy, args, stats: original(dy, args._replace(mask=None), stats),
+        f"{TESTS}/test_fused.py::test_what_the_mask_leaves_out_has_no_part_in_anything",
+    ),
+    Replaced(
+        "evaluation still exchanges",
+        f"{EQUIVALENCE}::test_evaluation_communicates_nothing",
+        aim=f"{NORM}.module.SyncBatchNorm._evaluate",
+        by=evaluation_exchanges,
+    ),
+    Edited(
+        "second derivatives of one rank alone",
+        f"{DERIVATIVES}::test_a_gradient_penalty_is_that_of_one_big_batch",
+        file="syncbn/norm/ops/collectives.py",
+        function="_gradient",
+        before="_sum_over_ranks(gradient.contiguous(), *ctx.rest)",
+        after="gradient.clone()",
+    ),
+    Replaced(
+        "a batch of gradients summed over no ranks",
+        f"{TESTS}/ops/test_transformed.py::test_a_vectorised_jacobian_is_that_of_one_process",
+        aim=f"{NORM}.ops.collectives.sum_over_ranks",
+        by=batches_left_out,
+    ),
+    Replaced(
+        "tensors without values exchanged",
+        f"{TESTS}/ops/test_without_values.py::test_a_model_moved_to_meta_gives_shapes",
+        aim=f"{NORM}.comm.exchange.exchange_for",
+        by=exchanged_whatever_it_holds,
+    ),
+    Replaced(
+        "strides that the compiler is told wrong",
+        f"{TESTS}/ops/test_custom_op.py::test_fake_and_real_results_agree_for_every_layout[-False-channels_last]",
+        aim=f"{NORM}.ops.custom_op._empty_like",
+        by=lambda original: lambda x: x.new_empty(x.shape),
+    ),
+    Replaced(
+        "sizes per channel unchecked: the function",
+        f"{TESTS}/test_module.py::test_bad_arguments_of_the_function_are_named_with_what_is_allowed",
+        aim=f"{NORM}.validation.check_per_channel",
+        by=lambda original: lambda input, **tensors: None,
+    ),
+    Replaced(
+        "sizes per channel unchecked: a pass",
+        f"{TESTS}/test_module.py::test_a_parameter_of_another_size_than_the_channels_is_refused",
+        aim=f"{NORM}.ops.autograd._check_per_channel",
+        by=lambda original: lambda args, exchange: None,
+    ),
+]
