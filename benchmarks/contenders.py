@@ -1,4 +1,4 @@
-"""Who is compared: a registry of layers, and of the memory passes that no layer can do without.
+"""Contenders: a registry of layers, and of the memory passes that no layer can do without.
 
 A contender makes, for one input, a function that runs it forward and backward once. Peers may be missing or refuse
 an input; they are then left out of that case, saying so.

@@ -286,8 +286,8 @@ def main() -> None:
         print("no CUDA device")
         return
     with tempfile.TemporaryDirectory() as folder:
-        meeting = f"file://{folder}/meeting"
-        dist.init_process_group("nccl", init_method=meeting, rank=0, world_size=1)
+        rendezvous = f"file://{folder}/rendezvous"
+        dist.init_process_group("nccl", init_method=rendezvous, rank=0, world_size=1)
         assert dist.group.WORLD is not None
         try:
             result.write_text(json.dumps(measure(dist.group.WORLD), indent=1) + "\n")

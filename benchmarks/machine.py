@@ -1,4 +1,4 @@
-"""What a result was measured on, as far as it bears on the numbers and tells nothing of the user."""
+"""The machine that a result was measured on, as far as it matters for the numbers and without naming a user."""
 
 import os
 import re

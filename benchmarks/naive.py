@@ -1,4 +1,4 @@
-"""Synchronised batch norm as one writes it in an afternoon: torch operations around an all-reduce that has a gradient.
+"""A naive synchronised batch norm: torch operations around a differentiable all-reduce.
 
 This is what users without a ready-made layer have on a CPU, and what ours is compared with: the means of x and of
 its square averaged over ranks, which is right for equal batches only, and loses digits to cancellation.

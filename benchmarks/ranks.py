@@ -1,7 +1,7 @@
 """A function run by ranks of this machine, and what it returned.
 
-Ranks are plain processes that meet over a file and talk over the loopback interface; all travel is JSON. They end with
-the call: when one fails, the others are ended too.
+Ranks are plain processes, which find each other by a file and communicate over the loopback interface; values travel as
+JSON. They end with the call: when one fails, the others are ended too.
 """
 
 import importlib

@@ -1,4 +1,4 @@
-"""A model, not a measurement: what synchronising costs on more ranks than a workbench has.
+"""A model, not a measurement: what synchronising costs on more ranks than one machine has.
 
 Times are latency + bytes / bandwidth. For gloo both are fitted to this machine's own two ranks and carried to a ring.
 For NCCL they are the assumptions below, in the form and with the LL latencies of NCCL's own cost model

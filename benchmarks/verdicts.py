@@ -1,4 +1,4 @@
-"""Ratios of contenders, and whether they are where they should be.
+"""Ratios of contenders, and whether they reach their targets.
 
 A ratio is taken within a row, where both contenders took turns, and rows are summarised by their geometric mean, the
 only mean that gives the same verdict whichever contender is the denominator.

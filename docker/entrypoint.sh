@@ -7,7 +7,7 @@
 #   ray-worker   node of that cluster: trains
 #   train, compare, submit, jobs, status, logs, stop, doctor, ui, version: the `syncbn` verbs
 #
-# Secrets are files in $SYNCBN_SECRETS. A role that would let anybody in refuses to start, with exit code 7.
+# Secrets are files in $SYNCBN_SECRETS. A role that would accept anyone refuses to start, with exit code 7.
 set -eu
 
 : "${SYNCBN_SECRETS:=/run/secrets}"

@@ -3,7 +3,7 @@
 python health.py [ROLE]     the role is the container's own where none is given
 
 MLflow's `/health` answers also where its disk is full or its login broken, and Ray's where it asks nobody for a token.
-So the server must store and return a value and a file, and the cluster must refuse a stranger.
+So the server must store and return a value and a file, and the cluster must refuse a caller without its token.
 """
 
 import json
@@ -67,11 +67,11 @@ def _expect(url: str, status: int) -> None:
     except urllib.error.HTTPError as error:
         found = error.code
     if found != status:
-        raise RuntimeError(f"{url} answers {found} to a stranger, {status} is right")
+        raise RuntimeError(f"{url} answers {found} without a token, {status} is right")
 
 
 CHECKS = {"mlflow": mlflow, "ray-head": ray_head, "ray-worker": ray_worker}
-"""Other roles serve nobody: they are well as long as they run."""
+"""Other roles serve no requests: they are healthy as long as they run."""
 
 
 def main() -> int:

@@ -1,8 +1,8 @@
-"""The arms of a comparison: what stands in a model where it asks for batch norm.
+"""The arms of a comparison: what replaces the batch norm of a model.
 
-One decision shaped this file: arms are made by replacing the norms of a model that is already built. That draws
-no random numbers and leaves every other weight alone, so arms differ in the norm and in nothing else. Parameters
-and statistics keep their names in the state dict wherever the arm has them.
+Arms are made by replacing the norms of a model that is already built. That draws no random numbers and leaves every
+other weight alone, so arms differ in the norm and in nothing else. Parameters and statistics keep their names in the
+state dict wherever the arm has them.
 """
 
 from collections.abc import Callable

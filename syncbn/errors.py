@@ -1,8 +1,8 @@
-"""What can go wrong, and the exit code that says so.
+"""Errors that a user can cause or see, each with its exit code.
 
-Every failure a user can cause or meet has one class here and one exit code; a program's `main` turns the
-exception into one line on stderr and that code. The layer's own errors carry theirs too (5: ranks disagree, 8:
-non-finite statistics), so that nothing here imports torch. Anything else that escapes is our bug: exit 1.
+Every such failure has one class here and one exit code; a program's `main` turns the exception into one line on stderr
+and that code. The layer's own errors carry theirs too (5: ranks disagree, 8: non-finite statistics), so that nothing
+here imports torch. Anything else that escapes is our bug: exit 1.
 """
 
 
@@ -37,7 +37,7 @@ class ServiceUnreachable(SyncbnError):
 
 
 class NotAuthorised(SyncbnError):
-    """A service that refuses this user, or one that would let anybody in."""
+    """A service that refuses this user, or one that accepts anyone."""
 
     exit_code = 7
 
@@ -111,7 +111,7 @@ class Stopped(Interrupted):
 
 
 class RankFailed(SyncbnError):
-    """What made a rank fail, as told to the process that started it.
+    """What made a rank fail, as reported to the process that started it.
 
     Args:
         message: what went wrong, in one line.

@@ -1,8 +1,8 @@
-"""Networks by name, always with torch's batch norm where a norm stands.
+"""Networks by name, always with torch's batch norm as their norm.
 
-One decision shaped this file: a model is built the same for every arm, from a seed of its own, and
-`syncbn.arms` replaces the norms afterwards. So all arms start from the same weights, bit for bit. Biases are
-kept even where a batch norm follows and makes them idle, because in the arm without a norm they are needed.
+A model is built the same for every arm, from a seed of its own, and `syncbn.arms` replaces the norms afterwards. So all
+arms start from the same weights, bit for bit. Biases are kept even where a batch norm follows and makes them idle,
+because in the arm without a norm they are needed.
 """
 
 import difflib

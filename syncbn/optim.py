@@ -1,7 +1,7 @@
 """The optimiser of a run and its learning rate.
 
-One decision shaped this file: the learning rate is a pure function of the step, set by the training loop before
-each step. There is no scheduler with a state of its own to save, restore and get wrong.
+The learning rate is a pure function of the step, set by the training loop before each step. There is no scheduler,
+whose state would have to be saved and restored.
 """
 
 import math

@@ -1,4 +1,4 @@
-"""Where numbers come from: versions of what computed them, and the revision of the code."""
+"""Provenance of results: versions of the packages that computed them, and the revision of the code."""
 
 import os
 import platform

@@ -1,9 +1,9 @@
-"""Which samples a step takes, and which of them are whose.
+"""Sampling: which samples each step takes, and which rank gets which of them.
 
-One decision shaped this file: the order of samples is a pure function of (seed, step) over the *global* batch,
-and ranks only cut that batch up. So every world size trains on the same samples in the same order, arms of a
-comparison stay paired, and a resumed run needs to know nothing but its step. Dealing samples by class changes the
-order within a global batch, and so what each rank gets of it, but not the batch.
+The order of samples is a pure function of (seed, step) over the *global* batch, and ranks only divide that batch. So
+every world size trains on the same samples in the same order, arms of a comparison stay paired, and a resumed run needs
+to know nothing but its step. Dealing samples by class changes the order within a global batch, and so what each rank
+gets of it, but not the batch.
 """
 
 import hashlib

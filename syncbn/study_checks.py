@@ -1,7 +1,7 @@
 """Range checks on a study: its arms, seeds, grid, search, target and claims.
 
-The decision that shaped the file: a claim that could not be judged, or whose threshold means nothing on its scale, is
-refused before the study runs, because a claim that is changed afterwards is another claim.
+A claim that could not be judged, or whose threshold means nothing on its scale, is refused before the study runs,
+because a claim that is changed afterwards is another claim.
 """
 
 import math
@@ -62,7 +62,7 @@ def _about_claim(claim: ClaimConfig, study: StudyConfig) -> Iterator[str]:
     named = [claim.arm, claim.against, *claim.beyond, *claim.along]
     for arm in [name for name in named if name]:
         if arm not in study.arms:
-            yield f"claim {claim.name!r} speaks of arm {arm!r}; arms: {', '.join(study.arms)}"
+            yield f"claim {claim.name!r} names arm {arm!r}; arms: {', '.join(study.arms)}"
     if claim.kind not in KINDS:
         yield f"claim {claim.name!r}: kind={claim.kind!r} is not allowed: one of {', '.join(KINDS)}"
     if claim.scale not in SCALES:
@@ -75,11 +75,11 @@ def _about_shape(claim: ClaimConfig) -> Iterator[str]:
     """Which arms a claim needs."""
     trend = claim.kind in ("increasing", "decreasing")
     if trend != bool(claim.along):
-        yield "increasing and decreasing speak of arms in order, given as `along`, and no other kind does"
+        yield "increasing and decreasing compare arms in order, given as `along`; no other kind does"
     if claim.along and len(claim.along) < 3:
         yield f"along={claim.along} is not allowed: at least three arms"
     if not claim.along and not claim.arm:
-        yield "arm is missing: the claim speaks of nothing"
+        yield "arm is missing: the claim names none"
     if claim.beyond and (len(claim.beyond) != 2 or claim.against is None):
         yield "beyond takes two arms, whose difference is taken from arm - against"
     if claim.scale == "share" and (claim.against is None or claim.beyond):

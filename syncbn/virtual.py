@@ -1,13 +1,13 @@
 """Virtual ranks: one process normalises a global batch as many ranks would together, each arm in its way.
 
-One decision shaped this file: a batch norm here differs from torch's only in which samples share statistics (groups of
-consecutive samples, cut as `syncbn.sampling` cuts a batch for ranks) and in whose running statistics it keeps. All
-arms are such cuts, so one layer stands for all of them. The rest follows without code: the loss of the one process
-is the mean over the global batch, and its gradient is what DistributedDataParallel averages to.
+A batch norm here differs from torch's only in which samples share statistics (groups of consecutive samples, cut as
+`syncbn.sampling` cuts a batch for ranks) and in whose running statistics it keeps. All arms are such cuts, so one layer
+stands for all of them. The rest follows without code: the loss of the one process is the mean over the global batch,
+and its gradient is what DistributedDataParallel averages to.
 
-What virtual ranks say of real ones they may say because `tests/models/test_virtual_on_ranks.py` holds both to equal
-weights, running statistics and test errors over 20 steps in float64, for every arm, and for no other reason. One thing
-is not held equal: dropout draws one stream of random numbers here, and one a rank there.
+Results of virtual ranks hold for real ones because `tests/models/test_virtual_on_ranks.py` holds both to equal weights,
+running statistics and test errors over 20 steps in float64, for every arm. One thing is not held equal: dropout draws
+one stream of random numbers here, and one a rank there.
 """
 
 from dataclasses import dataclass

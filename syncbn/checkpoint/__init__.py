@@ -1,7 +1,6 @@
 """Checkpoints: saved whole or not at all, verified before they are parsed, matched to the run before they are used.
 
-Nothing here knows of ranks: rank 0 saves, and who gathers random states and hands weights to the others is the
-training loop's business.
+Nothing here knows of ranks: rank 0 saves, and the training loop gathers random states and distributes weights.
 """
 
 from syncbn.checkpoint.format import Meta

@@ -1,8 +1,8 @@
 """The bytes of a checkpoint: four files, and the proof that they are those that were written.
 
-The decision that shaped this file: integrity is checked on bytes, before any parser. `torch.load` accepts a flipped
-bit, so the files are read once, compared with the manifest, and only those very bytes are parsed, by parsers that
-run no code: safetensors for the model, `weights_only=True` for the rest, JSON.
+Integrity is checked on bytes, before any parser. `torch.load` accepts a flipped bit, so the files are read once,
+compared with the manifest, and only those very bytes are parsed, by parsers that run no code: safetensors for the
+model, `weights_only=True` for the rest, JSON.
 """
 
 import hashlib
@@ -88,7 +88,7 @@ def decode(
     """What verified files hold: meta, model state, and `{"optimizer": ..., "extra": ...}`.
 
     Raises:
-        CheckpointError: somebody made the files by hand, with checksums that fit; nothing of them is run.
+        CheckpointError: the files were forged, with checksums that fit; nothing in them is run.
     """
     meta = _parsed(path / META, lambda: Meta(**json.loads(blobs[META])))
     model_state = _parsed(path / MODEL, lambda: safetensors.torch.load(blobs[MODEL]))

@@ -69,7 +69,7 @@ def _holder(file: TextIOWrapper) -> str:
 
 
 def _sign(file: TextIOWrapper) -> None:
-    """Write down who holds the lock, for the message of whoever comes second."""
+    """Write down who holds the lock, for the message of a second process."""
     file.truncate(0)
     file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
     file.flush()

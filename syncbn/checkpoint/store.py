@@ -3,9 +3,8 @@
     checkpoints/LATEST            the name of the newest checkpoint, replaced last
     checkpoints/step-000123/      model.safetensors, state.pt, meta.json, manifest.json (`format`)
 
-The decision that shaped this file: a save never touches what is already there before the new checkpoint is on the
-disk under its name, so a kill or a full disk at any moment leaves the one before it as it was. One job may write a
-run folder at a time (`runlock`).
+A save never touches what is already there before the new checkpoint is on the disk under its name, so a kill or a full
+disk at any moment leaves the one before it as it was. One job may write a run folder at a time (`runlock`).
 """
 
 import contextlib

@@ -30,7 +30,7 @@ class Verbs(click.Group):
     """A command group whose commands are found by the name of their module, a dash standing for `_`."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002
-        """The verbs, in the order of a day's work."""
+        """The verbs, in the order in which one uses them."""
         return list(VERBS)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:  # noqa: ARG002

@@ -97,7 +97,7 @@ def _error_plan(settings: Sequence[str]) -> "Plan":
     """The study of errors, on virtual ranks.
 
     Raises:
-        UsageError: settings that cannot be used, or a single rank, which has nobody to synchronise with.
+        UsageError: settings that cannot be used, or a single rank, which has no other to synchronise with.
     """
     from syncbn.cli.launching import make_plan
     from syncbn.compare.advice import error_study

@@ -19,7 +19,7 @@ def enter(address: str, token_file: Path | None) -> Dashboard:
 
     Raises:
         ServiceUnreachable: no Ray dashboard answers.
-        NotAuthorised: it lets anybody in, or refuses our token, or we have none.
+        NotAuthorised: it accepts callers without a token, or refuses our token, or we have none.
         UsageError: not a dashboard's URL, or a cluster of another Ray version.
     """
     address = address.rstrip("/")

@@ -9,10 +9,18 @@ from syncbn.cli.options import as_json
 
 @click.command()
 @click.option(
-    "--runs-dir", type=click.Path(path_type=Path), default=Path("runs"), show_default=True
+    "--runs-dir",
+    type=click.Path(path_type=Path),
+    default=Path("runs"),
+    show_default=True,
+    help="The folder that runs are written to.",
 )
 @click.option(
-    "--data-root", type=click.Path(path_type=Path), default=Path("data"), show_default=True
+    "--data-root",
+    type=click.Path(path_type=Path),
+    default=Path("data"),
+    show_default=True,
+    help="The folder of the data sets.",
 )
 @as_json
 def doctor(runs_dir: Path, data_root: Path, as_json: bool) -> int:

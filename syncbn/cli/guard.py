@@ -1,7 +1,7 @@
 """The one place where errors become a line on stderr and an exit code.
 
-Every entry point runs through `invoke`. An error that carries an exit code speaks for itself in one line; anything
-else is a bug of ours, and shows its traceback unless a run's log already has it.
+Every entry point runs through `invoke`. An error that carries an exit code is printed as one line; anything else is a
+bug of ours, and shows its traceback unless a run's log already has it.
 """
 
 import json

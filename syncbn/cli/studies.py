@@ -114,7 +114,7 @@ def _planned(job: "Job") -> dict[str, Any]:
     if job.plan is None:
         return {"study": job.launch.name, "refused": job.refused}
     plan = job.plan.to_dict()
-    del plan["config"]  # 16 of them are no plan that anybody reads: `compare --dry-run` shows it
+    del plan["config"]  # 16 of them are too long to read: `compare --dry-run` shows each
     return {"study": job.launch.name, "budget_s": job.launch.budget_s, **plan}
 
 

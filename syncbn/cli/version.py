@@ -8,7 +8,7 @@ from syncbn.cli.options import as_json
 @click.command()
 @as_json
 def version(as_json: bool) -> None:
-    """Print the versions of syncbn and of what it stands on."""
+    """Print the versions of syncbn and of the packages that it uses."""
     from syncbn.cli.guard import say
     from syncbn.provenance import versions
 

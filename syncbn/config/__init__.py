@@ -1,8 +1,8 @@
 """The schema of runs and studies, as plain typed dataclasses.
 
-One decision shaped this package: a Hydra config is composed once (`syncbn.compose`), becomes a `Config` here, and
-from there on only these frozen-by-habit objects travel. Nothing in the project instantiates a class that a
-config names; names are looked up in the registries of the module that owns them.
+A Hydra config is composed once (`syncbn.compose`), becomes a `Config` here, and from there on only these objects
+travel; nothing changes them. Nothing in the project instantiates a class that a config names; names are looked up in
+the registries of the module that owns them.
 """
 
 from syncbn.config.identity import config_hash, identity, identity_of, resume_hash

@@ -1,6 +1,6 @@
 """What of a config decides a run's numbers, and its hash.
 
-The decision: names, places, services and timeouts are left out, so equal hashes promise equal runs wherever they ran.
+Names, places, services and timeouts are left out, so equal hashes promise equal runs wherever they ran.
 """
 
 import hashlib

@@ -1,7 +1,7 @@
 """The schema of a study: arms x seeds, and what is claimed of them before it runs.
 
-The decision that shaped the file: everything that a verdict depends on stands in the study's YAML - arms, seeds,
-tuning, targets, thresholds, and which claims are primary - so that the history shows what was declared when.
+Everything that a verdict depends on stands in the study's YAML - arms, seeds, tuning, targets, thresholds, and which
+claims are primary - so that the history shows what was declared when.
 """
 
 from dataclasses import dataclass, field

@@ -1,7 +1,7 @@
 """Data sets by name, ready to be cut into batches.
 
-One decision shaped this package: a split is asked for batches by sample *index* and knows nothing of ranks,
-epochs or order. Those belong to `syncbn.sampling`, so a sample looks the same whichever rank fetches it.
+A split is asked for batches by sample *index* and knows nothing of ranks, epochs or order. Those belong to
+`syncbn.sampling`, so a sample looks the same whichever rank fetches it.
 """
 
 from collections.abc import Callable, Iterator

@@ -1,8 +1,8 @@
 """Random crops and flips of training images.
 
-One decision shaped this file: every sample draws from its own generator, seeded by (seed, step, sample index).
-What a sample looks like in a step then depends neither on the rank that fetches it, nor on loader processes,
-nor on where a run was resumed. It costs about 20 us a sample.
+Every sample draws from its own generator, seeded by (seed, step, sample index). What a sample looks like in a step then
+depends neither on the rank that fetches it, nor on loader processes, nor on where a run was resumed. It costs about 20
+us a sample.
 """
 
 from dataclasses import dataclass

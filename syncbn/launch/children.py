@@ -1,7 +1,7 @@
-"""What ranks on this machine tell the process that started them, each through the file torchrun's agent gives it.
+"""Reports of ranks on this machine to the process that started them, each in the file that torchrun's agent gives it.
 
-The agent reports the first process that it finds dead, which need not be the one that failed first. So every rank says
-how it ended, a good end too, and a rank that says nothing is known to have been killed.
+The agent reports the first process that it finds dead, which need not be the one that failed first. So every rank
+reports how it ended, success too, and a rank without a report is known to have been killed.
 """
 
 import json

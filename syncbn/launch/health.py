@@ -1,4 +1,4 @@
-"""What a machine needs to train, as a list of small checks.
+"""Checks of what a machine needs to train.
 
 Each check looks at one thing and returns a `Finding`; none changes anything, and none imports torch or Ray unless
 that is what it looks at.

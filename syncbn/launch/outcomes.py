@@ -1,7 +1,8 @@
-"""Which of several ranks' outcomes is heard: the one that tells a user what happened.
+"""Outcomes of several ranks: which of them is reported, so that a user learns the cause.
 
 When a rank fails, the others lose their connection to it or are stopped, and fail too without knowing why. So a rank
-that names a cause comes before one with a bug of ours, and both before those that were only taken along.
+that names a cause comes before one with a bug of ours, and both before ranks that failed or were stopped because of
+another.
 """
 
 from collections.abc import Iterator
@@ -10,10 +11,10 @@ from contextlib import contextmanager
 from syncbn.errors import InfrastructureError, exit_code
 
 NAMED, BUG, LOST, STOPPED = range(4)
-"""What an exit code says of its rank, in the order in which ranks are heard."""
+"""What an exit code says of its rank, in the order in which ranks are reported."""
 
 _SIGNS = ("Connection closed by peer", "Connection reset by peer")
-"""How gloo says that a rank is gone."""
+"""What gloo says when a rank exited."""
 
 
 def kind(code: int) -> int:
@@ -30,7 +31,7 @@ def was_stopped(error: BaseException) -> bool:
 
 @contextmanager
 def lost_ranks_named() -> Iterator[None]:
-    """Tell a connection that another rank let go of from a bug of this rank.
+    """Tell a connection that another rank closed from a bug of this rank.
 
     Raises:
         InfrastructureError: in place of torch's error.
@@ -41,5 +42,5 @@ def lost_ranks_named() -> Iterator[None]:
         if hasattr(error, "exit_code") or not any(sign in str(error) for sign in _SIGNS):
             raise
         raise InfrastructureError(
-            "another rank is gone: where it left no message of its own, start it again to continue from its checkpoint"
+            "another rank exited: where it left no message of its own, start it again to continue from its checkpoint"
         ) from error

@@ -1,4 +1,4 @@
-"""A small job done every so often beside the real one."""
+"""A function that a thread calls at intervals."""
 
 import threading
 from collections.abc import Callable, Iterator

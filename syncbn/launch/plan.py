@@ -1,4 +1,4 @@
-"""What a launch would do, before it does it: ranks, resources, files and the exact command.
+"""The plan of a launch: ranks, resources, files and the exact command.
 
 A plan is a pure function of the config and of how it was asked for, so that `--dry-run` prints what a launch
 follows and nothing else, without importing torch or Ray.

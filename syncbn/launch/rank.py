@@ -1,4 +1,4 @@
-"""What every rank does in one run, whichever launcher started it."""
+"""The work of a rank in one run, whichever launcher started it."""
 
 from contextlib import ExitStack
 

@@ -1,8 +1,8 @@
 """A Ray cluster to train on: one that runs, or one of our own for as long as the run takes.
 
-Whoever can reach a Ray cluster can run code on it. So a cluster that answers without a token is not used, the one
-started here gets a random token that only this process and its children know, and a running cluster is asked, by one
-small RPC, whether it lives, whom it lets in and what it has before Ray connects to it.
+Anyone who can connect to a Ray cluster can run code on it. So a cluster that answers without a token is not used, the
+one started here gets a random token that only this process and its children know, and a running cluster is asked, by
+one small RPC, whether it answers, whether it wants a token and what it has, before Ray connects to it.
 """
 
 import logging
@@ -125,7 +125,7 @@ def cluster_resources(address: str, token: str) -> Mapping[str, float]:
     """
     if _ask_for_nodes(address, None) is not None:
         raise NotAuthorised(
-            f"the cluster at {address} answers without a token, so anybody who reaches it can run code there: "
+            f"the cluster at {address} answers without a token, so anyone who can connect can run code there: "
             "start it with RAY_AUTH_MODE=token"
         )
     nodes = _ask_for_nodes(address, token)

@@ -1,8 +1,8 @@
-"""A running Ray cluster as its dashboard shows it: who may enter, what it has, its jobs and their logs.
+"""A running Ray cluster by its dashboard: whether it wants a token, what it has, its jobs and their logs.
 
 Plain HTTP with short timeouts rather than Ray's client, which has none and takes a second to import; only sending a
-job needs the client (`ray_jobs`). Every visit begins by knocking without the token: a cluster that lets anybody in
-runs anybody's code, and is refused.
+job needs the client (`ray_jobs`). The first request is made without the token: a cluster that accepts it
+runs anyone's code, and is refused.
 """
 
 import json
@@ -94,7 +94,7 @@ def require_token_mode(address: str) -> None:
     Raises:
         UsageError: not an http(s) URL of a host.
         ServiceUnreachable: nothing answers, or not as Ray does.
-        NotAuthorised: it lets anybody in.
+        NotAuthorised: it accepts callers without a token.
     """
     _require_http(address)
     status, body = _request(address + "/api/version", "GET", None)
@@ -103,7 +103,7 @@ def require_token_mode(address: str) -> None:
     if status != 200 or "ray_version" not in _parsed(address, body):
         raise ServiceUnreachable(f"what answers at {address} is no Ray dashboard (HTTP {status})")
     raise NotAuthorised(
-        f"the cluster at {address} answers without a token, so anybody who reaches it can run code there: "
+        f"the cluster at {address} answers without a token, so anyone who can connect can run code there: "
         "start it with RAY_AUTH_MODE=token"
     )
 

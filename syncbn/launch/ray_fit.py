@@ -56,7 +56,7 @@ def fit(cfg: Config, work: Work, num_ranks: int) -> Any:
         raise cause(error) from error
     except RayActorError as error:  # of the trainer's own controller
         raise InfrastructureError(
-            f"the cluster is gone ({_first_line(error)}): start it again to continue from its checkpoint"
+            f"the cluster was lost ({_first_line(error)}): start it again to continue from its checkpoint"
         ) from error
     finally:
         shutil.rmtree(storage, ignore_errors=True)
@@ -82,7 +82,7 @@ def _rank(config: dict[str, Any]) -> Any:
 
 
 def cause(error: TrainingFailedError) -> SyncbnError:
-    """The failure behind `error`: that of the rank to be heard first (see `outcomes`), else the death of a worker."""
+    """The failure behind `error`: that of the rank to be reported (see `outcomes`), else the death of a worker."""
     failures = sorted(getattr(error, "worker_failures", {}).items())
     causes = {rank: getattr(failure, "_base_exc", failure) for rank, failure in failures}
     told = [failure for failure in causes.values() if isinstance(failure, RankFailed)]

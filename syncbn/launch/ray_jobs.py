@@ -37,7 +37,7 @@ def job_overrides(overrides: Sequence[str], folder: Path) -> list[str]:
     """
     if has_secrets(overrides):
         raise UsageError(
-            "a password or token among the settings would be readable by everybody on the cluster: set it in the "
+            "a password or token among the settings would be readable by every user of the cluster: set it in the "
             "cluster's environment, e.g. MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
         )
     kept = []
@@ -92,7 +92,7 @@ def send(dashboard: Dashboard, verb: str, cfg: Config, overrides: Sequence[str])
         os.environ.pop(name, None)  # either would silently take the place of the address asked for
     from ray.job_submission import JobSubmissionClient
 
-    logging.disable(logging.WARNING)  # the client tells of each file it leaves out
+    logging.disable(logging.WARNING)  # the client warns of each file it leaves out
     environment = ENVIRONMENT | {"SYNCBN_REVISION": git_revision()}
     headers = {"Authorization": f"Bearer {dashboard.token}"}
     try:

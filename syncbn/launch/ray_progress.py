@@ -1,6 +1,6 @@
-"""Progress of ranks that have no terminal, read from their files and told by the driver.
+"""Progress of ranks that have no terminal, read from their files and printed by the driver.
 
-Ray would forward every line that any of its processes writes; the run's own journal says it better.
+Ray would forward every line that any of its processes writes; the run's own journal has less and says more.
 """
 
 import sys

@@ -1,7 +1,7 @@
-"""Ends this process when the head of the cluster that it joined is gone.
+"""Ends this process when the head of the cluster that it joined has died.
 
-Ray's own calls wait a minute for a head that does not answer, some of them again and again, and then end the process
-with no word of ours. So a thread knocks at the head's door, and no call that hangs can keep it from giving up.
+Ray's own calls wait a minute for a head that does not answer, some of them repeatedly, and then end the process without
+a message of ours. So a thread tests the connection to the head, which no call that hangs can delay.
 """
 
 import os
@@ -25,14 +25,14 @@ def ended_without(address: str) -> Iterator[None]:
     host, _, port = address.rpartition(":")
     answered_at = time.monotonic()
 
-    def knock() -> None:
+    def look() -> None:
         nonlocal answered_at
         if _answers(host, int(port)):
             answered_at = time.monotonic()
         elif time.monotonic() - answered_at > PATIENCE_S:
             _give_up(address)
 
-    with periodically(knock, EVERY_S):
+    with periodically(look, EVERY_S):
         yield
 
 
@@ -46,7 +46,7 @@ def _answers(host: str, port: int) -> bool:
 
 def _give_up(address: str) -> None:
     sys.stderr.write(
-        f"syncbn: error: the head of the cluster at {address} is gone: the same command continues on another\n"
+        f"syncbn: error: the head of the cluster at {address} has died: the same command continues on another\n"
     )
     sys.stderr.flush()
     os._exit(InfrastructureError.exit_code)

@@ -1,8 +1,8 @@
-"""Standard output that may go away without taking the training with it.
+"""Standard output whose reader may go away without ending the training.
 
-A pager that is closed, a full disk behind a redirection, a descriptor that was never open: whoever reads has
-lost interest, but the run has not. At the first failed write the descriptor is pointed at /dev/null, which
-serves every later writer too: child processes, libraries, and the interpreter's own flush at exit.
+A pager that is closed, a full disk behind a redirection, a descriptor that was never open: nobody reads any more, but
+the run goes on. At the first failed write the descriptor is pointed at /dev/null, which serves every later writer too:
+child processes, libraries, and the interpreter's own flush at exit.
 """
 
 import os
@@ -17,7 +17,7 @@ class Unbreakable:
         self._stream = stream
 
     def write(self, text: str) -> int:
-        """Write `text`, or drop it where nobody listens any more."""
+        """Write `text`, or drop it where nobody reads any more."""
         try:
             return self._stream.write(text)
         except OSError:

@@ -1,9 +1,8 @@
-"""Several studies, one after the other, unattended: what one of them meets, the others do not.
+"""Several studies, one after the other, unattended; a failure of one leaves the others alone.
 
-The decision that shaped the file: each study is a process of its own. That costs a start of some seconds a study, and
-buys that one which crashes, is killed for its memory, or leaves threads and files behind cannot take a night's work
-with it. The process is given a session of its own, so that Ctrl-C reaches it once, from here, and not twice; should
-this process be killed, the kernel asks it to stop.
+Each study is a process of its own. That costs some seconds a study. In return one that crashes, is killed for its
+memory, or leaves threads and files behind cannot end the others. The process is given a session of its own, so that
+Ctrl-C reaches it once, from here, and not twice; should this process be killed, the kernel asks it to stop.
 """
 
 import ctypes
@@ -166,7 +165,7 @@ def _run(job: Job, running: _Running, stdout: IO[Any] | None) -> Outcome:
 
 
 def _stop_with_parent() -> None:
-    """Ask the kernel to end this process when the one that started it is gone, however that died."""
+    """Ask the kernel to end this process when the one that started it has exited, for whatever reason."""
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 

@@ -1,4 +1,4 @@
-"""What the process that starts a study does around its trials, whichever launcher runs them.
+"""The work around the trials of a study, in the process that starts it, whichever launcher runs them.
 
 Statistics and figures are imported once the trials are done: ranks that are started from here import this module too,
 and scipy would cost each of them a second and a half.

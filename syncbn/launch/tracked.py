@@ -1,4 +1,4 @@
-"""MLflow beside a run: looked for once before anything starts, then followed to from the journal."""
+"""MLflow beside a run: tested once before anything starts, then fed from the journal."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

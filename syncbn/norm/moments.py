@@ -90,7 +90,7 @@ def merge(counts: Tensor, means: Tensor, M2s: Tensor) -> Moments:
     """The moments of the union of W sets of values.
 
     mean = sum n_w mean_w / N and M2 = sum [M2_w + n_w (mean_w - mean)^2], the W-way form of Chan, Golub &
-    LeVeque (1983). Computed in float64: C values a rank cost nothing beside the exchange that brought them.
+    LeVeque (1983). Computed in float64: C values a rank cost nothing against their exchange.
 
     Args:
         counts: `(W,)`; a set may be empty.

@@ -1,8 +1,8 @@
-"""What is looked at in a network while it trains: probes by name, beside the training loop and without a trace in it.
+"""Probes by name: measurements inside a network while it trains, which leave the training as it is.
 
-One decision shaped this package: a probe sees the run between the backward pass and the optimiser's step, through a
-`View`, and gives numbers back. It changes nothing that training reads - parameters, gradients, buffers, modes, random
-states - so a run with probes has the bits of one without. Without probes the loop pays one test a step.
+A probe sees the run between the backward pass and the optimiser's step, through a `View`, and gives numbers back. It
+changes nothing that training reads - parameters, gradients, buffers, modes, random states - so a run with probes has
+the bits of one without. Without probes the loop pays one test a step.
 """
 
 from syncbn.probes.base import Probe

@@ -1,8 +1,8 @@
-"""Ways to run a network aside from its training: nothing of it is left when they end.
+"""Running a network outside its training; its state is restored afterwards.
 
-One decision shaped this file: batch statistics of the probe images come from the norms' own weights and eps with a
-plain batch norm in their place, all images as one group. So arms that share statistics differently are looked at in
-the same way, ranks need not meet for it, and no buffer moves.
+Batch statistics of the probe images come from the norms' own weights and eps with a plain batch norm in their place,
+all images as one group. So arms that share statistics differently are measured in the same way, without an exchange
+between ranks, and no buffer moves.
 """
 
 from collections.abc import Iterator

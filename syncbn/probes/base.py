@@ -1,7 +1,7 @@
-"""What a probe is: it may watch every step, looks at due ones, and concludes at the end.
+"""The interface of a probe: it may observe every step, measures at due ones, and concludes at the end.
 
-One decision shaped this file: what a probe sums up over training is its `state_dict`, plain numbers and tensors in
-lists and dicts, which a checkpoint takes along. An interrupted run so ends with the numbers of one that was not.
+What a probe sums up over training is its `state_dict`, plain numbers and tensors in lists and dicts, which a checkpoint
+saves. An interrupted run so ends with the numbers of one that was not.
 """
 
 from typing import Any

@@ -1,7 +1,6 @@
 """Probe `exchange`: what synchronising costs a step, in time and in bytes, layer by layer.
 
-It listens where layers meet other ranks (`comm.observer.observe`) and measures
-on rank 0 alone, so what it adds to a step is two readings of a clock an exchange.
+It observes the exchanges of rank 0 alone (`comm.observer.observe`): two readings of a clock for each of them.
 """
 
 from statistics import median
@@ -16,7 +15,7 @@ WARM_UP = 20
 
 
 class ExchangeCost(Probe):
-    """Time of a step, and what of it the norm layers of rank 0 spend meeting other ranks: waiting and moving.
+    """Time of a step, and the part of it that the norm layers of rank 0 spend in exchanges, waits included.
 
     Finals, medians over all steps but the first 20 of an attempt (NaN where there are no others): `step_ms`, from the
     end of a backward pass to that of the next, without what other probes took; `exchange_ms`, and

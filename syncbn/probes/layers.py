@@ -1,4 +1,4 @@
-"""The layers that probes speak of, counted from 1, and what goes through them.
+"""The layers that probes measure, counted from 1, and what goes through them.
 
 A layer is a linear map or a convolution. In our own networks each hidden one stands beside its activation in a part of
 `model.hidden`, and `model.output` is the last; in any other network layers are counted in the order it names them.
@@ -61,7 +61,7 @@ def run_probe_images(view: View, *hooks: "Hook") -> None:
 
 
 Hook = tuple[nn.Module, Callable[[Tensor, Tensor], None]]
-"""A module, and what is told its input and output each time."""
+"""A module, and what is called with its input and output each time."""
 
 
 @contextmanager

@@ -79,7 +79,7 @@ class Oracle(Probe):
 
 
 class _Twin:
-    """The second network. Its optimiser's step waits until somebody has seen the gradients."""
+    """The second network. Its optimiser's step waits until the gradients have been compared."""
 
     def __init__(self, view: View) -> None:
         cfg = view.cfg

@@ -1,8 +1,8 @@
-"""The probes of a run: when they look, what they leave behind (nothing), and how their findings reach every rank.
+"""The probes of a run: when they measure, how they leave the run as it was, and how results reach every rank.
 
-One decision shaped this file: a look happens after the backward pass of a due step and before the optimiser moves, so
-it sees weights, their gradients and the batch that made them, all of one moment. Step 0 is due, every `probe.every`-th
-step is, and so is the end, where there is no batch to look at any more.
+Probes measure after the backward pass of a due step and before the optimiser's step, so they see weights, their
+gradients and the batch that made them, all of one moment. Step 0 is due, every `probe.every`-th step is, and so is the
+end, where there is no batch any more.
 """
 
 import json

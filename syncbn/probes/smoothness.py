@@ -1,4 +1,4 @@
-"""Probe `smoothness`: how well the loss and its gradient foretell what a step along the gradient meets.
+"""Probe `smoothness`: how well the loss and its gradient predict both after a step along the gradient.
 
 The three measures of Santurkar et al. (2018, "How does batch normalization help optimization?", section 3.1), each
 at ten step lengths from half to four times the learning rate.
@@ -81,9 +81,9 @@ def along_gradient(model: nn.Module, batch: Batch, lr: float) -> dict[str, float
     losses, changes, betas = [], [], []
     for eta in (factor * lr for factor in FACTORS):
         there = {name: p.sub(gradient[name], alpha=eta) for name, p in here.items()}
-        loss, met = loss_and_gradient(model, there, batch)
+        loss, found = loss_and_gradient(model, there, batch)
         losses.append(loss)
-        changes.append(_norm({name: met[name] - g for name, g in gradient.items()}))
+        changes.append(_norm({name: found[name] - g for name, g in gradient.items()}))
         betas.append(changes[-1] / (eta * length))
     measured = (_worst(losses) - min(losses), _worst(changes), _worst(betas))
     return dict(zip(MEASURES, (x if x == x else math.inf for x in measured), strict=True))
@@ -93,7 +93,7 @@ def loss_and_gradient(model: nn.Module, weights: Weights, batch: Batch) -> tuple
     """The mean loss of `batch` in training mode at `weights`, and its gradient; `model` and its buffers stay."""
     weights = {name: p.clone().requires_grad_() for name, p in weights.items()}
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
-    # The same dropout mask each time; whoever lets probes look restores the random state.
+    # The same dropout mask each time; `running` restores the random state.
     torch.manual_seed(0)
     logits = functional_call(model, {**weights, **buffers}, (batch.images,))
     loss = nn.functional.cross_entropy(logits, batch.labels)

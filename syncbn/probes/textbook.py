@@ -1,7 +1,7 @@
-"""Batch norm written down once more, from the formulas, to compare the layers of an arm with.
+"""Textbook batch norm, written from the formulas: the reference for the layers of an arm.
 
-One decision shaped this file: it shares no code with what it checks, neither ours nor torch's batch norm. Its gradient
-is autograd's, of plain arithmetic.
+It shares no code with what it checks, neither ours nor torch's batch norm. Its gradient is autograd's, of plain
+arithmetic.
 """
 
 import torch

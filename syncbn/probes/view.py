@@ -1,4 +1,4 @@
-"""What a probe is shown of a run: the run itself, and the step it stands at."""
+"""`View`: what a probe sees of a run, which is the run itself and its present step."""
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass

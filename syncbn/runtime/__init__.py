@@ -1,6 +1,6 @@
-"""Where ranks come from: one small protocol, with torchrun and Ray behind it.
+"""The `Runtime` protocol (rank, world size, device), with torchrun and Ray behind it.
 
-The training loop sees only a `Runtime`; whatever started the processes has already agreed on who they are.
+The training loop sees only a `Runtime`; whatever started the processes has assigned their ranks.
 """
 
 from syncbn.runtime.base import Runtime, Solo

@@ -1,8 +1,7 @@
-"""Where numbers go: a local journal first (JSON lines), MLflow behind it.
+"""Tracking: a local journal first (JSON lines), MLflow fed from it.
 
-One decision shapes this package: the journal file *is* the queue. Training only appends lines to it; whatever
-ships them to MLflow follows the file, in a thread or another process, and can start again from its first line
-because shipping a record twice changes nothing.
+The journal file *is* the queue. Training only appends lines to it; whatever ships them to MLflow follows the file, in a
+thread or another process, and can start again from its first line because shipping a record twice changes nothing.
 """
 
 from syncbn.tracking.journal import Journal, Tracker, Untracked, read_journal

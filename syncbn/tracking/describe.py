@@ -1,7 +1,7 @@
 """What a study's MLflow run says at its end, taken from the files of the study.
 
-The decision: the verdicts are written where a reader of MLflow looks first - the run's description, and a tag a claim,
-which is a column of the run table - because MLflow itself compares by averages, without intervals or pairing.
+The verdicts are written where a reader of MLflow looks first - the run's description, and a tag a claim, which is a
+column of the run table - because MLflow itself compares by averages, without intervals or pairing.
 """
 
 import json

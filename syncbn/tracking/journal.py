@@ -72,8 +72,8 @@ class Journal:
         """Append a `start` record with its `attempt`, counted from 1.
 
         Metrics beyond `step` are cut off first, as is a last line that a crash left unfinished. An attempt from
-        step 0 starts the journal anew; its `supersedes` is the time at which the journal it replaces began. Whoever
-        reads, or whatever kills this process, meanwhile finds the earlier journal whole, or the new one.
+        step 0 starts the journal anew; its `supersedes` is the time at which the journal it replaces began. A
+        reader, or a kill of this process, meanwhile finds the earlier journal whole, or the new one.
         """
         began = None if step > 0 else _began(self.path)
         if began is not None:

@@ -1,7 +1,7 @@
-"""What must not leave a run: passwords and tokens in config values and URLs.
+"""Redaction of passwords and tokens in config values and URLs.
 
-The decision here is to redact on the way out, by the name of a key and by the shape of a URL, in the one function
-that everything written about a run goes through: journal, MLflow params and tags, messages.
+Secrets are redacted by the name of a key and by the shape of a URL, in the one function through which everything
+written about a run goes: journal, MLflow params and tags, messages.
 """
 
 import re
@@ -21,7 +21,7 @@ _QUERY_SECRET = re.compile(
 def redact(value: Any, key: str = "") -> Any:
     """`value` (a tree of dicts, lists and scalars) without secrets.
 
-    Whatever stands under a key that speaks of a token, password, secret, credential or key becomes `***`; so does
+    A value whose key names a token, password, secret, credential or key becomes `***`; so does
     the user-info of any URL in a string, and the value of such a name in its query.
     """
     if isinstance(value, dict):

@@ -1,7 +1,7 @@
 """Where MLflow is, whether it answers, and how its client is to behave here.
 
-The decision: this is asked with the standard library alone, because importing mlflow takes three seconds and a wrong
-address or a missing password should be said at once, before any rank starts.
+MLflow is tested with the standard library alone, because importing mlflow takes three seconds and a wrong address or a
+missing password should be said at once, before any rank starts.
 """
 
 import base64

@@ -1,8 +1,8 @@
 """The writer thread: takes journals to a tracking service while training goes on.
 
-The decision: training and this thread share nothing but the journal files. The thread connects (which for MLflow
-means seconds of importing), follows, retries for as long as it takes, and is a daemon, so that neither a dead nor a
-hanging service can slow a step, fail a run or keep a process from ending.
+Training and this thread share nothing but the journal files. The thread connects (which for MLflow means seconds of
+importing), follows, retries for as long as it takes, and is a daemon, so that neither a dead nor a hanging service can
+slow a step, fail a run or keep a process from ending.
 """
 
 import logging

@@ -1,8 +1,8 @@
 """One run's journal on its way to a tracking service.
 
-The decision: nothing about what was sent is kept beside the journal. The service itself is asked, once, which run
-belongs to this journal (a tag names it) and up to which step it has each metric; so shipping again, from another
-process or after a crash, finds the same run and sends only what is missing.
+Nothing about what was sent is kept beside the journal. The service itself is asked, once, which run belongs to this
+journal (a tag names it) and up to which step it has each metric; so shipping again, from another process or after a
+crash, finds the same run and sends only what is missing.
 """
 
 from collections.abc import Callable, Mapping

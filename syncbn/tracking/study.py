@@ -1,8 +1,8 @@
 """What of a run or study goes to MLflow, and when: the functions that the rest of the project calls.
 
-The decision: a launch of a study keeps a journal of its own (`launch.jsonl`), so that the parent run is shipped by
-the same means as its trials, at once or later. A trial finished by an earlier launch keeps its MLflow run and moves
-under the parent of the latest launch, whose figures show it; the earlier parent keeps its own figures and report.
+A launch of a study keeps a journal of its own (`launch.jsonl`), so that the parent run is shipped by the same means as
+its trials, at once or later. A trial finished by an earlier launch keeps its MLflow run and moves under the parent of
+the latest launch, whose figures show it; the earlier parent keeps its own figures and report.
 """
 
 from collections.abc import Iterable, Mapping

@@ -1,8 +1,8 @@
 """Follows a journal that another thread or process still writes.
 
-The decision: the place reached is kept in memory only, together with the last line read. Where that line no longer
-stands where it stood, the journal was cut back or begun anew, and reading starts over; what was sent before is
-recognised by its step, so that costs time and changes nothing.
+The place reached is kept in memory only, together with the last line read. Where that line no longer stands where it
+stood, the journal was cut back or begun anew, and reading starts over; what was sent before is recognised by its step,
+so that costs time and changes nothing.
 """
 
 import json

@@ -1,7 +1,7 @@
 """MLflow's web pages over the store of a runs folder.
 
-The decision: the process becomes `mlflow server` itself, with one worker and without its job runner: the fewest
-processes it can do with, which end with the terminal that started them.
+The process becomes `mlflow server` itself, with one worker and without its job runner: the fewest processes it can do
+with, which end with the terminal that started them.
 """
 
 import os

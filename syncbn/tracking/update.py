@@ -1,7 +1,7 @@
-"""From journal records to what a tracking service is told: pure functions and the values they return.
+"""From journal records to what is sent to a tracking service: pure functions and the values they return.
 
-The decision: a batch of records is folded into one `Update`, whose parts each mean the same however often they are
-sent. Points carry the journal's own steps and times; tags and status are the last ones said.
+A batch of records is folded into one `Update`, whose parts each mean the same however often they are sent. Points carry
+the journal's own steps and times; tags and status are the last ones said.
 """
 
 import json

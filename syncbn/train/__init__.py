@@ -1,7 +1,7 @@
 """The one training loop, `train(cfg, runtime, tracker) -> RunSummary`, whatever started the ranks.
 
-`loop` orders the parts: `state` is what a checkpoint holds, `agreement` is the one small collective that keeps
-ranks of one mind, `evaluation` measures, `stopping` listens to signals.
+`loop` orders the parts: `state` is what a checkpoint holds, `agreement` the small collective by which ranks decide
+alike, `evaluation` measures, `stopping` handles signals.
 """
 
 from syncbn.train.loop import train

@@ -1,7 +1,7 @@
-"""How ranks stay of one mind: every few steps one small sum carries losses, and requests to stop.
+"""Agreement between ranks: every few steps one small all-reduce carries losses, and requests to stop.
 
-Anything that decides whether the loop goes on must be decided alike on all ranks, or the next collective waits
-for ever. So a rank never acts on its own loss, clock or signal, only on the sum of everybody's.
+Whether the loop goes on must be decided alike on all ranks, or the next collective never ends. So a rank never acts on
+its own loss, clock or signal, only on the sum over all ranks.
 """
 
 import math

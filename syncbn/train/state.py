@@ -1,4 +1,4 @@
-"""Everything a run is made of, how it is built, and how it is saved and found again.
+"""The state of a run: how it is built, saved and restored.
 
 What is built depends on the config alone, never on which rank builds it; ranks differ only in their share of each
 global batch and in their random state after the weights are drawn.
@@ -116,7 +116,7 @@ def build(cfg: RunConfig, runtime: Runtime) -> State:
 
 
 def _leave_alone(model: nn.Module) -> None:
-    """Let synchronised layers ask nobody: one process of a study's pool belongs to a group that trains other runs."""
+    """Let synchronised layers exchange nothing: other processes of a study's pool train other runs."""
     for layer in model.modules():
         if isinstance(layer, SyncBatchNorm):
             layer.process_group = 1

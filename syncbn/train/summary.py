@@ -1,4 +1,4 @@
-"""What a run comes down to: the content of its `summary.json`."""
+"""The summary of a run: the content of its `summary.json`."""
 
 from dataclasses import asdict, dataclass
 from typing import Any

@@ -56,8 +56,8 @@ def test_a_study_that_cannot_be_judged_is_refused_with_a_reason(study, words):
 @pytest.mark.parametrize(
     ("claim", "words"),
     [
-        ({"arm": "z"}, "speaks of arm 'z'; arms: a, b, c"),
-        ({"beyond": ["a", "z"], "against": "b"}, "speaks of arm 'z'"),
+        ({"arm": "z"}, "names arm 'z'; arms: a, b, c"),
+        ({"beyond": ["a", "z"], "against": "b"}, "names arm 'z'"),
         ({"kind": "bigger"}, "kind='bigger' is not allowed: one of less, greater"),
         ({"scale": "log"}, "scale='log' is not allowed: one of difference, ratio, share"),
         ({"arm": ""}, "arm is missing"),

@@ -57,7 +57,7 @@ def test_a_dead_worker_can_be_tried_again():
 def test_a_dead_worker_is_heard_before_those_that_lost_it_and_after_a_bug():
     from syncbn.launch.ray_fit import cause
 
-    lost, bug = RankFailed("another rank is gone", 75), RankFailed("KeyError: 'x'", 1)
+    lost, bug = RankFailed("another rank exited", 75), RankFailed("KeyError: 'x'", 1)
     assert str(cause(group_error({0: lost, 1: ConnectionError("gone")}))).startswith("rank 1 died")
     assert str(cause(group_error({0: lost, 1: bug}))) == "KeyError: 'x'"
     assert cause(group_error({0: lost})) is lost

@@ -159,3 +159,18 @@ def test_fusing_keeps_less_for_backward():
     assert saved(lambda x, r: fused["silu"](x, residual=r)) == 2  # x and the residual
     assert saved(lambda x, r: F.silu(layer(x) + r)) == 2
     assert saved(lambda x, r: fused["relu"](x, residual=r)) == 2  # x and y
+
+
+@pytest.mark.parametrize("act", [None, "relu", "silu"])
+@pytest.mark.parametrize("wanted", [[1], [1, 2], [0], [2], [0, 1]], ids=str)
+def test_gradients_are_the_same_whichever_of_them_are_wanted(act, wanted):
+    x, residual, weight = leaves((6, 3, 4, 2), (6, 3, 4, 2), (3,))
+    operands = (x, residual, weight)
+    y = syncbn.sync_batch_norm(x, None, None, weight, residual=residual, act=act)
+    dy = torch.randn(y.shape, dtype=y.dtype)
+    expected = torch.autograd.grad(y, operands, dy)
+    some = [t.detach().requires_grad_(n in wanted) for n, t in enumerate(operands)]
+    y = syncbn.sync_batch_norm(some[0], None, None, some[2], residual=some[1], act=act)
+    gradients = torch.autograd.grad(y, [some[n] for n in wanted], dy)
+    for n, gradient in zip(wanted, gradients, strict=True):
+        assert_close(gradient, expected[n], 1e-12)

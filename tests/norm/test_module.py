@@ -104,6 +104,16 @@ def test_bad_arguments_of_the_function_are_named_with_what_is_allowed(arguments,
         syncbn.sync_batch_norm(torch.randn(4, 3), **arguments)
 
 
+@pytest.mark.parametrize("size", [4, 256], ids=["served by torch", "served by kernels"])
+@pytest.mark.parametrize("name", ["weight", "bias", "running_mean", "running_var"])
+def test_a_parameter_or_statistic_of_another_size_is_refused(name, size):
+    layer = syncbn.SyncBatchNorm(3)
+    value = torch.ones(2)
+    setattr(layer, name, value if "running" in name else torch.nn.Parameter(value))
+    with pytest.raises((ValueError, RuntimeError), match=r"3 channels|3 elements"):
+        layer(torch.randn(4, 3, size, size))
+
+
 @pytest.mark.world_size(2)
 @pytest.mark.parametrize("name", ["weight", "bias", "running_mean", "running_var"])
 def test_a_parameter_of_another_size_than_the_channels_is_refused(world_size, name):

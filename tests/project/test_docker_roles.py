@@ -176,7 +176,7 @@ def answering():
 def test_a_cluster_that_lets_a_stranger_in_is_not_well(answering):
     health._expect(f"{answering}/401", 401)
     health._expect(f"{answering}/200", 200)
-    with pytest.raises(RuntimeError, match="answers 200 to a stranger, 401 is right"):
+    with pytest.raises(RuntimeError, match="answers 200 without a token, 401 is right"):
         health._expect(f"{answering}/200", 401)
     with pytest.raises(RuntimeError, match="answers 503"):
         health._expect(f"{answering}/503", 200)

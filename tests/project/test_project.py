@@ -156,12 +156,3 @@ def test_nobody_imports_from_a_floor_above() -> None:
     linter = Path(sys.executable).with_name("lint-imports")
     done = subprocess.run([str(linter), "--no-cache"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
-
-
-def test_the_table_of_behaviours_names_tests_that_exist():
-    rows = [r for r in (ROOT / "docs/behaviour.md").read_text().splitlines() if r.startswith("| ")]
-    held_by = [re.findall(r"`((?:\w+/)+\w+\.py)::(\w+)`", row.split("|")[3]) for row in rows[1:]]
-    assert all(held_by), "a promise without a test"
-    for file, name in {test for tests in held_by for test in tests}:
-        names = {function.name for function in _functions(f"tests/{file}")}
-        assert name in names, f"{file}::{name}"

@@ -412,13 +412,16 @@ def _geometry(x: Tensor) -> Geometry:
 def _aligned(args: NormArgs, geometry: Geometry) -> NormArgs:
     """`args` as the library reads them; to be kept until it has returned."""
     x, weight, bias, residual = args[:4]
-    aligned = (
-        _like(x, geometry),
-        _coefficients(weight, geometry.dtype),
-        _coefficients(bias, geometry.dtype),
-        None if residual is None else _like(residual, geometry),
-    )
+    x_aligned = _like(x, geometry)
+    weight_aligned = _coefficients(weight, geometry.dtype)
+    bias_aligned = _coefficients(bias, geometry.dtype)
+    if residual is None and args.output is None:
+        if x_aligned is x and weight_aligned is weight and bias_aligned is bias:
+            return args
+        return args._replace(x=x_aligned, weight=weight_aligned, bias=bias_aligned)
+    residual = None if residual is None else _like(residual, geometry)
     output = None if args.output is None else _like(args.output, geometry)
+    aligned = (x_aligned, weight_aligned, bias_aligned, residual)
     return NormArgs(*aligned, *args[4:10], output)
 
 

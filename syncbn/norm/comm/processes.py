@@ -215,8 +215,10 @@ def _waits_for_work(frame: FrameType) -> bool:
         return False
     if isinstance(frame.f_locals.get(loads[-2].argval), dist.Work):
         return True
-    if loads[-1].positions is None or loads[-1].positions.lineno is None:
-        return False  # compiled without them
-    first = loads[-1].positions.lineno  # of the expression
-    names = [one.argval for one in loads if one.positions and (one.positions.lineno or 0) >= first]
+    names = [one.argval for one in loads if _line(one) >= _line(loads[-1])]  # of one expression
     return any(isinstance(name, str) and callable(getattr(dist, name, None)) for name in names)
+
+
+def _line(instruction: dis.Instruction) -> int:
+    """The first line of the expression that `instruction` belongs to."""
+    return (instruction.positions and instruction.positions.lineno) or 0

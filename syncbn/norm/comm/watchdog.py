@@ -175,9 +175,12 @@ class Wait:
         self.looks += 1
         if missing is not None:
             self.missing = [self._group.ranks[rank] for rank in missing]
-        for rank in self.missing:
-            if self._state(rank) == "X":
-                raise RankLost(f"{self._waits_for(rank)} exited")
+        exited = [rank for rank in self.missing if self._state(rank) == "X"]
+        if len(exited) == 1:
+            raise RankLost(f"{self._waits_for(exited[0])} exited")
+        if exited:  # one of them may have exited because another did
+            ranks = " and rank ".join(map(str, exited))
+            raise RankLost(f"{self.here} and waits for rank {ranks}: they exited")
         for rank in left:
             raise self._never(self._group.ranks[rank], "destroyed its process group")
         if self.verdict is not None:
@@ -198,7 +201,7 @@ class Wait:
 
     def lost(self, why: str) -> RuntimeError:
         """The error of a connection to some rank that broke, after a moment in which to find out which."""
-        for _ in range(30):
+        for _ in range(60):
             try:
                 self.look()
             except RuntimeError as error:
@@ -340,7 +343,7 @@ class _Watchdog:
         while not self._ends:
             self._wake.wait(TICK_S)
             self._wake.clear()
-            with suppress(Exception):  # whatever it meets, it must not disturb training
+            with suppress(Exception):  # whatever fails here, training goes on
                 self.look()
 
     def look(self) -> None:

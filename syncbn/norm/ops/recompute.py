@@ -240,7 +240,7 @@ def _of_compiler(ctx: Any) -> bool:
 
 @contextmanager
 def unchanged(*buffers: Tensor | None) -> Iterator[None]:
-    """Give `buffers` their values back at the end, in the sight of no dispatch mode and of no version counter."""
+    """Restore the values of `buffers` at the end, unseen by dispatch modes and version counters."""
     present = [buffer for buffer in buffers if buffer is not None]
     with unobserved():
         before = [buffer.detach().clone() for buffer in present]

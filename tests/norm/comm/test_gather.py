@@ -1,11 +1,13 @@
 """The gather through the group, of ranks that can neither share memory nor connect."""
 
+from unittest.mock import Mock
+
 import pytest
 import torch
 import torch.distributed as dist
 
 import syncbn
-from syncbn.norm.comm.exchange import FORWARD, Fingerprint, exchange_of
+from syncbn.norm.comm.exchange import FORWARD, Fingerprint, RankLost, exchange_for, exchange_of
 from syncbn.norm.comm.transports.process_group import PAYLOAD_BYTES, Group
 
 
@@ -40,3 +42,33 @@ def test_ranks_that_disagree_find_out_without_connections(world_size, sizes):
     with pytest.raises(syncbn.RanksDisagree, match=match):
         _gather(group, torch.ones(size), own)
     assert torch.equal(_gather(group, torch.ones(5)), torch.ones(world_size, 5))
+
+
+@pytest.mark.world_size(2)
+@pytest.mark.parametrize(
+    ("text", "error", "match"),
+    [
+        ("Timed out waiting 30000ms for send", syncbn.RanksDisagree, "rank 1: it did not come"),
+        ("Connection closed by peer [10.0.0.2]:9", RankLost, "rank 1: it exited, .*10.0.0.2"),
+        ("Too many open files", RuntimeError, "the exchange failed: Too many open files"),
+    ],
+)
+def test_what_gloo_says_is_told_as_what_it_means_for_the_layer(world_size, text, error, match):
+    group = _group()
+    if dist.get_rank() == 0:
+        work = Mock(**{"wait.side_effect": RuntimeError(text), "is_completed.return_value": True})
+        with pytest.MonkeyPatch.context() as monkeypatch:
+            monkeypatch.setattr(dist, "all_gather_into_tensor", lambda *_, **__: work)
+            with pytest.raises(error, match=f"rank 0 is in the forward of .*{match}") as raised:
+                _gather(group, torch.ones(3))
+        assert type(raised.value) is error
+        with pytest.raises(syncbn.RanksDisagree, match=match):
+            _gather(group, torch.ones(3))
+
+
+@pytest.mark.world_size(2)
+def test_a_group_of_one_needs_no_exchange(world_size):
+    assert exchange_for(1) is None
+    assert exchange_for(None) is exchange_of(dist.group.WORLD)
+    alone = [dist.new_group([rank]) for rank in range(world_size)][dist.get_rank()]
+    assert exchange_for(alone) is None

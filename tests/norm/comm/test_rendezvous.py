@@ -90,6 +90,7 @@ def _no_descriptors_left():
 def test_a_rank_out_of_descriptors_has_all_ranks_exchange_by_another_transport(world_size):
     group = dist.new_group()
     dist.barrier(group)  # its connections exist
+    shared._native()  # is loaded
     if dist.get_rank() == 1:
         with _no_descriptors_left():
             _gather(group)

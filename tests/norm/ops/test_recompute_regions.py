@@ -186,6 +186,33 @@ def test_a_function_that_is_no_checkpoint_runs_ordinary_passes_in_its_backward()
     assert watch.seen == [None]
 
 
+class SetsContextApart(torch.autograd.Function):
+    """A reentrant checkpoint whose `forward` has no `ctx` in which a region could be found."""
+
+    @staticmethod
+    def forward(x, run):
+        with torch.no_grad():
+            return run(x)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        x, ctx.run = inputs
+        ctx.save_for_backward(x)
+
+    @staticmethod
+    def backward(ctx, dy):
+        (x,) = ctx.saved_tensors
+        with torch.enable_grad():
+            y = ctx.run(x.detach().requires_grad_())
+        return torch.autograd.grad(y, y, dy)[0], None
+
+
+def test_a_checkpoint_that_sets_its_context_apart_is_not_seen():
+    watch = Watch()
+    SetsContextApart.apply(leaf(), watch).sum().backward()
+    assert watch.seen == [None, None]
+
+
 def test_hooks_of_another_torch_are_refused_by_name(monkeypatch):
     monkeypatch.setattr(recompute, "_CheckpointFrame", type("Other", (), {}))
     net = block(act="relu")

@@ -43,7 +43,7 @@ _LOST = re.compile("connection (closed|reset)|broken pipe|socket closed", re.IGN
 
 
 class Transport(Protocol):
-    """What brings every rank's values to every rank, one exchange at a time."""
+    """Carries every rank's values to every rank, one exchange at a time."""
 
     def exchange(self, header: bytes, number: int, payload: Tensor) -> Tensor:
         """Every rank's `payload` `(k,)` as `(W, k)` in rank order, after comparing headers and sequence numbers.
