@@ -278,7 +278,9 @@ def test_a_rank_that_is_killed_is_named_by_all(way, when):
         said = outcomes[rank].output.splitlines()[-1]
         assert "is in the forward of SyncBatchNorm 'bn'" in said
         # a rank that has given up exits too, maybe before the last one looks
-        assert re.search(r"waits for rank (1: it|0 and rank 1: they|1 and rank 2: they) exited", said)
+        assert re.search(
+            r"waits for rank (1: it|0 and rank 1: they|1 and rank 2: they) exited", said
+        )
 
 
 @pytest.mark.world_size(2)
