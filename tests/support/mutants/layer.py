@@ -112,11 +112,8 @@ def exchanged_whatever_it_holds(original: Any) -> Any:
         import torch
 
         exchange = original(spec, torch.empty(0))
-        if exchange is not None and original(spec, x) is None:
-            values = torch.zeros(2 + 2 * x.shape[1])
-            from syncbn.norm.comm.fingerprint import Fingerprint
-
-            exchange.gather_statistics(values, Fingerprint("mutant", x.shape[1], x.dtype, True))
+        if exchange is not None and x.is_meta:
+            _exchange_zeros(exchange, "mutant", x)
         return original(spec, x)
 
     return exchange_for
@@ -124,17 +121,23 @@ def exchanged_whatever_it_holds(original: Any) -> Any:
 
 def evaluation_exchanges(original: Any) -> Any:
     def evaluate(self: Any, input: Any, mask: Any, residual: Any) -> Any:
-        import torch
-
-        from syncbn.norm.comm.exchange import Fingerprint, exchange_for
+        from syncbn.norm.comm.exchange import exchange_for
 
         exchange = exchange_for(self.process_group, input)
         if exchange is not None:
-            what = Fingerprint(self._title(), input.shape[1], input.dtype, False)
-            exchange.gather_statistics(torch.zeros(2 + 2 * input.shape[1]), what)
+            _exchange_zeros(exchange, self._title(), input)
         return original(self, input, mask, residual)
 
     return evaluate
+
+
+def _exchange_zeros(exchange: Any, layer: str, x: Any) -> None:
+    import torch
+
+    from syncbn.norm.comm.fingerprint import Fingerprint
+
+    what = Fingerprint(layer, x.shape[1], x.dtype, False)
+    exchange.gather_statistics(torch.zeros(2 + 2 * x.shape[1]), what)
 
 
 MUTANTS: list[Mutant] = [
@@ -207,7 +210,8 @@ MUTANTS: list[Mutant] = [
     ),
     Replaced(
         "tensors without values exchanged",
-        f"{TESTS}/ops/test_without_values.py::test_a_model_moved_to_meta_gives_shapes",
+        f"{TESTS}/ops/test_without_values.py::"
+        "test_tensors_without_values_give_shapes_on_one_rank_while_the_other_does_nothing[2-ranks-None-meta-plain]",
         aim=f"{NORM}.comm.exchange.exchange_for",
         by=exchanged_whatever_it_holds,
     ),

@@ -61,7 +61,7 @@ MUTANTS: list[Mutant] = [
     ),
     Replaced(
         "gradients summed where DDP averages",
-        f"{TRAINING}",
+        f"{TRAINING}[2-ranks-whole batches]",
         aim="syncbn.train.loop._backward",
         by=gradients_summed,
     ),

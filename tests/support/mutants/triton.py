@@ -157,7 +157,7 @@ MUTANTS: list[Mutant] = [
         f"{TRITON}::test_one_value_per_channel_is_refused_before_anything_is_updated",
     ),
     Replaced(
-        "Triton: statistics kept in views that autograd takes for fresh",
+        "Triton: strided running statistics moved as contiguous ones",
         f"{TRITON}::test_running_statistics_may_be_strided",
         aim="syncbn.norm.backends.triton.backend._contiguous",
         by=lambda original: lambda running: True,
