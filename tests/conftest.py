@@ -38,6 +38,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if _is_of_the_layer(item.path):
             item.add_marker("layer")
+        for marker in item.iter_markers("slow_if"):
+            if marker.args[0](**item.callspec.params):
+                item.add_marker("slow")
 
 
 @functools.cache

@@ -112,6 +112,11 @@ class SyncBatchNorm(_BatchNorm):
             self.act = act
         watch()
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """The state of a pickled or copied layer; the process that has it answers for this rank."""
+        super().__setstate__(state)
+        watch()
+
     def _call_impl(self, *args: Any, **kwargs: Any) -> Any:
         """Appear to `torch.fx` as one `call_module` node, as torch.nn.SyncBatchNorm does.
 

@@ -119,7 +119,9 @@ def test_a_parameter_or_statistic_of_another_size_is_refused(name, size):
 def test_a_parameter_of_another_size_than_the_channels_is_refused(world_size, name):
     layer = syncbn.SyncBatchNorm(3)
     getattr(layer, name).data = torch.ones(2)
-    with pytest.raises(ValueError, match=r"expected one value for each of 3 channels, got \(2,\)"):
+    with pytest.raises(
+        ValueError, match=r"expected one value for each of 3 channels on cpu, got \(2,\)"
+    ):
         layer(torch.randn(4, 3))
 
 

@@ -159,3 +159,30 @@ def test_a_write_into_the_output_of_a_fused_layer_never_gives_wrong_gradients(ac
     else:
         y.backward(dy)
         assert_close(ours.grad, theirs.grad, 1e-5)
+
+
+@pytest.mark.parametrize("act", [None, "relu", "silu"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+def test_hooks_that_give_saved_tensors_back_in_another_dtype_leave_the_gradients_right(dtype, act):
+    torch.manual_seed(0)
+    layer = syncbn.SyncBatchNorm(3, act=act)
+    x, residual, dy = torch.randn(3, 4, 3, 5, 5).unbind()
+    gradients = []
+    for other in (torch.float32, dtype):
+        leaves = [t.clone().requires_grad_() for t in (x, residual)]
+        unpack = lambda t: t.to(other) if t.dtype == torch.float32 else t  # noqa: E731, B023
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: t, unpack):
+            y = layer(leaves[0], residual=leaves[1])
+        gradients.append(torch.autograd.grad(y, leaves, dy))
+    rounding = 1e-5 if dtype == torch.float64 else 0.05
+    for ours, expected in zip(gradients[1], gradients[0], strict=True):
+        torch.testing.assert_close(ours, expected, rtol=rounding, atol=rounding)
+
+
+@pytest.mark.parametrize("name", ["weight", "bias", "running_mean", "running_var"])
+def test_a_parameter_or_statistic_on_another_device_is_refused(name):
+    layer = syncbn.SyncBatchNorm(3, act="relu")
+    value = getattr(layer, name).to("meta")
+    setattr(layer, name, torch.nn.Parameter(value) if "running" not in name else value)
+    with pytest.raises(ValueError, match=r"on cpu, got \(3,\) on meta"):
+        layer(torch.randn(4, 3, 5, 5))

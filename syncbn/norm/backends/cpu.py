@@ -393,12 +393,18 @@ def _rows(num_rows: int) -> Ring:
 
 def _kernels_serve(args: NormArgs) -> bool:
     """Whether the kernels serve a pass over these operands, of which x is a plain tensor."""
-    x, residual = args.x, args.residual
+    x, weight, bias, residual = args[:4]
     if args.mask is not None or not _has_kernels(x):
+        return False
+    if not (_is_plain(weight) and _is_plain(bias)):
         return False
     if args.act == "silu" and x.dtype is torch.float64:
         return False
     return residual is None or (residual.dtype is x.dtype and type(residual) in PLAIN)
+
+
+def _is_plain(values: Tensor | None) -> bool:
+    return values is None or type(values) in PLAIN
 
 
 def _has_kernels(x: Tensor) -> bool:
@@ -521,10 +527,12 @@ def _updatable(running: Running) -> bool:
         mean.dtype in (torch.float32, torch.float64)
         and mean.dtype == var.dtype
         and type(mean) in PLAIN
+        and type(var) in PLAIN
+        and _is_plain(tracked)
         and mean.is_contiguous()
         and var.is_contiguous()
         and not mean.is_inference()
-        and (tracked is None or tracked.dtype == torch.int64)
+        and (tracked is None or (tracked.dtype == torch.int64 and tracked.device == mean.device))
     )
 
 

@@ -19,6 +19,7 @@ sleeps, and uses no processor time. Whether the collective can end is worked out
 """
 
 import atexit
+import itertools
 import json
 import logging
 import os
@@ -28,7 +29,7 @@ import weakref
 from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import suppress
 from functools import partial
-from types import FrameType, TracebackType
+from types import TracebackType
 from typing import NamedTuple, Self
 
 import torch.distributed as dist
@@ -56,6 +57,7 @@ READS_A_TICK = 64
 _ASKED, _POST = "syncbn/asked", "syncbn/post/{}"
 
 log = logging.getLogger(__name__)
+_serials = itertools.count()
 
 
 class Post(NamedTuple):
@@ -128,6 +130,8 @@ class Wait:
         )
         self.missing = [rank for rank in group.ranks if rank != self.own]
         """Global ranks that have not come; all others, where that is not known."""
+        self.serial = next(_serials)
+        """Tells this wait from all others of this process."""
         self.looks = 0
         """How often this rank has found itself still waiting."""
         self.verdict: RuntimeError | None = None
@@ -173,6 +177,7 @@ class Wait:
         if missing is not None:
             self.missing = [self._group.ranks[rank] for rank in missing]
         exited = [rank for rank in self.missing if self._state(rank) == "X"]
+        exited = [rank for rank in self._late() if rank in exited] or exited
         if len(exited) == 1:
             raise RankLost(f"{self._waits_for(exited[0])} exited")
         if exited:  # one of them may have exited because another did
@@ -198,7 +203,7 @@ class Wait:
 
     def lost(self, why: str) -> RuntimeError:
         """The error of a connection to some rank that broke, after a moment in which to find out which."""
-        for _ in range(60):
+        for _ in range(45):
             try:
                 self.look()
             except RuntimeError as error:
@@ -307,7 +312,7 @@ class _Watchdog:
         self._rank = self._tick = self._asked = 0
         self._place: object = None
         self._used_s = 0.0
-        self._episode = self._quiet = self._looks = 0
+        self._episode = self._quiet = self._looks = self._runs = 0
         self._activity: Activity | None = None
         self._failures: dict[str, tuple[bool, str]] = {}
         self._unposted = False
@@ -390,30 +395,34 @@ class _Watchdog:
     def _observe(self, wanted: bool) -> None:
         """Look at the thread that runs the model, closely where an answer is `wanted`."""
         assert self._model is not None
-        frame = None if self.waits else self._model.frame()
-        place, moved, blocked = self._wait_seen() if frame is None else self._frame_seen(frame)
-        if moved or place != self._place:
+        wait = next(reversed(self.waits.copy()), None)
+        frame = self._model.frame() if wait is None else None
+        if wait is not None:
+            blocked, self._looks = self._looks != wait.looks, wait.looks
+            self._note(wait.serial, blocked)
+            self._activity = wait.activity
+        elif frame is None:  # the thread has ended
+            self._note(None, False)
+        else:
+            self._note((id(frame), frame.f_lasti, self._num_runs()), self._model.sleeps())
+            if wanted and (self._activity is None or self._quiet == QUIET_TICKS):
+                self._activity = activity(frame)
+
+    def _note(self, place: object, blocked: bool) -> None:
+        """Note where the thread that runs the model is, and whether it is blocked there if it was there before."""
+        if place != self._place:
             self._place, self._quiet, self._activity = place, 0, None
             self._episode += 1
         elif blocked:
             self._quiet += 1
-        if frame is not None and wanted and (self._activity is None or self._quiet == QUIET_TICKS):
-            self._activity = activity(frame)
 
-    def _wait_seen(self) -> tuple[object, bool, bool]:
-        """Where this rank is while it waits in an exchange, and whether it has found itself waiting again."""
-        wait = self.waits[-1]
-        looks, self._looks = self._looks, wait.looks
-        self._activity = wait.activity
-        return id(wait), False, looks != wait.looks
-
-    def _frame_seen(self, frame: FrameType) -> tuple[object, bool, bool]:
-        """The place of `frame`, whether the thread used processor time since the last look, and whether it sleeps."""
+    def _num_runs(self) -> int:
+        """In how many ticks the thread has used processor time: where it is again, it may be anew."""
         assert self._model is not None
         used_s, before_s = self._model.used_s(), self._used_s
         self._used_s = used_s
-        place = id(frame), frame.f_lasti
-        return place, used_s - before_s > QUIET_S, place == self._place and self._model.sleeps()
+        self._runs += used_s - before_s > QUIET_S
+        return self._runs
 
     def _post(self) -> Post:
         seen = self._activity or Activity("runs")

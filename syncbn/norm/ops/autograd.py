@@ -16,8 +16,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 from syncbn.norm.backends import selected
 from syncbn.norm.backends.activations import ACTIVATIONS
+from syncbn.norm.backends.aten import AtenBackend
 from syncbn.norm.backends.base import Backend, NormArgs, Running
 from syncbn.norm.backends.layout import memory_format
+from syncbn.norm.backends.triton.derivative_bits import unpack_bits
 from syncbn.norm.comm.exchange import Exchange, Fingerprint
 from syncbn.norm.comm.fingerprint import NAMED
 from syncbn.norm.moments import AnyStatistics
@@ -95,13 +97,19 @@ class SyncBatchNormFunction(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         """The gradients of x, weight, bias and residual."""
         x, weight, bias, residual, output, bits = ctx.saved_tensors
+        backend = ctx.backend
         if bits is not None:
             x = x.contiguous(memory_format=ctx.memory_format)
+        if (
+            x.dtype is not dy.dtype
+        ):  # hooks on saved tensors may change it, and kernels read one dtype
+            backend = AtenBackend()
+            output, bits = (output, None) if bits is None else (unpack_bits(bits, x), None)
         args = ctx.call.args(x, weight, bias, residual)
         if output is not None or bits is not None:
             args = args._replace(output=output, bits=bits)
         needs = ctx.needs_input_grad[:4]
-        return *backward_pass(dy, args, ctx.stats, ctx.backend, ctx.call, needs), None
+        return *backward_pass(dy, args, ctx.stats, backend, ctx.call, needs), None
 
 
 def forward_pass(
@@ -178,15 +186,19 @@ def backward_pass(
 
 
 def _check_per_channel(args: NormArgs, exchange: Exchange | None) -> None:
-    """Raise where a parameter or a running statistic has another size than C: kernels would read past its end."""
+    """Raise where a parameter or a running statistic has another size or device than x: kernels read addresses."""
     running = (None, None) if args.running is None else args.running[:2]
     num_channels = args.x.shape[1]
     for values in (args.weight, args.bias, *running):
-        if values is not None and values.numel() != num_channels:
-            message = f"{args.layer}: expected one value for each of {num_channels} channels, got {tuple(values.shape)}"
-            if exchange is not None and not args.x.is_cuda:
-                exchange.fail(message)
-            raise ValueError(message)
+        if values is None or (values.numel() == num_channels and values.device == args.x.device):
+            continue
+        message = (
+            f"{args.layer}: expected one value for each of {num_channels} channels on {args.x.device}, "
+            f"got {tuple(values.shape)} on {values.device}"
+        )
+        if exchange is not None and not args.x.is_cuda:
+            exchange.fail(message)
+        raise ValueError(message)
 
 
 def kept_for_backward(args: NormArgs, y: Tensor) -> tuple[Tensor | None, Tensor | None]:

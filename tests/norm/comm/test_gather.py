@@ -68,7 +68,9 @@ def test_what_gloo_says_is_told_as_what_it_means_for_the_layer(world_size, text,
 
 @pytest.mark.world_size(2)
 def test_a_group_of_one_needs_no_exchange(world_size):
-    assert exchange_for(1) is None
-    assert exchange_for(None) is exchange_of(dist.group.WORLD)
+    x = torch.ones(4, 3)
+    assert exchange_for(1, x) is None
+    assert exchange_for(None, x.to("meta")) is None
+    assert exchange_for(None, x) is exchange_of(dist.group.WORLD)
     alone = [dist.new_group([rank]) for rank in range(world_size)][dist.get_rank()]
-    assert exchange_for(alone) is None
+    assert exchange_for(alone, x) is None

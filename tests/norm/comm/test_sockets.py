@@ -134,7 +134,7 @@ def lose_one(keep_child):
         os._exit(error.exit_code)
 
 
-@pytest.mark.parametrize("child", ["child", "alone"])
+@pytest.mark.parametrize("child", [pytest.param("child", marks=pytest.mark.slow), "alone"])
 def test_a_rank_that_is_killed_is_lost_to_all(child):
     outcomes = run_ranks(__name__, "lose_one", child, world_size=3)
     assert [outcome.returncode for outcome in outcomes] == [75, -signal.SIGKILL, 75]

@@ -72,6 +72,7 @@ def _store():
 
 @pytest.mark.world_size(2, 3)
 @pytest.mark.parametrize("first", [True, False], ids=["first", "later"])
+@pytest.mark.slow_if(lambda world_size, way, **_: world_size == 3 and way != "shared")
 def test_a_rank_in_eval_mode_is_waited_for_its_backward_passes_included(world_size, way, first):
     with _quick(way):
         group, rank = _group(first), dist.get_rank()
@@ -145,6 +146,7 @@ def stopped_for_a_while(way):
     os.write(1, b"came through\n")
 
 
+@pytest.mark.slow_if(lambda way: way == "sockets")
 def test_a_rank_that_was_stopped_for_a_while_is_waited_for(way):
     outcomes = run_ranks(__name__, "stopped_for_a_while", way)
     assert ["came through" in outcome.output for outcome in outcomes] == [True, True]
@@ -169,6 +171,7 @@ ELSEWHERE = {
 
 @pytest.mark.world_size(2, 3)
 @pytest.mark.parametrize("first", [True, False], ids=["first", "later"])
+@pytest.mark.slow_if(lambda world_size, way, **_: world_size == 3 and way != "shared")
 def test_a_rank_blocked_in_another_collective_is_named_by_all_that_wait(world_size, way, first):
     with _quick(way):
         model = _ddp()
@@ -249,6 +252,7 @@ def stopped(way):
     os._exit(0)
 
 
+@pytest.mark.slow_if(lambda way: way == "sockets")
 def test_a_rank_that_stays_stopped_is_named_at_the_time_limit(way):
     said = run_ranks(__name__, "stopped", way)[0].output
     assert "waits for rank 1: it did not come within 2 s (it is stopped)" in said
@@ -271,6 +275,7 @@ def lose_one(way, when):
 
 
 @pytest.mark.parametrize("when", ["first", "later"])
+@pytest.mark.slow_if(lambda way, when: way != "shared" and when == "first")
 def test_a_rank_that_is_killed_is_named_by_all(way, when):
     outcomes = run_ranks(__name__, "lose_one", way, when, world_size=3)
     assert [outcome.returncode for outcome in outcomes] == [75, -signal.SIGKILL, 75]
@@ -314,6 +319,7 @@ def test_a_forked_child_that_ends_does_not_speak_for_its_parent(world_size):
 
 
 @pytest.mark.world_size(2, 3)
+@pytest.mark.slow_if(lambda world_size, way, **_: world_size == 3 and way != "shared")
 def test_a_rank_that_is_interrupted_while_it_waits_tells_the_others(world_size, way):
     with _quick(way):
         group, rank = _group(first=False), dist.get_rank()
