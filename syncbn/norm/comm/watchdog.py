@@ -27,12 +27,12 @@ import time
 import weakref
 from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import suppress
-from datetime import timedelta
+from functools import partial
 from types import FrameType, TracebackType
 from typing import NamedTuple, Self
 
 import torch.distributed as dist
-from torch._C._distributed_c10d import Store
+from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
 from torch.distributed import ProcessGroup
 
 from syncbn.norm.comm.fingerprint import RULE, RankLost, RanksDisagree, text_of
@@ -151,10 +151,7 @@ class Wait:
     ) -> None:
         _watchdog.waits.remove(self)
         if error is not None:
-            lost = not isinstance(error, RanksDisagree)
-            known = isinstance(error, RanksDisagree | RankLost)
-            message = str(error) if known else f"{self.here}, and was interrupted: {error!r}"
-            _watchdog.tell(self._group.name, lost, message)
+            give_up(self._group, self.here, error)
 
     @property
     def waited_s(self) -> float:
@@ -220,7 +217,9 @@ class Wait:
     def study(self, read: Callable[[int], Post | None]) -> None:
         """Read the others' posts and settle whether they can come; called by the watchdog's thread."""
         posts: dict[int, Post] = {}
-        unread = set(self.missing)
+        # a rank that has come may have given up meanwhile
+        small = len(self._group.ranks) <= READS_A_TICK
+        unread = set(self._group.ranks if small else self.missing) - {self.own}
         seen = {self.own}
         while unread:
             found = {rank: post for rank in unread if (post := read(rank)) is not None}
@@ -348,36 +347,45 @@ class _Watchdog:
 
     def look(self) -> None:
         """One look: at this rank, and where it waits or was asked, to and from the others."""
-        if not self._has_store():
+        store = self._reach()
+        if store is None:
             return
-        assert self._store is not None
         asks = any(wait.waited_s > ASK_S for wait in self.waits)
-        asked = self._store.add(_ASKED, int(asks))
+        asked = store.add(_ASKED, int(asks))
         wanted, self._asked = asked != self._asked or self._unposted, asked
         self._observe(wanted)
         if wanted:
             self._unposted = False
-            self._store.set(_POST.format(self._rank), json.dumps(self._post()))
+            store.set(_POST.format(self._rank), json.dumps(self._post()))
         self._tick += 1
         for wait in self.waits.copy():
             if wait.waited_s > ASK_S and self._tick % (1 + len(wait.missing) // READS_A_TICK) == 0:
-                wait.study(self._read)
+                wait.study(partial(_read, store))
 
-    def _has_store(self) -> bool:
-        """Whether there are other ranks, and a store of our own to reach them."""
+    def _reach(self) -> Store | None:
+        """The store by which to reach the other ranks; None while there are none."""
         world = _world_group()
         if world is None or world.size() == 1 or (self._parents and world is self._parents()):
             self._world = self._store = None
-            return False
+            return None
         if self._world is None or self._world() is not world:
             self._world, self._store, self._rank = weakref.ref(world), None, world.rank()
-            self._failures = {}
-        if self._store is None:
-            # a clone, because the model's thread may wait inside the store itself
-            self._store = dist.distributed_c10d._get_default_store().clone()
-            self._store.set_timeout(timedelta(seconds=10 * TICK_S))
-            self._asked = self._store.add(_ASKED, 0)
-        return True
+            self._asked = -1
+            if not self._unposted:  # what is told at once belongs to the new groups
+                self._failures = {}
+        return self._store or self._reached()
+
+    def _reached(self) -> Store:
+        """The default group's store: over TCP a clone, because the model's thread may wait inside it.
+
+        Others are not kept: one of files waits for its folder when it is let go of.
+        """
+        store = whole = dist.distributed_c10d._get_default_store()
+        while isinstance(store, PrefixStore):
+            store = store.underlying_store
+        if isinstance(store, TCPStore):
+            whole = self._store = whole.clone()
+        return whole
 
     def _observe(self, wanted: bool) -> None:
         """Look at the thread that runs the model, closely where an answer is `wanted`."""
@@ -419,10 +427,11 @@ class _Watchdog:
             self._failures,
         )
 
-    def _read(self, rank: int) -> Post | None:
-        assert self._store is not None
-        key = _POST.format(rank)
-        return Post.read(self._store.get(key)) if self._store.check([key]) else None
+
+def _read(store: Store, rank: int) -> Post | None:
+    """What the watchdog of global `rank` has posted last."""
+    key = _POST.format(rank)
+    return Post.read(store.get(key)) if store.check([key]) else None
 
 
 def _world_group() -> ProcessGroup | None:
@@ -433,6 +442,14 @@ _watchdog = _Watchdog()
 atexit.register(_watchdog.stop)
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_watchdog.forked)
+
+
+def give_up(group: Members, here: str, error: BaseException) -> str:
+    """Let the other ranks of `group` know of the `error` that ends an exchange here; the message that they raise."""
+    known = isinstance(error, RanksDisagree | RankLost)
+    message = str(error) if known else f"{here}, and was interrupted: {error!r}"
+    _watchdog.tell(group.name, not isinstance(error, RanksDisagree), message)
+    return message
 
 
 def watch() -> None:

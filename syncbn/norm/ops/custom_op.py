@@ -35,21 +35,26 @@ def group_text(spec: GroupSpec) -> str:
     return "world" if spec is None else str(spec)
 
 
+def _settings_text(args: NormArgs, group: str, needs_grad: bool) -> str:
+    """What both operators know of a pass beside tensors and eps; `group` is a `group_text`."""
+    return "\n".join((args.act or "", "grad" if needs_grad else "", group, args.layer))
+
+
 def _call(
-    x: Tensor,
-    eps: float,
-    act: str,
-    mask: Tensor | None,
-    group: str,
-    name: str,
-    checkpointed: Pass | None = None,
+    x: Tensor, mask: Tensor | None, eps: float, settings: str, checkpointed: Pass | None = None
 ) -> Call:
+    act, _, group, layer = settings.split("\n", maxsplit=3)
     kind, _, group_name = group.partition(" ")
     spec: Any = int(kind) if kind.lstrip("-").isdigit() else kind
     if spec == "name":
         spec = resolve_process_group(cast(Any, group_name))
     return Call(
-        exchange_for(spec, x), mask, act or None, eps, layer=name, checkpointed=checkpointed
+        exchange_for(spec, x),
+        mask,
+        act or None,
+        eps,
+        layer=layer,
+        checkpointed=checkpointed,
     )
 
 
@@ -61,16 +66,13 @@ def _forward(
     residual: Tensor | None,
     mask: Tensor | None,
     eps: float,
-    act: str,
-    group: str,
-    name: str,
-    needs_grad: bool,
+    settings: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """y, the statistics it was normalised with, and the number of values that count, which is 0 in a replay."""
-    call = _call(x, eps, act, mask, group, name, current())
+    call = _call(x, mask, eps, settings, current())
     args = call.args(x, weight, bias, residual)
     backend = selected(x.device.type).for_pass(args, call.exchange)
-    y, stats = forward_pass(args, backend, call, needs_grad)
+    y, stats = forward_pass(args, backend, call, settings.split("\n")[1] == "grad")
     # an operator's results share memory with nothing, and a backend may keep all statistics in one tensor
     mean, var, invstd = (values.clone() for values in (stats.mean, stats.var, stats.invstd))
     replaying = call.checkpointed is not None and call.checkpointed.replaying
@@ -94,9 +96,7 @@ def _backward(
     operands: Sequence[Tensor | None],
     stats: Sequence[Tensor],
     eps: float,
-    act: str,
-    group: str,
-    name: str,
+    settings: str,
     needs: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The gradients of x, weight, bias and residual; an empty tensor where none is needed.
@@ -105,15 +105,13 @@ def _backward(
         dy: the gradient of y.
         operands: x, weight, bias, residual, output and mask, as of `NormArgs`.
         stats: as of `Statistics`.
-        eps: see `Call`, as for `act` and `name`.
-        act: "" for None.
-        group: a `group_text`.
-        name: of the layer.
+        eps: added to the variance.
+        settings: a `_settings_text`.
         needs: which of x, weight, bias and residual want a gradient.
     """
     x, weight, bias, residual, output, mask = operands
     assert x is not None
-    call = _call(x, eps, act, mask, group, name)
+    call = _call(x, mask, eps, settings)
     args = call.args(x, weight, bias, residual)._replace(output=output)
     backend = selected(x.device.type).for_pass(args, call.exchange)
     found = backward_pass(dy, args, Statistics(*stats), backend, call, tuple(needs))
@@ -160,10 +158,10 @@ def _as_traced(result: Tensor, x: Tensor) -> Tensor:
 
 def _remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     _keep_in_graph()
-    x, weight, bias, residual, mask, eps, act, group, name, _ = inputs
+    x, weight, bias, residual, mask, eps, settings = inputs
     y, *stats, _ = output
     ctx.mark_non_differentiable(*output[1:])
-    ctx.rest = (eps, act, group, name)
+    ctx.rest, act = (eps, settings), settings.split("\n")[0]
     kept = kept_for_backward(NormArgs(x, residual=residual, act=act or None), y)
     ctx.save_for_backward(x, weight, bias, *kept, mask, *stats)
 
@@ -190,7 +188,7 @@ def _gradients(ctx: Any, dy: Tensor, *_unused: Tensor) -> tuple[Tensor | None, .
     found = _backward(dy, list(saved[:6]), list(saved[6:]), *ctx.rest, needs)
     return (
         *(g if needed else None for g, needed in zip(found, needs, strict=True)),
-        *(None,) * 6,
+        *(None,) * 3,
     )
 
 
@@ -207,10 +205,9 @@ def compiled_batch_norm(args: NormArgs, group: str, running: Running | None) -> 
         group: a `group_text`.
         running: what to update, or None.
     """
-    x, mask, act = args.x, args.mask, args.act or ""
-    needs_grad = torch.is_grad_enabled() and x.requires_grad
+    needs_grad = torch.is_grad_enabled() and args.x.requires_grad
     y, _, mean, var, invstd, counted = _forward(
-        *args[:4], mask, args.eps, act, group, args.layer, needs_grad
+        *args[:5], args.eps, _settings_text(args, group, needs_grad)
     )
     if running is not None:
         AtenBackend().update(running, Statistics(counted, mean, var, invstd))

@@ -233,6 +233,25 @@ def test_a_rank_that_exited_is_lost_reaped_or_not(reaped, known):
             wait.look()
 
 
+def test_of_ranks_that_exited_the_one_is_named_that_had_not_come():
+    with _child("true") as child:
+        child.wait()
+        gone = Process(child.pid, 0, processes.machine())
+        wait = _wait(3)
+        _study(wait, {1: _post(collective=wait.activity.collective, process=gone)})
+        wait._group.processes = [Process.own(), gone, gone]
+        with pytest.raises(RankLost, match="waits for rank 2: it exited"):
+            wait.look()
+
+
+def test_a_rank_that_has_come_and_given_up_is_heard_too():
+    wait = _wait(3)
+    wait.look([2])
+    _study(wait, {1: _post(failures={"g": (True, "rank 1 was interrupted")})})
+    with pytest.raises(RankLost, match="rank 1 was interrupted"):
+        wait.look([2])
+
+
 def test_a_rank_that_left_the_group_cannot_come():
     with pytest.raises(RanksDisagree, match="it destroyed its process group and cannot come"):
         _wait().look([1], left=[1])
@@ -450,8 +469,8 @@ class Two(_Watchdog):
         self._store, self._rank, self._model = store, rank, processes.Thread()
         self.wake, self.used = lambda: None, 0.0
 
-    def _has_store(self):
-        return True
+    def _reach(self):
+        return self._store
 
     def start(self):
         pass
@@ -487,8 +506,8 @@ def test_a_rank_that_waits_asks_and_learns_what_the_other_does(two, monkeypatch)
             second.look()
         assert wait.answers(1)
         assert wait._posts[1].text.startswith("was last seen at")
-        assert first._read(0).collective == wait.activity.collective
-        assert first._read(0).quiet > 0
+        assert watchdog._read(first._store, 0).collective == wait.activity.collective
+        assert watchdog._read(first._store, 0).quiet > 0
     clock.move(60.0)
     assert not wait.answers(1)
 
@@ -501,7 +520,7 @@ def test_a_wait_that_is_not_looked_at_again_does_not_count_as_seen(two, monkeypa
         for _ in range(5):
             clock.move(1.0)
             first.look()
-        assert first._read(0).quiet <= 1
+        assert watchdog._read(first._store, 0).quiet <= 1
 
 
 def test_a_thread_is_seen_again_at_one_place_only_while_it_sleeps_and_uses_no_time(two):
@@ -531,6 +550,34 @@ def test_without_other_ranks_there_is_nothing_to_do(world):
     assert alone._store is None
 
 
+@pytest.mark.parametrize("kind", ["tcp", "file"])
+def test_only_a_store_over_tcp_is_kept_and_let_go_of_with_its_group(tmp_path, monkeypatch, kind):
+    if kind == "tcp":
+        store = dist.TCPStore("127.0.0.1", 0, 1, is_master=True)
+    else:
+        store = dist.FileStore(str(tmp_path / "store"), 1)
+    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+    one = _Watchdog()
+    with monkeypatch.context() as patched:
+        patched.setattr(
+            watchdog,
+            "_world_group",
+            lambda: Mock(**{"size.return_value": 2, "rank.return_value": 0}),
+        )
+        one.tell("old", True, "of a group before")
+        one._unposted = False
+        assert one._reach().add("one", 1) == 1
+        assert not one._failures
+        one._world = None
+        one.tell("new", True, "before the first look")
+        assert one._reach() is not None
+        assert list(one._failures) == ["new"]
+        assert (one._store is None) is (kind == "file")
+    dist.destroy_process_group()
+    assert one._reach() is None
+    assert one._store is None
+
+
 def test_a_forked_child_does_not_speak_for_its_parent(world, monkeypatch):
     child = _Watchdog()
     child.start()
@@ -539,7 +586,7 @@ def test_a_forked_child_does_not_speak_for_its_parent(world, monkeypatch):
     assert child._thread is None
     monkeypatch.setattr(watchdog, "_world_group", lambda: world)
     monkeypatch.setattr(type(world), "size", lambda self: 2)
-    assert not child._has_store()
+    assert child._reach() is None
 
 
 def test_the_thread_ends_when_it_is_told_to_and_survives_what_it_meets(monkeypatch):

@@ -38,7 +38,8 @@ def _operands(layout, act, with_residual, mask=False):
     weight, bias = (torch.randn(x.shape[1]).requires_grad_() for _ in range(2))
     residual = torch.randn_like(x).requires_grad_() if with_residual else None
     kept = torch.rand(x.shape[0], 1, *x.shape[2:]) < 0.7 if mask else None
-    return x, weight, bias, residual, kept, 1e-5, act, "world", "bn", True
+    settings = f"{act}\ngrad\nworld\nbn"
+    return x, weight, bias, residual, kept, 1e-5, settings
 
 
 @each_layout
@@ -53,7 +54,7 @@ def test_fake_and_real_results_agree_for_every_layout(layout, act, with_residual
     saved = [x, weight, bias, residual if act == "silu" else None, output, mask]
     backward = (torch.randn_like(x), saved, [s.detach() for s in stats])
     for needs in ([True] * 4, [True, False, False, False], [False, True, True, False]):
-        rest = (1e-5, act, "world", "bn", [*needs[:3], needs[3] and with_residual])
+        rest = (*operands[5:], [*needs[:3], needs[3] and with_residual])
         torch.library.opcheck(custom_op._backward, (*backward, *rest), test_utils=utils[:2])
 
 

@@ -1,1 +1,1 @@
-"""The ways by which an exchange reaches the other ranks."""
+"""The transports by which an exchange reaches the other ranks."""

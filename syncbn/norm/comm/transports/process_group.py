@@ -26,7 +26,7 @@ from syncbn.norm.comm.fingerprint import (
     disagreement,
 )
 from syncbn.norm.comm.groups import Members
-from syncbn.norm.comm.watchdog import Wait
+from syncbn.norm.comm.watchdog import Wait, give_up
 
 PAYLOAD_BYTES = 4 * (2 * 2048 + 2)
 """Count, mean and M2 of 2048 channels in float32: every layer of a ResNet-50 fits one frame."""
@@ -102,6 +102,8 @@ class Group(Members):
                 self._finish(work)
         except BaseException as error:
             self._failure = str(error) or repr(error)
+            if self.turn[0]:  # of a CPU group
+                give_up(self, self.here(), error)
             raise
 
     def _begin(

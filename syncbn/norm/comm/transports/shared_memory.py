@@ -35,7 +35,7 @@ from syncbn.norm.comm.fingerprint import (
 )
 from syncbn.norm.comm.processes import machine
 from syncbn.norm.comm.transports.process_group import PAYLOAD_BYTES, Group
-from syncbn.norm.comm.watchdog import Wait
+from syncbn.norm.comm.watchdog import Wait, give_up
 from syncbn.norm.native import library
 
 SLOT_BYTES = -(-(HEADER_BYTES + PAYLOAD_BYTES) // 64) * 64
@@ -180,8 +180,7 @@ class SharedMemory:
 
     def _fail(self, error: BaseException, here: str) -> None:
         """Let every other rank raise what made this one give up."""
-        known = isinstance(error, RanksDisagree | RankLost)
-        message = str(error) if known else f"{here}, and was interrupted: {error!r}"
+        message = give_up(self._group, here, error)
         text = message.encode()[:_MESSAGE_BYTES]
         lost = not isinstance(error, RanksDisagree)
         self._native.syncbn_exchange_fail(self.address, lost, text, len(text))
