@@ -8,6 +8,7 @@ import signal
 import threading
 import time
 from contextlib import contextmanager, suppress
+from datetime import timedelta
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 import syncbn
 from syncbn.norm.comm import watchdog
 from syncbn.norm.comm.exchange import FORWARD, Fingerprint, RankLost, exchange_of
+from syncbn.norm.comm.transports import process_group, sockets
 from syncbn.norm.comm.transports import shared_memory as shared
 
 WAYS = ["gloo", "sockets"] + ["shared"] * (shared._native() is not None)
@@ -32,12 +34,14 @@ def way(request):
 
 @contextmanager
 def _quick(way, slow_s=1e9):
-    """Watchdogs that look every 50 ms, and groups that use one transport."""
+    """Watchdogs, and ranks that wait, that look every 50 ms, and groups that use one transport."""
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setenv("SYNCBN_EXCHANGE", way)
         monkeypatch.setattr(watchdog, "TICK_S", 0.05)
         monkeypatch.setattr(watchdog, "ASK_S", 0.05)
         monkeypatch.setattr(watchdog, "SLOW_S", slow_s)
+        monkeypatch.setattr(process_group, "_LOOK", timedelta(seconds=0.05))
+        monkeypatch.setattr(sockets, "_LOOK_S", 0.05)
         watchdog.watch()  # as a rank does that builds a layer
         yield
 
