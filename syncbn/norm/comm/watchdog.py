@@ -203,7 +203,7 @@ class Wait:
 
     def lost(self, why: str) -> RuntimeError:
         """The error of a connection to some rank that broke, after a moment in which to find out which."""
-        for _ in range(45):
+        for _ in range(30):
             try:
                 self.look()
             except RuntimeError as error:
