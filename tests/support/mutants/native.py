@@ -25,7 +25,7 @@ PASSES: list[Mutant] = [
         file=f"{NATIVE}/fused_pass.cpp",
         function="finish",
         before="run<A>(BACKWARD_INPUT, args.pass, sums.data(), args.pass.result);",
-        after="std::copy(sums.begin(), sums.end(), (A*)args.own); "
+        after="if (args.own) std::copy(sums.begin(), sums.end(), (A*)args.own); "
         "run<A>(BACKWARD_INPUT, args.pass, sums.data(), args.pass.result);",
     ),
     Edited(
