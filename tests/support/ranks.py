@@ -4,13 +4,13 @@ import importlib
 import os
 import subprocess
 import sys
-import tempfile
 import time
 import traceback
 from datetime import timedelta
 from multiprocessing.connection import Connection, Pipe
-from pathlib import Path
 from typing import Any
+
+from torch.distributed import TCPStore
 
 TIMEOUT_S = 300.0
 GLOO_TIMEOUT_S = 120.0
@@ -40,11 +40,12 @@ class RankPool:
         while len(self._workers) < world_size:
             self._workers.append(_start(self._environment))
         try:
-            with tempfile.TemporaryDirectory() as folder:
-                for rank, (_, connection) in enumerate(self._workers[:world_size]):
-                    store = str(Path(folder) / "store")
-                    connection.send((module, function, kwargs, rank, world_size, store))
-                failures = self._failures(world_size)
+            # of this process, and gone once all ranks have answered: a store of files would have those wait that
+            # still look into it then
+            store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+            for rank, (_, connection) in enumerate(self._workers[:world_size]):
+                connection.send((module, function, kwargs, rank, world_size, store.port))
+            failures = self._failures(world_size)
             if failures:
                 raise RankFailed("\n".join(failures))
         except BaseException:  # also a timeout of pytest's: no test gets the answers of another
@@ -101,7 +102,7 @@ def _serve(connection: Connection) -> None:
 
 
 def _attempt(
-    module: str, function: str, kwargs: dict[str, Any], rank: int, world_size: int, store: str
+    module: str, function: str, kwargs: dict[str, Any], rank: int, world_size: int, port: int
 ) -> str | None:
     import torch
     import torch.distributed as dist
@@ -111,7 +112,7 @@ def _attempt(
     try:
         dist.init_process_group(
             "gloo",
-            store=dist.FileStore(store, world_size),
+            store=TCPStore("127.0.0.1", port, is_master=False, wait_for_workers=False),
             rank=rank,
             world_size=world_size,
             timeout=timedelta(seconds=GLOO_TIMEOUT_S),

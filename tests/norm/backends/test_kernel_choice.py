@@ -243,3 +243,12 @@ def test_a_bare_checkout_has_no_installed_package(monkeypatch: pytest.MonkeyPatc
 
     monkeypatch.setattr(importlib.metadata, "distribution", missing)
     assert sources._installed_folder() == Path()
+
+
+@compiled
+@pytest.mark.parametrize("name", ["weight", "bias", "residual"])
+def test_operands_of_another_class_keep_a_pass_from_the_kernels(name: str):
+    x = torch.ones(4, 3, 5)
+    other = (x if name == "residual" else x[0, :, 0]).as_subclass(Special)
+    backend = CpuBackend().for_pass(NormArgs(x, **{name: other}), None)
+    assert type(backend) is CpuFallback

@@ -106,7 +106,7 @@ _collectives = st.builds(
 
 
 @given(st.dictionaries(st.integers(0, 4), _collectives))
-def test_whoever_waits_for_ranks_that_run_alone_is_not_held_up(blocked):
+def test_a_rank_that_waits_for_ranks_that_run_alone_is_not_held_up(blocked):
     for rank in held_up(blocked):
         own = blocked[rank]
         inside = {other for other, one in blocked.items() if one.name == own.name}
@@ -244,6 +244,16 @@ def test_of_ranks_that_exited_the_one_is_named_that_had_not_come():
             wait.look()
 
 
+def test_all_ranks_that_exited_are_named_where_none_is_known_to_have_come():
+    with _child("true") as child:
+        child.wait()
+        gone = Process(child.pid, 0, processes.machine())
+        wait = _wait(3)
+        wait._group.processes = [Process.own(), gone, gone]
+        with pytest.raises(RankLost, match="waits for rank 1 and rank 2: they exited"):
+            wait.look()
+
+
 def test_a_rank_that_has_come_and_given_up_is_heard_too():
     wait = _wait(3)
     wait.look([2])
@@ -283,7 +293,7 @@ def test_a_broken_connection_is_explained_by_a_rank_that_says_why_it_gave_up(mon
         (KeyboardInterrupt(), (True, "and was interrupted: KeyboardInterrupt()")),
     ],
 )
-def test_a_rank_that_gives_up_leaves_word_for_the_others(monkeypatch, error, told):
+def test_a_rank_that_gives_up_tells_the_others(monkeypatch, error, told):
     own = _Watchdog()
     monkeypatch.setattr(own, "start", lambda: None)
     monkeypatch.setattr(watchdog, "_watchdog", own)
@@ -297,53 +307,6 @@ def test_a_rank_that_gives_up_leaves_word_for_the_others(monkeypatch, error, tol
 
 
 # what it sees of threads and processes
-
-
-def test_a_later_process_of_the_same_id_is_not_mistaken_for_it():
-    own = Process.own()
-    assert own.state() in "RS"
-    assert own._replace(started=own.started - 1).state() == "X"
-
-
-def test_what_the_system_does_not_tell_is_unknown(monkeypatch):
-    def refuse(*_):
-        raise OSError(24, "Too many open files")
-
-    own = Process.own()
-    monkeypatch.setattr(processes, "_stat", refuse)
-    assert own.state() == ""
-    assert Process.own() == Process(os.getpid(), 0, "")
-    assert not processes.Thread().sleeps()
-    monkeypatch.setattr(processes, "_boot", refuse)
-    assert processes.machine() == ""
-    assert processes.host() == processes.socket.gethostname()
-    assert ELSEWHERE.state() == ""
-
-
-@contextmanager
-def _blocked(call):
-    """What a thread that is blocked in `call` looks like, from its innermost frame."""
-    seen = []
-
-    def run():
-        seen.append(processes.Thread())
-        call()
-
-    thread = threading.Thread(target=run, daemon=True)
-    thread.start()
-    while not (seen and seen[0].sleeps() and seen[0].frame().f_code.co_name != "run"):
-        pass
-    yield seen[0]
-    thread.join()
-
-
-def test_a_thread_that_waits_sleeps_and_uses_no_processor_time():
-    event = threading.Event()
-    with _blocked(event.wait) as thread:
-        used_s = thread.used_s()
-        assert thread.used_s() == used_s
-        assert activity(thread.frame()).collective is None
-        event.set()
 
 
 @pytest.fixture
@@ -535,6 +498,14 @@ def test_a_thread_is_seen_again_at_one_place_only_while_it_sleeps_and_uses_no_ti
         second._observe(wanted=False)
         quiet.append(second._quiet)
     assert quiet == [0, 1, 1, 2, 0, 1]
+
+
+def test_a_thread_that_has_ended_is_nowhere_and_its_rank_still_answers(two):
+    _, second = two
+    second._model = SimpleNamespace(frame=lambda: None)
+    second._observe(wanted=True)
+    assert second._post().text == "runs"
+    assert second._post().collective is None
 
 
 def test_a_failure_is_posted_without_being_asked_for(two):

@@ -177,7 +177,7 @@ LIVENESS: list[Mutant] = [
     ),
     Replaced(
         "why a rank gave up not told",
-        f"{WATCHDOG}::test_a_rank_that_gives_up_leaves_word_for_the_others",
+        f"{WATCHDOG}::test_a_rank_that_gives_up_tells_the_others",
         aim=f"{COMM}.watchdog._Watchdog.tell",
         by=lambda original: lambda self, group, lost, message: None,
     ),
