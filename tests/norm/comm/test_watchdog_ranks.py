@@ -235,15 +235,15 @@ def test_a_rank_that_does_not_come_is_named_at_the_time_limit(world_size, way):
     with _quick(way):
         group, rank = _group(first=False), dist.get_rank()
         if rank == 1:
-            _store().wait([f"given up {way}"])
+            # else the other may see this rank hang up before its own limit
+            _store().wait([f"{rank} gave up {way}" for rank in (0, 2)])
             _ends(group)
         else:
             exchange_of(group)._group.timeout_s = 2.0
             _refused(
                 group, HERE.format("[02]") + "and waits for rank 1: it did not come within 2 s"
             )
-            if rank == 0:
-                _store().set(f"given up {way}", "")
+            _store().set(f"{rank} gave up {way}", "")
             _refused(group, "waits for rank 1: it did not come within 2 s")
         dist.barrier()
 
