@@ -19,6 +19,9 @@ from syncbn.norm.comm.groups import check_spec, resolve
 from syncbn.norm.moments import Moments, merge, unpack
 
 
+STATISTICS = {"running_mean": torch.zeros(3), "running_var": torch.ones(3)}
+
+
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
@@ -91,11 +94,11 @@ def test_any_real_number_is_an_eps():
         ({"momentum": 5}, ValueError, "momentum=5 is not allowed"),
         ({"act": "rleu"}, ValueError, "act='rleu' is not allowed"),
         ({"process_group": "all"}, ValueError, "process_group='all' is not allowed"),
-        ({"weight": torch.ones(2)}, ValueError, r"expected weight of shape \(3,\), got \(2,\)"),
-        ({"bias": torch.ones(3, 1)}, ValueError, r"expected bias of shape \(3,\), got \(3, 1\)"),
-        ({"running_mean": torch.ones(4)}, ValueError, r"running_mean of shape \(3,\), got \(4,\)"),
-        ({"running_var": torch.ones(())}, ValueError, r"running_var of shape \(3,\), got \(\)"),
-        ({"weight": torch.ones(3, device="meta")}, ValueError, "weight on cpu, got meta"),
+        ({"weight": torch.ones(2)}, ValueError, r"each of 3 channels on cpu, got \(2,\)"),
+        ({"bias": torch.ones(4, 1)}, ValueError, r"each of 3 channels on cpu, got \(4, 1\)"),
+        ({**STATISTICS, "running_mean": torch.ones(4)}, ValueError, r"3 channels .* got \(4,\)"),
+        ({**STATISTICS, "running_var": torch.ones(())}, ValueError, r"3 channels .* got \(\)"),
+        ({"weight": torch.ones(3, device="meta")}, ValueError, r"on cpu, got \(3,\) on meta"),
     ],
     ids=str,
 )

@@ -14,11 +14,12 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 from torch.nn import Parameter
 
 from syncbn.norm.moments import AnyStatistics, Statistics, has_values
 
-PLAIN = (Tensor, Parameter)
+_WITH_MEMORY = (Tensor, Parameter)
 """Types of tensors that have memory of their own, where they are no meta tensors; subclasses may have none."""
 
 
@@ -155,6 +156,38 @@ class Backend(ABC):
         """Memory for `args.bits` beside a residual; None where this backend keeps `output` instead."""
         del args
         return None
+
+
+def is_plain(values: Tensor | None) -> bool:
+    """Whether kernels may read `values` at its address; true of None.
+
+    Subclasses, meta and sparse tensors may have no memory of that kind, and a lazily negated view of another tensor has
+    the other's values in it.
+    """
+    return values is None or (
+        type(values) in _WITH_MEMORY
+        and values.layout is torch.strided
+        and not (values.is_meta or values.is_neg())
+    )
+
+
+def kernels_may_write(running: Running) -> bool:
+    """Whether kernels may write running statistics at their addresses; `AtenBackend` serves the others."""
+    mean, var, tracked, _ = running
+    if not (mean.is_contiguous() and var.is_contiguous() and mean.dtype == var.dtype):
+        return False
+    if tracked is not None and not (
+        tracked.dtype == torch.int64 and tracked.device == mean.device and tracked.numel() == 1
+    ):
+        return False
+    present = (mean, var) if tracked is None else (mean, var, tracked)
+    return all(is_plain(values) and not values.is_inference() for values in present)
+
+
+def mark_updated(running: Running) -> None:
+    """Tell autograd that a kernel has written the running statistics: what it saved of them is stale."""
+    mean, var, tracked, _ = running
+    increment_version([mean, var] if tracked is None else [mean, var, tracked])
 
 
 def check_statistics(gathered: Tensor, stats: AnyStatistics, args: NormArgs) -> None:

@@ -19,17 +19,18 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import increment_version
 from torch.utils.dlpack import from_dlpack
 
 from syncbn.norm.backends.activations import ACTIVATIONS
 from syncbn.norm.backends.aten import AtenBackend
 from syncbn.norm.backends.base import (
-    PLAIN,
     Backend,
     NormArgs,
     Running,
     check_statistics,
+    is_plain,
+    kernels_may_write,
+    mark_updated,
 )
 from syncbn.norm.comm.exchange import BACKWARD, FORWARD, Exchange, Fingerprint
 from syncbn.norm.comm.transports.shared_memory import LOOK_NS, Ring
@@ -177,7 +178,7 @@ class CpuFallback(AtenBackend):
 
     def update(self, running: Running, stats: AnyStatistics) -> None:
         """Move the running statistics towards those of this batch."""
-        if not _updatable(running):
+        if _moved_by_library(running) is None:
             super().update(running, stats)
             return
         mean, var, tracked, weight, is_double = _running_words(running)
@@ -192,7 +193,7 @@ class CpuFallback(AtenBackend):
             *(values.data_ptr() for values in of_batch),
             running.mean.numel(),
         )
-        _mark_updated(running)
+        mark_updated(running)
 
     def local_grad_sums(
         self, dy: Tensor, args: NormArgs, stats: AnyStatistics, needs_dz: bool = False
@@ -245,7 +246,7 @@ class CpuBackend(CpuFallback):
     def for_pass(self, args: NormArgs, exchange: Exchange | None) -> Backend:
         """The backend of a pass over these operands and ranks; the same in forward and backward."""
         x = args.x
-        if type(x) not in PLAIN or x.is_meta:
+        if not is_plain(x):
             return _ATEN
         if not _kernels_serve(args):
             return _fallback()
@@ -265,9 +266,10 @@ class CpuBackend(CpuFallback):
         geometry = _geometry(args.x)
         args, block = _aligned(args, geometry), StatisticsBlock(geometry)
         y, ring = _empty(args.x, geometry), _rows(len(gathered))
-        words = _forward_words(args, geometry, y, block, ctypes.addressof(ring))
+        moved = _moved_by_library(args.running)
+        words = _forward_words(args, geometry, y, block, moved, ctypes.addressof(ring))
         status = self._library.syncbn_finish_pass(words, gathered.data_ptr(), gathered.stride(0))
-        _settle(status, gathered, args, block)
+        _settle(status, gathered, args, block, moved)
         return y, block
 
     def local_grad_sums(
@@ -310,11 +312,13 @@ class CpuBackend(CpuFallback):
         geometry = _geometry(args.x)
         args, block = _aligned(args, geometry), StatisticsBlock(geometry)
         y, gathered = _empty(args.x, geometry), None
+        moved = _moved_by_library(args.running)
         if exchange is None:
-            status = self._library.syncbn_fused_pass(_forward_words(args, geometry, y, block), b"")
+            words = _forward_words(args, geometry, y, block, moved)
+            status = self._library.syncbn_fused_pass(words, b"")
         else:
             header, number = exchange.announce(FORWARD, geometry.stats_bytes, what)
-            words = _forward_words(args, geometry, y, block, exchange.ring_address, number)
+            words = _forward_words(args, geometry, y, block, moved, exchange.ring_address, number)
             status = self._library.syncbn_fused_pass(words, header)
             if status:
                 gathered = exchange.complete(status, header, number, block.packed)
@@ -322,7 +326,7 @@ class CpuBackend(CpuFallback):
                     words, gathered.data_ptr(), gathered.stride(0)
                 )
             exchange.finished(what)
-        _settle(status, gathered, args, block)
+        _settle(status, gathered, args, block, moved)
         return y, block
 
     def fused_backward(
@@ -396,15 +400,11 @@ def _kernels_serve(args: NormArgs) -> bool:
     x, weight, bias, residual = args[:4]
     if args.mask is not None or not _has_kernels(x):
         return False
-    if not (_is_plain(weight) and _is_plain(bias)):
+    if not (is_plain(weight) and is_plain(bias) and is_plain(residual)):
         return False
     if args.act == "silu" and x.dtype is torch.float64:
         return False
-    return residual is None or (residual.dtype is x.dtype and type(residual) in PLAIN)
-
-
-def _is_plain(values: Tensor | None) -> bool:
-    return values is None or type(values) in PLAIN
+    return residual is None or residual.dtype is x.dtype
 
 
 def _has_kernels(x: Tensor) -> bool:
@@ -445,7 +445,14 @@ def _coefficients(values: Tensor | None, dtype: torch.dtype) -> Tensor | None:
 
 
 def _address(values: Tensor | None) -> int:
-    return 0 if values is None else values.data_ptr()
+    if values is None:
+        return 0
+    address = values.data_ptr()
+    if not address:
+        raise RuntimeError(
+            f"a tensor of shape {tuple(values.shape)} has no memory: its storage was resized"
+        )
+    return address
 
 
 def _addresses(stats: AnyStatistics) -> tuple[int, ...]:
@@ -471,7 +478,7 @@ def _pass_words(
     role = _NOTHING if third is None else _RESIDUAL if args.output is None else _OUTPUT
     act = 0 if args.act is None else ACTIVATIONS[args.act].code
     affine = (mean, invstd, _address(args.weight), _address(args.bias))
-    operands = (args.x.data_ptr(), dy, _address(third), *affine, 0, total, result.data_ptr())
+    operands = (_address(args.x), dy, _address(third), *affine, 0, total, result.data_ptr())
     return kind, *geometry.words, torch.get_num_threads(), act, role, *operands
 
 
@@ -480,13 +487,14 @@ def _forward_words(
     geometry: Geometry,
     y: Tensor,
     block: StatisticsBlock,
+    moved: Running | None,
     ring: int = 0,
     number: int = 0,
 ) -> bytes:
     """A whole forward pass as the library takes it; `ring` is 0 alone."""
     total, own, *merged = addresses = block.addresses
     words = _pass_words(_NORMALIZE, args, geometry, 0, addresses, y)
-    running = _NO_RUNNING if args.running is None else _running_words(args.running)
+    running = _NO_RUNNING if moved is None else _running_words(moved)
     exchange = (own, ring, number, LOOK_NS)
     return _FUSED_PASS.pack(*words, *exchange, args.eps, total, *merged, *running)
 
@@ -502,54 +510,41 @@ def _backward_words(
 ) -> bytes:
     """A whole backward pass as the library takes it; `results` are dx and this rank's sums."""
     dx, sums = results
-    words = _pass_words(_BACKWARD_INPUT, args, geometry, dy.data_ptr(), _addresses(stats), dx)
+    words = _pass_words(_BACKWARD_INPUT, args, geometry, _address(dy), _addresses(stats), dx)
     exchange = (_address(sums), ring, number, LOOK_NS)
     return _FUSED_PASS.pack(*words, *exchange, 0.0, 0, 0, 0, 0, *_NO_RUNNING)
 
 
-def _settle(status: int, gathered: Tensor | None, args: NormArgs, block: StatisticsBlock) -> None:
-    """Raise where there was nothing to normalise with; else note that running statistics have moved."""
+def _settle(
+    status: int,
+    gathered: Tensor | None,
+    args: NormArgs,
+    block: StatisticsBlock,
+    moved: Running | None,
+) -> None:
+    """Raise where there was nothing to normalise with; else see that running statistics have moved."""
     if status:
         packed = block.packed.unsqueeze(0) if gathered is None else gathered
         check_statistics(packed, block, args)
-    if args.running is None:
-        return
-    if _updatable(args.running):
-        _mark_updated(args.running)
-    else:
+    if moved is not None:
+        mark_updated(moved)
+    elif args.running is not None:
         _ATEN.update(args.running, block)
 
 
-def _updatable(running: Running) -> bool:
-    """Whether the library moves these running statistics."""
-    mean, var, tracked, _ = running
-    return (
-        mean.dtype in (torch.float32, torch.float64)
-        and mean.dtype == var.dtype
-        and type(mean) in PLAIN
-        and type(var) in PLAIN
-        and _is_plain(tracked)
-        and mean.is_contiguous()
-        and var.is_contiguous()
-        and not mean.is_inference()
-        and (tracked is None or (tracked.dtype == torch.int64 and tracked.device == mean.device))
-    )
+def _moved_by_library(running: Running | None) -> Running | None:
+    """The running statistics that the library moves: `running`, unless they are of another kind than it writes."""
+    if running is None or running.mean.dtype not in (torch.float32, torch.float64):
+        return None
+    return running if kernels_may_write(running) else None
 
 
 def _running_words(running: Running) -> tuple[int, int, int, float, int]:
     """Running statistics as the library takes them; a momentum below 0 stands for the average over all batches."""
-    if not _updatable(running):
-        return _NO_RUNNING
     mean, var, tracked, momentum = running
     weight = -1.0 if momentum is None else momentum
-    places = mean.data_ptr(), var.data_ptr(), _address(tracked)
-    return *places, weight, mean.dtype == torch.float64
-
-
-def _mark_updated(running: Running) -> None:
-    """Tell autograd that the library has written the running statistics: what it saved of them is stale."""
-    mean, var, tracked, _ = running
-    increment_version([mean, var] if tracked is None else [mean, var, tracked])
+    is_double = mean.dtype == torch.float64
+    return _address(mean), _address(var), _address(tracked), weight, is_double
 
 
 def _empty(x: Tensor, geometry: Geometry) -> Tensor:

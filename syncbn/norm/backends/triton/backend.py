@@ -16,11 +16,18 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.autograd.graph import increment_version
 
 from syncbn.norm.backends.activations import ACTIVATIONS
 from syncbn.norm.backends.aten import AtenBackend
-from syncbn.norm.backends.base import PLAIN, Backend, NormArgs, Running, check_statistics
+from syncbn.norm.backends.base import (
+    Backend,
+    NormArgs,
+    Running,
+    check_statistics,
+    is_plain,
+    kernels_may_write,
+    mark_updated,
+)
 from syncbn.norm.backends.triton import derivative_bits, elementwise, reductions, statistics
 from syncbn.norm.backends.triton.launch import launch
 from syncbn.norm.backends.triton.tile_plan import Geometry, TilePlan, geometry_of
@@ -45,9 +52,9 @@ class TritonBackend(Backend):
     """`Backend` in Triton."""
 
     def for_pass(self, args: NormArgs, exchange: object) -> Backend:
-        """The backend of a pass: ATen for subclasses of Tensor, whose memory may be no plain array."""
+        """The backend of a pass: ATen where an operand is not what kernels can read."""
         del exchange
-        return self if type(args.x) in PLAIN and not args.x.is_meta else _ATEN
+        return self if all(map(is_plain, args[:4])) else _ATEN
 
     def local_stats(self, args: NormArgs) -> Tensor:
         """Count, mean and M2 per channel, in one pass and one more launch where programs share a channel."""
@@ -83,7 +90,7 @@ class TritonBackend(Backend):
 
     def update(self, running: Running, stats: AnyStatistics) -> None:
         """Move the running statistics, in one launch; strided ones are left to ATen."""
-        if not _contiguous(running):
+        if not kernels_may_write(running):
             _ATEN.update(running, stats)
             return
         cumulative = running.momentum is None
@@ -95,7 +102,7 @@ class TritonBackend(Backend):
         tensors = (*running[:3], stats.total, stats.mean, stats.var)
         numbers = (*_split(running.momentum or 0.0), num_channels)
         launch(statistics.update_kernel, (1, 1), tensors, numbers, (cumulative, at_once, WARPS))
-        _mark_updated(running)
+        mark_updated(running)
 
     def normalize(self, args: NormArgs, stats: AnyStatistics) -> Tensor:
         """act((x - mean) * invstd * weight + bias + residual); x is read once."""
@@ -120,7 +127,7 @@ class TritonBackend(Backend):
             return y, stats
         if args.mask is None and running is not None and _moves_by_channel(running):
             y, stats = _merge_and_normalize(args, gathered, running)
-            _mark_updated(running)
+            mark_updated(running)
             return y, stats
         y, stats = _merge_and_normalize(args, gathered, None)
         if args.mask is not None:
@@ -231,18 +238,9 @@ def _empty_statistics(num_channels: int, like: Tensor) -> Statistics:
     return Statistics(total, mean, var, invstd)
 
 
-def _contiguous(running: Running) -> bool:
-    return running.mean.is_contiguous() and running.var.is_contiguous()
-
-
 def _moves_by_channel(running: Running) -> bool:
     """Whether each program may move its own channels: their weight is known before the batches are counted."""
-    return _contiguous(running) and running.momentum is not None
-
-
-def _mark_updated(running: Running) -> None:
-    """Tell autograd that a kernel has written the running statistics: what it saved of them is stale."""
-    increment_version([t for t in running[:3] if t is not None])
+    return running.momentum is not None and kernels_may_write(running)
 
 
 def _alters_gradient(args: NormArgs) -> bool:
