@@ -18,7 +18,6 @@ from syncbn.norm.backends.base import NormArgs
 from syncbn.norm.comm.groups import check_spec, resolve
 from syncbn.norm.moments import Moments, merge, unpack
 
-
 STATISTICS = {"running_mean": torch.zeros(3), "running_var": torch.ones(3)}
 
 

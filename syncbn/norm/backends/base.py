@@ -14,7 +14,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import increment_version
 from torch.nn import Parameter
 
 from syncbn.norm.moments import AnyStatistics, Statistics, has_values
@@ -158,17 +157,20 @@ class Backend(ABC):
         return None
 
 
-def is_plain(values: Tensor | None) -> bool:
-    """Whether kernels may read `values` at its address; true of None.
+def kernels_may_read(*operands: Tensor | None) -> bool:
+    """Whether kernels may read `operands` at their addresses, as far as there are any.
 
     Subclasses, meta and sparse tensors may have no memory of that kind, and a lazily negated view of another tensor has
     the other's values in it.
     """
-    return values is None or (
-        type(values) in _WITH_MEMORY
-        and values.layout is torch.strided
-        and not (values.is_meta or values.is_neg())
-    )
+    for values in operands:
+        if values is None:
+            continue
+        if type(values) not in _WITH_MEMORY or values.layout is not torch.strided:
+            return False
+        if values.is_meta or values.is_neg():
+            return False
+    return True
 
 
 def kernels_may_write(running: Running) -> bool:
@@ -180,14 +182,13 @@ def kernels_may_write(running: Running) -> bool:
         tracked.dtype == torch.int64 and tracked.device == mean.device and tracked.numel() == 1
     ):
         return False
-    present = (mean, var) if tracked is None else (mean, var, tracked)
-    return all(is_plain(values) and not values.is_inference() for values in present)
-
-
-def mark_updated(running: Running) -> None:
-    """Tell autograd that a kernel has written the running statistics: what it saved of them is stale."""
-    mean, var, tracked, _ = running
-    increment_version([mean, var] if tracked is None else [mean, var, tracked])
+    if (
+        mean.is_inference()
+        or var.is_inference()
+        or (tracked is not None and tracked.is_inference())
+    ):
+        return False
+    return kernels_may_read(mean, var, tracked)
 
 
 def check_statistics(gathered: Tensor, stats: AnyStatistics, args: NormArgs) -> None:

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 from torch.utils.dlpack import from_dlpack
 
 from syncbn.norm.backends.activations import ACTIVATIONS
@@ -28,9 +29,8 @@ from syncbn.norm.backends.base import (
     NormArgs,
     Running,
     check_statistics,
-    is_plain,
+    kernels_may_read,
     kernels_may_write,
-    mark_updated,
 )
 from syncbn.norm.comm.exchange import BACKWARD, FORWARD, Exchange, Fingerprint
 from syncbn.norm.comm.transports.shared_memory import LOOK_NS, Ring
@@ -193,7 +193,7 @@ class CpuFallback(AtenBackend):
             *(values.data_ptr() for values in of_batch),
             running.mean.numel(),
         )
-        mark_updated(running)
+        increment_version([t for t in running[:3] if t is not None])
 
     def local_grad_sums(
         self, dy: Tensor, args: NormArgs, stats: AnyStatistics, needs_dz: bool = False
@@ -246,7 +246,7 @@ class CpuBackend(CpuFallback):
     def for_pass(self, args: NormArgs, exchange: Exchange | None) -> Backend:
         """The backend of a pass over these operands and ranks; the same in forward and backward."""
         x = args.x
-        if not is_plain(x):
+        if not kernels_may_read(*args[:4]):
             return _ATEN
         if not _kernels_serve(args):
             return _fallback()
@@ -325,7 +325,8 @@ class CpuBackend(CpuFallback):
                 status = self._library.syncbn_finish_pass(
                     words, gathered.data_ptr(), gathered.stride(0)
                 )
-            exchange.finished(what)
+            if what.serial not in exchange.codes:
+                exchange.finished(what)
         _settle(status, gathered, args, block, moved)
         return y, block
 
@@ -355,7 +356,8 @@ class CpuBackend(CpuFallback):
         if status:
             gathered = exchange.complete(status, header, number, sums.view(-1))
             self._library.syncbn_finish_pass(words, gathered.data_ptr(), gathered.stride(0))
-        exchange.finished(what)
+        if what.serial not in exchange.codes:
+            exchange.finished(what)
         return results
 
 
@@ -396,11 +398,9 @@ def _rows(num_rows: int) -> Ring:
 
 
 def _kernels_serve(args: NormArgs) -> bool:
-    """Whether the kernels serve a pass over these operands, of which x is a plain tensor."""
-    x, weight, bias, residual = args[:4]
+    """Whether the kernels serve a pass over these operands, which they may read."""
+    x, residual = args.x, args.residual
     if args.mask is not None or not _has_kernels(x):
-        return False
-    if not (is_plain(weight) and is_plain(bias) and is_plain(residual)):
         return False
     if args.act == "silu" and x.dtype is torch.float64:
         return False
@@ -527,7 +527,9 @@ def _settle(
         packed = block.packed.unsqueeze(0) if gathered is None else gathered
         check_statistics(packed, block, args)
     if moved is not None:
-        mark_updated(moved)
+        increment_version(
+            [t for t in moved[:3] if t is not None]
+        )  # what autograd saved of them is stale
     elif args.running is not None:
         _ATEN.update(args.running, block)
 

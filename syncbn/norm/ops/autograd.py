@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from syncbn.norm.backends import selected
 from syncbn.norm.backends.activations import ACTIVATIONS
 from syncbn.norm.backends.aten import AtenBackend
-from syncbn.norm.backends.base import Backend, NormArgs, Running, is_plain
+from syncbn.norm.backends.base import Backend, NormArgs, Running, kernels_may_read
 from syncbn.norm.backends.layout import memory_format
 from syncbn.norm.backends.triton.derivative_bits import unpack_bits
 from syncbn.norm.comm.exchange import Exchange, Fingerprint
@@ -160,7 +160,7 @@ def backward_pass(
         gradients = differentiable_gradients(dy, args, stats.total, call.exchange, what)
         dx, dweight, dbias, dz = (g if n else None for g, n in zip(gradients, needs, strict=True))
         return dx, dweight, dbias, dz
-    if not (dy.dtype is args.x.dtype and is_plain(dy) and is_plain(args.x)):
+    if dy.dtype is not args.x.dtype or not kernels_may_read(dy, args.x):
         # hooks give these, and kernels read one dtype
         backend = AtenBackend()
         if args.bits is not None:

@@ -16,6 +16,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from syncbn.norm.backends.activations import ACTIVATIONS
 from syncbn.norm.backends.aten import AtenBackend
@@ -24,9 +25,8 @@ from syncbn.norm.backends.base import (
     NormArgs,
     Running,
     check_statistics,
-    is_plain,
+    kernels_may_read,
     kernels_may_write,
-    mark_updated,
 )
 from syncbn.norm.backends.triton import derivative_bits, elementwise, reductions, statistics
 from syncbn.norm.backends.triton.launch import launch
@@ -54,7 +54,7 @@ class TritonBackend(Backend):
     def for_pass(self, args: NormArgs, exchange: object) -> Backend:
         """The backend of a pass: ATen where an operand is not what kernels can read."""
         del exchange
-        return self if all(map(is_plain, args[:4])) else _ATEN
+        return self if kernels_may_read(*args[:4]) else _ATEN
 
     def local_stats(self, args: NormArgs) -> Tensor:
         """Count, mean and M2 per channel, in one pass and one more launch where programs share a channel."""
@@ -102,7 +102,7 @@ class TritonBackend(Backend):
         tensors = (*running[:3], stats.total, stats.mean, stats.var)
         numbers = (*_split(running.momentum or 0.0), num_channels)
         launch(statistics.update_kernel, (1, 1), tensors, numbers, (cumulative, at_once, WARPS))
-        mark_updated(running)
+        increment_version([t for t in running[:3] if t is not None])
 
     def normalize(self, args: NormArgs, stats: AnyStatistics) -> Tensor:
         """act((x - mean) * invstd * weight + bias + residual); x is read once."""
@@ -127,7 +127,7 @@ class TritonBackend(Backend):
             return y, stats
         if args.mask is None and running is not None and _moves_by_channel(running):
             y, stats = _merge_and_normalize(args, gathered, running)
-            mark_updated(running)
+            increment_version([t for t in running[:3] if t is not None])
             return y, stats
         y, stats = _merge_and_normalize(args, gathered, None)
         if args.mask is not None:
