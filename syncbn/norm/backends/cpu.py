@@ -246,10 +246,8 @@ class CpuBackend(CpuFallback):
     def for_pass(self, args: NormArgs, exchange: Exchange | None) -> Backend:
         """The backend of a pass over these operands and ranks; the same in forward and backward."""
         x = args.x
-        if not kernels_may_read(*args[:4]):
-            return _ATEN
         if not _kernels_serve(args):
-            return _fallback()
+            return _fallback() if kernels_may_read(x) else _ATEN
         stats_bytes = geometry_of(x.shape, x.stride(), x.dtype).stats_bytes
         fuses = exchange is None or exchange.serves_native_calls(stats_bytes)
         return _fused() if fuses else self
@@ -398,9 +396,9 @@ def _rows(num_rows: int) -> Ring:
 
 
 def _kernels_serve(args: NormArgs) -> bool:
-    """Whether the kernels serve a pass over these operands, which they may read."""
+    """Whether the kernels serve a pass over these operands."""
     x, residual = args.x, args.residual
-    if args.mask is not None or not _has_kernels(x):
+    if args.mask is not None or not kernels_may_read(*args[:4]) or not _has_kernels(x):
         return False
     if args.act == "silu" and x.dtype is torch.float64:
         return False
