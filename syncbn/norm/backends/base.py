@@ -157,38 +157,29 @@ class Backend(ABC):
         return None
 
 
-def kernels_may_read(*operands: Tensor | None) -> bool:
-    """Whether kernels may read `operands` at their addresses, as far as there are any.
+def kernels_may_read(x: Tensor, *others: Tensor | None) -> bool:
+    """Whether kernels may read operands at their addresses, all on the device of `x`.
 
-    Subclasses, meta and sparse tensors may have no memory of that kind, and a lazily negated view of another tensor has
-    the other's values in it.
+    Subclasses and meta tensors may have no memory, and a lazily negated view of another tensor has the other's values
+    in it.
     """
-    for values in operands:
-        if values is None:
-            continue
-        if type(values) not in _WITH_MEMORY or values.layout is not torch.strided:
+    for values in (x, *others):
+        if values is not None and (type(values) not in _WITH_MEMORY or values.is_neg()):
             return False
-        if values.is_meta or values.is_neg():
-            return False
-    return True
+    return not x.is_meta
 
 
 def kernels_may_write(running: Running) -> bool:
     """Whether kernels may write running statistics at their addresses; `AtenBackend` serves the others."""
     mean, var, tracked, _ = running
-    if not (mean.is_contiguous() and var.is_contiguous() and mean.dtype == var.dtype):
+    if not (mean.is_contiguous() and var.is_contiguous() and mean.dtype is var.dtype):
         return False
-    if tracked is not None and not (
-        tracked.dtype == torch.int64 and tracked.device == mean.device and tracked.numel() == 1
-    ):
+    if mean.is_inference() or var.is_inference():
         return False
-    if (
-        mean.is_inference()
-        or var.is_inference()
-        or (tracked is not None and tracked.is_inference())
-    ):
-        return False
-    return kernels_may_read(mean, var, tracked)
+    if tracked is None:
+        return kernels_may_read(mean, var)
+    counts = tracked.dtype is torch.int64 and tracked.numel() == 1 and not tracked.is_inference()
+    return counts and tracked.device == mean.device and kernels_may_read(mean, var, tracked)
 
 
 def check_statistics(gathered: Tensor, stats: AnyStatistics, args: NormArgs) -> None:

@@ -15,7 +15,7 @@ import functools
 import math
 import struct
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
@@ -60,14 +60,12 @@ class Geometry(NamedTuple):
         words: dtype, samples, channels and values per channel, as the library takes them.
         num_channels: C.
         dtype: of the statistics.
-        stats_bytes: of packed moments, the most that a pass sends.
     """
 
     memory_format: torch.memory_format
     words: tuple[int, int, int, int]
     num_channels: int
     dtype: torch.dtype
-    stats_bytes: int
 
 
 @functools.lru_cache(maxsize=4096)
@@ -81,11 +79,8 @@ def geometry_of(shape: torch.Size, stride: tuple[int, ...], dtype: torch.dtype) 
         samples, size = samples * size, 1
     else:
         memory_format = torch.contiguous_format
-    of_stats = stats_dtype(dtype)
     words = (_DTYPES[dtype], samples, channels, size)
-    return Geometry(
-        memory_format, words, channels, of_stats, (2 + 2 * channels) * of_stats.itemsize
-    )
+    return Geometry(memory_format, words, channels, stats_dtype(dtype))
 
 
 class StatisticsBlock:
@@ -248,8 +243,7 @@ class CpuBackend(CpuFallback):
         x = args.x
         if not _kernels_serve(args):
             return _fallback() if kernels_may_read(x) else _ATEN
-        stats_bytes = geometry_of(x.shape, x.stride(), x.dtype).stats_bytes
-        fuses = exchange is None or exchange.serves_native_calls(stats_bytes)
+        fuses = exchange is None or exchange.serves_native_calls(_stats_bytes(x))
         return _fused() if fuses else self
 
     def normalize(self, args: NormArgs, stats: AnyStatistics) -> Tensor:
@@ -315,7 +309,7 @@ class CpuBackend(CpuFallback):
             words = _forward_words(args, geometry, y, block, moved)
             status = self._library.syncbn_fused_pass(words, b"")
         else:
-            header, number = exchange.announce(FORWARD, geometry.stats_bytes, what)
+            header, number = exchange.announce(FORWARD, _stats_bytes(args.x), what)
             words = _forward_words(args, geometry, y, block, moved, exchange.ring_address, number)
             status = self._library.syncbn_fused_pass(words, header)
             if status:
@@ -409,6 +403,11 @@ def _has_kernels(x: Tensor) -> bool:
     return x.dtype in _DTYPES and x.numel() > 0
 
 
+def _stats_bytes(x: Tensor) -> int:
+    """Of packed moments, the most that a pass sends."""
+    return (2 + 2 * x.shape[1]) * (8 if x.dtype is torch.float64 else 4)
+
+
 def _geometry(x: Tensor) -> Geometry:
     return geometry_of(x.shape, x.stride(), x.dtype)
 
@@ -443,14 +442,12 @@ def _coefficients(values: Tensor | None, dtype: torch.dtype) -> Tensor | None:
 
 
 def _address(values: Tensor | None) -> int:
-    if values is None:
-        return 0
-    address = values.data_ptr()
-    if not address:
-        raise RuntimeError(
-            f"a tensor of shape {tuple(values.shape)} has no memory: its storage was resized"
-        )
-    return address
+    return 0 if values is None else values.data_ptr() or _no_memory(values)
+
+
+def _no_memory(values: Tensor) -> NoReturn:
+    shape = tuple(values.shape)
+    raise RuntimeError(f"a tensor of shape {shape} has no memory: its storage was resized")
 
 
 def _addresses(stats: AnyStatistics) -> tuple[int, ...]:

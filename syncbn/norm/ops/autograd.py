@@ -232,4 +232,4 @@ def is_transformed(dy: Tensor) -> bool:
 def _gradient_of(parameter: Tensor | None, gradient: Tensor | None, needed: bool) -> Tensor | None:
     if parameter is None or gradient is None or not needed:
         return None
-    return gradient.to(parameter.dtype)
+    return gradient if gradient.dtype is parameter.dtype else gradient.to(parameter.dtype)
