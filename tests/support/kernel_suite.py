@@ -299,8 +299,7 @@ def everything(backend: Backend, case: Case, device: str = "cpu") -> list[Tensor
 
 def serving(backend: Backend, args: NormArgs) -> Backend:
     """The backend that `backend` chooses for a pass of this rank alone."""
-    for_pass: Callable[[NormArgs, None], Backend] = backend.for_pass  # pyright: ignore
-    return for_pass(args, None)
+    return backend.for_pass(args, None)
 
 
 def same_bits(one: list[Tensor], other: list[Tensor]) -> bool:

@@ -10,7 +10,7 @@ All backends give the same results within rounding and pass the same tests. No b
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -91,6 +91,11 @@ class Backend(ABC):
     """Whether there are `fused_forward` and `fused_backward`."""
     fused_forward: Callable[..., tuple[Tensor, AnyStatistics]]
     fused_backward: Callable[..., tuple[Tensor, Tensor]]
+
+    def for_pass(self, args: NormArgs, exchange: Any) -> "Backend":
+        """The backend that serves a pass over these operands among the ranks of `exchange`; the same in backward."""
+        del args, exchange
+        return self
 
     @abstractmethod
     def local_stats(self, args: NormArgs) -> Tensor:
