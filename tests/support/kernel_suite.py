@@ -4,7 +4,6 @@ A test file parametrises the checks over its backends and passes them `Case`s; w
 strategy here, so that all backends are given the same inputs. The truth is computed from the values the backend got.
 """
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
