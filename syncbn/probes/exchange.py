@@ -1,12 +1,12 @@
 """Probe `exchange`: what synchronising costs a step, in time and in bytes, layer by layer.
 
-It observes the exchanges of rank 0 alone (`comm.observer.observe`): two readings of a clock for each of them.
+It observes the exchanges of rank 0 alone (`comm.exchange.observe`): two readings of a clock for each of them.
 """
 
 from statistics import median
 from typing import Any
 
-from syncbn.norm.comm.observer import observe
+from syncbn.norm.comm.exchange import observe
 from syncbn.probes.base import Probe
 from syncbn.probes.view import View
 

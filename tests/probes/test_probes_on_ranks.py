@@ -18,9 +18,8 @@ from syncbn.config import (
     TrainConfig,
 )
 from syncbn.errors import UsageError
-from syncbn.norm.comm import observer
-from syncbn.norm.comm.exchange import BACKWARD, FORWARD, Fingerprint, exchange_of
-from syncbn.norm.comm.observer import observe
+from syncbn.norm.comm import exchange
+from syncbn.norm.comm.exchange import BACKWARD, FORWARD, Fingerprint, exchange_of, observe
 from syncbn.probes.oracle import KINDS
 from syncbn.runtime import TorchrunRuntime
 from syncbn.tracking import Untracked, read_journal
@@ -109,7 +108,7 @@ def test_exchanges_of_a_step_are_counted_and_timed_by_layer(world_size, tmp_path
     assert final["exchange_bytes"] == sum(final[f"exchange_bytes/{layer}"] for layer in sizes)
     assert final["exchange_ms"] < final["step_ms"]
     assert final["exchange_share"] == final["exchange_ms"] / final["step_ms"]
-    assert observer.current is None
+    assert exchange._observer is None
 
 
 @pytest.mark.world_size(2)

@@ -14,14 +14,15 @@ Decisions:
 * On CUDA the values alone are exchanged, at their exact size: comparing headers on the host would stall it.
 """
 
+import time
 import weakref
+from collections.abc import Callable
 from contextlib import suppress
 
 import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from syncbn.norm.comm import observer
 from syncbn.norm.comm.fingerprint import (
     BACKWARD,
     FAILED,
@@ -52,7 +53,20 @@ __all__ = [
     "exchange_of",
 ]
 
+Observer = Callable[[str, int, int, float], None]
+"""Told of an exchange: the layer, FORWARD or BACKWARD, the bytes of this rank's values, and the seconds."""
+
 _NOTHING = torch.empty(0, dtype=torch.uint8)
+_observer: Observer | None = None
+
+
+def observe(tell: Observer | None) -> None:
+    """Have `tell` told of every exchange that a layer of this process makes from now on; None ends it.
+
+    The seconds include the wait for other ranks; on CUDA they are those of the host, which does not wait.
+    """
+    global _observer  # one test a layer is all that an exchange pays for it
+    _observer = tell
 
 
 class Exchange:
@@ -85,14 +99,23 @@ class Exchange:
             RanksDisagree: on every rank, when any two ranks' headers differ; where a rank does not come.
             RankLost: a rank exited.
         """
-        return observer.observed(self._statistics, packed, what, FORWARD)
+
+        def reduced() -> Tensor:
+            return from_sums(self._group.all_reduce(to_sums(packed))).to(packed.dtype)
+
+        return self._gathered_or(reduced, packed, FORWARD, what)
 
     def gather_sums(self, sums: Tensor, what: Fingerprint) -> Tensor:
         """Rows that add up to all ranks' `sums` `(2, C)`: `(W, 2C)`, or `(1, 2C)` where they were reduced.
 
         For errors see `gather_statistics`.
         """
-        return observer.observed(self._sums, sums.flatten(), what, BACKWARD)
+        values = sums.flatten()
+
+        def reduced() -> Tensor:
+            return self._group.all_reduce(values.to(torch.float64)).to(values.dtype).unsqueeze(0)
+
+        return self._gathered_or(reduced, values, BACKWARD, what)
 
     def gather(self, values: Tensor, direction: int, what: Fingerprint) -> Tensor:
         """Every rank's `values` `(k,)` as `(W, k)`, in rank order; for errors see `gather_statistics`."""
@@ -122,7 +145,7 @@ class Exchange:
 
         It does once the ranks share memory, if a slot holds that many, and while nobody observes.
         """
-        return self.ring_address != 0 and nbytes <= PAYLOAD_BYTES and observer.current is None
+        return self.ring_address != 0 and nbytes <= PAYLOAD_BYTES and _observer is None
 
     def announce(self, direction: int, nbytes: int, what: Fingerprint) -> tuple[bytes, int]:
         """The header and sequence number of an exchange of `nbytes`, which must take place next (CPU)."""
@@ -160,19 +183,19 @@ class Exchange:
             self.ring_address = self.transport.address
         return self.transport
 
-    def _statistics(self, packed: Tensor, what: Fingerprint) -> Tensor:
-        if not self._is_reduced(packed):
-            return self.gather(packed, FORWARD, what)
-        self._agree(packed, FORWARD, what)
-        total = self._group.all_reduce(to_sums(packed))
-        return from_sums(total).to(packed.dtype)
-
-    def _sums(self, values: Tensor, what: Fingerprint) -> Tensor:
+    def _gathered_or(
+        self, reduced: Callable[[], Tensor], values: Tensor, direction: int, what: Fingerprint
+    ) -> Tensor:
+        """Every rank's `values`, or what `reduced` gives; the observer is told of it."""
+        tell, started = _observer, time.perf_counter()
         if not self._is_reduced(values):
-            return self.gather(values, BACKWARD, what)
-        self._agree(values, BACKWARD, what)
-        total = self._group.all_reduce(values.to(torch.float64))
-        return total.to(values.dtype).unsqueeze(0)
+            result = self.gather(values, direction, what)
+        else:
+            self._agree(values, direction, what)
+            result = reduced()
+        if tell is not None:
+            tell(what.layer, direction, values.nbytes, time.perf_counter() - started)
+        return result
 
     def _is_reduced(self, values: Tensor) -> bool:
         """Whether a reduction moves less than a gather; the same on all ranks that are in the same layer."""

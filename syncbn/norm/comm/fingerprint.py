@@ -7,7 +7,6 @@ layer nothing but the sequence number changes, and that stands apart, in front.
 import bisect
 import functools
 import struct
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -56,8 +55,7 @@ class RankLost(RuntimeError):
     exit_code = 75
 
 
-@dataclass(frozen=True)
-class Header:
+class Header(NamedTuple):
     """What a rank is doing when it enters an exchange.
 
     Attributes:
@@ -78,15 +76,9 @@ class Header:
     payload_bytes: int
     layer: str
 
-    def pack(self) -> bytes:
-        """The header as `BODY`."""
-        code = _DTYPES.index(self.dtype) if self.dtype in _DTYPES else -1
-        words = (self.kind, self.unnamed, self.channels, code, self.needs_grad, self.payload_bytes)
-        return BODY.pack(*words, self.layer.encode()[-TEXT_BYTES:])
-
     @staticmethod
     def unpack(body: bytes) -> "Header":
-        """The header that `pack` made."""
+        """The header that `packed` made."""
         kind, unnamed, channels, code, needs_grad, size, layer = BODY.unpack(body)
         text = layer.rstrip(b"\0").decode(errors="replace")
         dtype = _DTYPES[code] if code >= 0 else None
@@ -118,13 +110,15 @@ def packed(
     kind: int,
     unnamed: int,
     channels: int,
-    dtype: torch.dtype,
+    dtype: torch.dtype | None,
     needs_grad: bool,
     payload_bytes: int,
     layer: str,
 ) -> bytes:
-    """`Header(...).pack()`, remembered."""
-    return Header(kind, unnamed, channels, dtype, needs_grad, payload_bytes, layer).pack()
+    """A `Header` as `BODY`."""
+    code = _DTYPES.index(dtype) if dtype in _DTYPES else -1
+    words = (kind, unnamed, channels, code, needs_grad, payload_bytes)
+    return BODY.pack(*words, layer.encode()[-TEXT_BYTES:])
 
 
 def text_of(body: bytes, number: int) -> str:

@@ -69,6 +69,15 @@ class Group(Members):
         self._run(dist.all_gather_into_tensor, gathered, values)
         return gathered.view(ranks, size)
 
+    def all_tell(self, text: bytes, size: int) -> list[bytes]:
+        """Every rank's `text`, filled up with zeros to `size` bytes."""
+        own = torch.frombuffer(bytearray(text.ljust(size, b"\0")), dtype=torch.uint8)
+        return [bytes(row) for row in self.all_gather(own).tolist()]
+
+    def all_agree(self, holds: bool) -> bool:
+        """Whether `holds` is true on every rank."""
+        return bool(self.all_gather(torch.tensor([holds], dtype=torch.uint8)).all())
+
     def all_reduce(self, values: Tensor) -> Tensor:
         """The sum of every rank's `values`, in place, the same bits on each."""
         self._run(dist.all_reduce, values)

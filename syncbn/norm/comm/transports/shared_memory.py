@@ -24,7 +24,6 @@ import weakref
 from pathlib import Path
 from typing import NamedTuple, Self
 
-import torch
 from torch import Tensor
 
 from syncbn.norm.comm.fingerprint import (
@@ -213,15 +212,13 @@ def shared_over(group: Group, size: int, willing: bool) -> mmap.mmap | None:
     descriptor = _make(size, secret) if group.rank == 0 and willing else None
     try:
         path = "" if descriptor is None else f"/proc/{os.getpid()}/fd/{descriptor}"
-        offer = (secret + path.encode()).ljust(_OFFER_BYTES, b"\0")
-        offers = group.all_gather(torch.frombuffer(bytearray(offer), dtype=torch.uint8))
-        secret, slash, rest = bytes(offers[0].tolist()).rstrip(b"\0").partition(b"/")
+        offers = group.all_tell(secret + path.encode(), _OFFER_BYTES)
+        secret, slash, rest = offers[0].rstrip(b"\0").partition(b"/")
         memory = _map(Path((slash + rest).decode()), size, secret) if rest and willing else None
-        verdicts = group.all_gather(torch.tensor([memory is not None], dtype=torch.uint8))
+        return memory if group.all_agree(memory is not None) else None
     finally:
         if descriptor is not None:
             os.close(descriptor)
-    return memory if bool(verdicts.all()) else None
 
 
 def _make(size: int, secret: bytes) -> int | None:

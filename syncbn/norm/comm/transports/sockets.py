@@ -25,7 +25,6 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Self
 
-import torch
 from torch import Tensor
 
 from syncbn.norm.comm.fingerprint import (
@@ -197,19 +196,17 @@ def connections(group: Group, willing: bool = True) -> Connections | None:
     made: Connections | None = None
     try:
         host, port = listener.getsockname()[:2] if listener else ("", 0)
-        offer = bytearray(_OFFER.pack(port, host.encode(), secret))
-        gathered = group.all_gather(torch.frombuffer(offer, dtype=torch.uint8))
-        offers = [_OFFER.unpack(bytes(row)) for row in gathered.tolist()]
+        told = group.all_tell(_OFFER.pack(port, host.encode(), secret), _OFFER.size)
+        offers = [_OFFER.unpack(offer) for offer in told]
         if listener and all(port for port, _, _ in offers):
             made = _made(listener, offers, group.rank)
-        verdicts = group.all_gather(torch.tensor([made is not None], dtype=torch.uint8))
+        if group.all_agree(made is not None):
+            return made
     finally:
         if listener:
             listener.close()
-    if made is not None and not verdicts.all():
-        close(made)
-        return None
-    return made
+    close(made or {})
+    return None
 
 
 def close(made: Connections) -> None:
