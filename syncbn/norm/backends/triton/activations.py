@@ -1,4 +1,4 @@
-# pyright: reportAssignmentType=false
+# pyright: reportArgumentType=false, reportAssignmentType=false
 """Activations and their derivatives in Triton, by the codes of `syncbn.norm.backends.activations.ACTIVATIONS`.
 
 Comparisons are written so that NaN passes through functions, and derivatives agree with the table at its kinks.
