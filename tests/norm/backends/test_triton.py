@@ -141,10 +141,9 @@ def test_bits_take_the_place_of_the_output(kind: str, act: str, masked: bool):
         given = (dy, args._replace(residual=None, **saved), stats)
         sums, dz = backend().local_grad_sums(*given, needs_dz=True)
         dx = backend().finish_backward(*given, sums.view(1, -1))
-        found.append((sums, dz, dx, backend().grad_residual(*given)))
+        found.append((sums, dz, dx))
     for expected, ours in zip(*found, strict=True):
         assert torch.equal(expected, ours)
-    assert torch.equal(found[0][1], found[0][3])
 
 
 @interpreted
