@@ -45,10 +45,12 @@ _CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 _MOMENTS, _NORMALIZE, _BACKWARD_SUMS, _BACKWARD_INPUT, _BACKWARD_RESIDUAL = range(5)
 _NOTHING, _RESIDUAL, _OUTPUT = range(3)
 
-_PASS = struct.Struct("8q10P")
+_PASS = struct.Struct("8q9P")
 """The arguments of one pass, as in native/kernels; packing is faster than a ctypes.Structure."""
-_FUSED_PASS = struct.Struct("8q10P2P2qd4P3Pdq")
+_FUSED_PASS = struct.Struct("8q9P2P2qdP3Pdq")
 """The same, then what a whole pass needs beside them."""
+_BATCH, _RUNNING = struct.Struct("4P"), struct.Struct("3Pdq")
+"""Statistics of a batch, and running statistics."""
 _NO_RUNNING = (0, 0, 0, 0.0, 0)
 
 
@@ -162,12 +164,12 @@ class CpuFallback(AtenBackend):
             torch.empty(channels, dtype=gathered.dtype, device="cpu") for _ in range(3)
         )
         self._library.syncbn_merge_moments(
-            gathered.dtype == torch.float64,
+            _DTYPES[gathered.dtype],
             gathered.data_ptr(),
             ranks,
             channels,
             eps,
-            *(values.data_ptr() for values in (total, mean, var, invstd)),
+            _BATCH.pack(*(values.data_ptr() for values in (total, mean, var, invstd))),
         )
         return Statistics(total, mean, var, invstd)
 
@@ -176,16 +178,11 @@ class CpuFallback(AtenBackend):
         if _moved_by_library(running) is None:
             super().update(running, stats)
             return
-        mean, var, tracked, weight, is_double = _running_words(running)
-        of_batch = (stats.mean, stats.var, stats.total)
+        total, _, *per_channel = _addresses(stats)
         self._library.syncbn_update_running_stats(
-            is_double,
-            mean,
-            var,
-            tracked,
-            weight,
-            of_batch[0].dtype == torch.float64,
-            *(values.data_ptr() for values in of_batch),
+            _RUNNING.pack(*_running_words(running)),
+            _DTYPES[stats.mean.dtype],
+            _BATCH.pack(total, *per_channel),
             running.mean.numel(),
         )
         increment_version([t for t in running[:3] if t is not None])
@@ -473,7 +470,7 @@ def _pass_words(
     role = _NOTHING if third is None else _RESIDUAL if args.output is None else _OUTPUT
     act = 0 if args.act is None else ACTIVATIONS[args.act].code
     affine = (mean, invstd, _address(args.weight), _address(args.bias))
-    operands = (_address(args.x), dy, _address(third), *affine, 0, total, result.data_ptr())
+    operands = (_address(args.x), dy, _address(third), *affine, total, result.data_ptr())
     return kind, *geometry.words, torch.get_num_threads(), act, role, *operands
 
 
@@ -487,11 +484,10 @@ def _forward_words(
     number: int = 0,
 ) -> bytes:
     """A whole forward pass as the library takes it; `ring` is 0 alone."""
-    total, own, *merged = addresses = block.addresses
+    _, own, _, var, _ = addresses = block.addresses
     words = _pass_words(_NORMALIZE, args, geometry, 0, addresses, y)
     running = _NO_RUNNING if moved is None else _running_words(moved)
-    exchange = (own, ring, number, LOOK_NS)
-    return _FUSED_PASS.pack(*words, *exchange, args.eps, total, *merged, *running)
+    return _FUSED_PASS.pack(*words, own, ring, number, LOOK_NS, args.eps, var, *running)
 
 
 def _backward_words(
@@ -507,7 +503,7 @@ def _backward_words(
     dx, sums = results
     words = _pass_words(_BACKWARD_INPUT, args, geometry, _address(dy), _addresses(stats), dx)
     exchange = (_address(sums), ring, number, LOOK_NS)
-    return _FUSED_PASS.pack(*words, *exchange, 0.0, 0, 0, 0, 0, *_NO_RUNNING)
+    return _FUSED_PASS.pack(*words, *exchange, 0.0, 0, *_NO_RUNNING)
 
 
 def _settle(
@@ -579,10 +575,10 @@ def _declared() -> ctypes.CDLL:
     if found is None:
         raise RuntimeError("the native library of syncbn was not built; see syncbn.norm.native")
     pointer, number, real, flag = ctypes.c_void_p, ctypes.c_int64, ctypes.c_double, ctypes.c_int
-    words, pair = ctypes.c_char_p, [flag, pointer, pointer]
+    words = ctypes.c_char_p
     found.syncbn_pass.argtypes = [words]
-    found.syncbn_merge_moments.argtypes = [flag, pointer, number, number, real, *[pointer] * 4]
-    found.syncbn_update_running_stats.argtypes = [*pair, pointer, real, *pair, pointer, number]
+    found.syncbn_merge_moments.argtypes = [number, pointer, number, number, real, words]
+    found.syncbn_update_running_stats.argtypes = [words, number, words, number]
     for name in ("pass", "merge_moments", "update_running_stats"):
         getattr(found, f"syncbn_{name}").restype = None
     found.syncbn_fused_pass.argtypes = [words, words]
