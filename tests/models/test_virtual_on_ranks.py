@@ -26,6 +26,7 @@ from syncbn.runtime import Solo, TorchrunRuntime
 from syncbn.tracking import Untracked, read_journal
 from syncbn.train import recorded_run, train
 
+pytestmark = pytest.mark.untraced
 CPU = torch.device("cpu")
 BOUND = 1e-10
 MLP = {"name": "mlp", "hidden": [12, 10]}

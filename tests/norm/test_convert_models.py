@@ -10,6 +10,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 import syncbn
 
+pytestmark = pytest.mark.untraced
 TORCHVISION = [
     name
     for name in torchvision.models.list_models()

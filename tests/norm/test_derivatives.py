@@ -14,6 +14,7 @@ from torch.autograd import Function
 
 import syncbn
 
+pytestmark = pytest.mark.untraced
 SIZES = {2: (3, 2), 3: (2, 0, 3)}
 
 

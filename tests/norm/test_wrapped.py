@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 import syncbn
 
+pytestmark = pytest.mark.untraced
 SIZES = (2, 4)
 
 

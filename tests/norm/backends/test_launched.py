@@ -59,6 +59,7 @@ def _layers(channels, dims=4, **options):
     return syncbn.convert_sync_batchnorm(batch_norm(channels, dims, **options).double()), layer
 
 
+@pytest.mark.untraced
 @pytest.mark.world_size(2, 3)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize(
@@ -134,6 +135,7 @@ def _saved_tensors_come_back_contiguous():
         yield
 
 
+@pytest.mark.untraced
 @pytest.mark.world_size(1)
 @pytest.mark.parametrize("view", VIEWS)
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from syncbn.norm.backends.base import NormArgs
 from syncbn.norm.backends.cpu import CpuBackend
 from syncbn.norm.native import library
 
+pytestmark = pytest.mark.untraced
 if library() is None:
     pytest.skip("the native library was not built", allow_module_level=True)
 

@@ -12,6 +12,7 @@ from torch import nn
 
 import syncbn
 
+pytestmark = pytest.mark.untraced
 STEPS, CHANNELS = 4, 4
 
 

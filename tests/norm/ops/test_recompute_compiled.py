@@ -12,6 +12,7 @@ from torch.utils.checkpoint import (
     create_selective_checkpoint_contexts,
 )
 
+pytestmark = pytest.mark.untraced
 compiled = functools.partial(torch.compile, backend="aot_eager", fullgraph=True)
 
 
