@@ -90,6 +90,7 @@ def _hold_equal(cfg: RunConfig) -> None:
         assert_close(value, theirs[name], BOUND, name)
 
 
+@pytest.mark.slow_if(lambda world_size, model, **_: (world_size == 2) != (model is MLP))
 @pytest.mark.world_size(2, 4)
 @pytest.mark.parametrize("model", [MLP, CNN], ids=["mlp", "cnn"])
 @pytest.mark.parametrize("arm", ARMS)

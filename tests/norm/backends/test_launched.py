@@ -60,6 +60,7 @@ def _layers(channels, dims=4, **options):
 
 
 @pytest.mark.untraced
+@pytest.mark.slow_if(lambda world_size, layout, **_: (world_size == 2) != (layout == "planes"))
 @pytest.mark.world_size(2, 3)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize(
@@ -242,10 +243,10 @@ def test_many_programs_may_share_a_channel(world_size, channels_last):
     from syncbn.norm.backends.triton.backend import TritonBackend
 
     real = tile_plan.num_multiprocessors
-    tile_plan.num_multiprocessors = lambda device: 20
+    tile_plan.num_multiprocessors = lambda device: 4
     tile_plan._geometry.cache_clear()
     try:
-        case = suite.Case((40, 5, 9, 11), channels_last=channels_last, act="relu")
+        case = suite.Case((12, 5, 9, 11), channels_last=channels_last, act="relu")
         geometry = tile_plan.geometry_of(suite.forward_inputs(case).args.x)
         assert geometry.reduction.grid[1] > 4
         suite.check_local_stats(TritonBackend(), case)
