@@ -189,7 +189,6 @@ def test_what_is_masked_may_hold_anything():
     assert torch.equal(backend().local_stats(spoilt), backend().local_stats(clean))
 
 
-@pytest.mark.untraced
 @interpreted
 @pytest.mark.parametrize("outlier", [100.0, 1e4])
 @pytest.mark.parametrize("masked", [False, True], ids=["short", "masked"])
@@ -219,7 +218,6 @@ def test_moments_of_ranks_merge(counts, dtype):
     suite.check_merge(backend(), counts, 9, dtype)
 
 
-@pytest.mark.untraced
 @interpreted
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("momentum", [0.1, 1.0, 0.0, None])
