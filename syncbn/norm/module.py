@@ -237,7 +237,10 @@ class SyncBatchNorm(_BatchNorm):
             return None
         names = ("running_mean", "running_var", "num_batches_tracked")
         mean, var, num_batches_tracked = self._held(self._buffers, *names)
-        if mean is None or var is None:
+        uncounted = (
+            num_batches_tracked is None and self.momentum is None
+        )  # then torch moves nothing
+        if mean is None or var is None or uncounted:
             return None
         return Running(mean, var, num_batches_tracked, self.momentum)
 

@@ -127,6 +127,15 @@ def test_a_parameter_of_another_size_than_the_channels_is_refused(world_size, na
         layer(torch.randn(4, 3))
 
 
+@pytest.mark.parametrize("act", [None, "relu"], ids=["served by torch", "served by kernels"])
+def test_a_layer_that_averages_all_batches_and_counts_none_moves_nothing(act):
+    layer = syncbn.SyncBatchNorm(3, momentum=None, act=act)
+    layer.num_batches_tracked = None
+    layer(torch.randn(4, 3, 5, 5))
+    assert layer.running_mean.tolist() == [0, 0, 0]
+    assert layer.running_var.tolist() == [1, 1, 1]
+
+
 def test_the_function_averages_all_batches_only_where_it_can_count_them():
     statistics = (torch.zeros(3), torch.ones(3))
     with pytest.raises(ValueError, match="momentum=None needs num_batches_tracked"):
