@@ -104,17 +104,18 @@ def resolve(spec: GroupSpec) -> ProcessGroup | None:
         ValueError: a size that does not divide the world size, or a group that does not contain this rank.
         RuntimeError: a ProcessGroup that was destroyed.
     """
-    if not (dist.is_available() and dist.is_initialized()) or spec == 1:
+    if not dist.is_available() or spec == 1:
         return None
+    world = dist.group.WORLD  # None before it is initialised
+    if spec is None or world is None:
+        return world
     if isinstance(spec, ProcessGroup):
         return _alive(spec)
     if _excludes_this_rank(spec):
         raise ValueError(
             f"process_group does not contain rank {dist.get_rank()}, which cannot train a layer of that group"
         )
-    world = dist.group.WORLD
-    assert world is not None
-    if spec is None or spec == "world":
+    if spec == "world":
         return world
     groups = _made.setdefault(world, weakref.WeakValueDictionary())
     group = groups.get(spec)
