@@ -59,8 +59,8 @@ TRANSPORTS: list[Mutant] = [
         f"{SOCKETS}::test_ranks_that_cannot_all_connect_gather_through_the_group",
         file=f"{FILES}/transports/sockets.py",
         function="connections",
-        before="not verdicts.all()",
-        after="False",
+        before="group.all_agree(made is not None)",
+        after="made is not None",
     ),
     Edited(
         "strangers let in",
@@ -107,8 +107,8 @@ TRANSPORTS: list[Mutant] = [
         f"{SHARED}::test_ranks_that_cannot_share_memory_all_connect",
         file=f"{FILES}/transports/shared_memory.py",
         function="shared_over",
-        before="bool(verdicts.all())",
-        after="True",
+        before="group.all_agree(memory is not None)",
+        after="memory is not None",
     ),
     Replaced(
         "layers without names told apart by nothing",
