@@ -14,22 +14,22 @@ Decisions:
 * On CUDA the values alone are exchanged, at their exact size: comparing headers on the host would stall it.
 """
 
+import time
 import weakref
+from collections.abc import Callable
 from contextlib import suppress
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from syncbn.norm.comm import observer
 from syncbn.norm.comm.fingerprint import (
     BACKWARD,
     FAILED,
     FORWARD,
     TEXT_BYTES,
     Fingerprint,
-    RankLost,
-    RanksDisagree,
     Serials,
     packed,
 )
@@ -41,22 +41,17 @@ from syncbn.norm.comm.transports.shared_memory import SharedMemory
 from syncbn.norm.comm.watchdog import watch
 from syncbn.norm.moments import from_sums, has_values, to_sums
 
-__all__ = [
-    "BACKWARD",
-    "FORWARD",
-    "Exchange",
-    "Fingerprint",
-    "RankLost",
-    "RanksDisagree",
-    "exchange_for",
-    "exchange_of",
-]
-
 _NOTHING = torch.empty(0, dtype=torch.uint8)
 
 
 class Exchange:
     """The exchanges of one process group, numbered in the order in which this rank makes them."""
+
+    observer: ClassVar[Callable[[str, int, int, float], None] | None] = None
+    """Told of every exchange of a layer: its name, FORWARD or BACKWARD, the bytes of this rank's values, and seconds.
+
+    These include the wait for other ranks; on CUDA they are those of the host, which does not wait.
+    """
 
     def __init__(self, group: ProcessGroup) -> None:
         self._group = Group(group)
@@ -66,9 +61,8 @@ class Exchange:
         self.ring_address = 0
         """Of what a native call must know to exchange through shared memory; 0 where the ranks share none."""
         self._serials = Serials()
-        self._codes = (
-            self._serials.codes
-        )  # read here, because each call costs a small layer a percent
+        # read here, because each call costs a small layer a percent
+        self._codes = self._serials.codes
         self._number = 0
         watch()
 
@@ -86,14 +80,14 @@ class Exchange:
             RanksDisagree: on every rank, when any two ranks' headers differ; where a rank does not come.
             RankLost: a rank exited.
         """
-        return observer.observed(self._statistics, packed, what, FORWARD)
+        return self._combine(packed, FORWARD, what)
 
     def gather_sums(self, sums: Tensor, what: Fingerprint) -> Tensor:
         """Rows that add up to all ranks' `sums` `(2, C)`: `(W, 2C)`, or `(1, 2C)` where they were reduced.
 
         For errors see `gather_statistics`.
         """
-        return observer.observed(self._sums, sums.flatten(), what, BACKWARD)
+        return self._combine(sums.flatten(), BACKWARD, what)
 
     def gather(self, values: Tensor, direction: int, what: Fingerprint) -> Tensor:
         """Every rank's `values` `(k,)` as `(W, k)`, in rank order; for errors see `gather_statistics`."""
@@ -122,28 +116,20 @@ class Exchange:
 
         It does once the ranks share memory, if a slot holds that many, and while nobody observes.
         """
-        return self.ring_address != 0 and nbytes <= PAYLOAD_BYTES and observer.current is None
+        return self.ring_address != 0 and nbytes <= PAYLOAD_BYTES and Exchange.observer is None
 
     def announce(self, direction: int, nbytes: int, what: Fingerprint) -> tuple[bytes, int]:
         """The header and sequence number of an exchange of `nbytes`, which must take place next (CPU)."""
-        layer, num_channels, dtype, needs_grad, serial = what
-        code = self._codes.get(serial)
+        code = self._codes.get(what.serial)
         if code is None:
-            code = self._serials.code(serial)
+            code = self._serials.code(what.serial)
         self._number += 1
-        return packed(direction, code, num_channels, dtype, needs_grad, nbytes, layer), self._number
+        return packed(direction, code, nbytes, what), self._number
 
     def complete(self, status: int, header: bytes, number: int, own: Tensor) -> Tensor:
         """Every rank's `own` `(k,)` as `(W, k)`, after a native call that returned a `status` other than 0.
 
-        Args:
-            status: what it returned.
-            header: announced for this exchange, as is `number`.
-            number: of the exchange.
-            own: what this rank sends.
-
-        Raises:
-            RanksDisagree, RankLost: see `gather_statistics`.
+        `header` and `number` were announced for it. For errors see `gather_statistics`.
         """
         assert isinstance(self.transport, SharedMemory), "a native call exchanges through memory"
         return self.transport.complete(status, header, number, own)
@@ -155,25 +141,28 @@ class Exchange:
 
     def _connect(self, header: bytes) -> Transport:
         """The transport, chosen with all ranks of the group in their first exchange."""
-        watch()
         self.transport = connect(self._group, header, self._number)
         if isinstance(self.transport, SharedMemory):
             self.ring_address = self.transport.address
         return self.transport
 
-    def _statistics(self, packed: Tensor, what: Fingerprint) -> Tensor:
-        if not self._is_reduced(packed):
-            return self.gather(packed, FORWARD, what)
-        self._agree(packed, FORWARD, what)
-        total = self._group.all_reduce(to_sums(packed))
-        return from_sums(total).to(packed.dtype)
-
-    def _sums(self, values: Tensor, what: Fingerprint) -> Tensor:
+    def _combine(self, values: Tensor, direction: int, what: Fingerprint) -> Tensor:
+        """All ranks' packed moments (FORWARD) or sums, gathered or reduced."""
+        observer = Exchange.observer
+        started = 0.0 if observer is None else time.perf_counter()
         if not self._is_reduced(values):
-            return self.gather(values, BACKWARD, what)
-        self._agree(values, BACKWARD, what)
-        total = self._group.all_reduce(values.to(torch.float64))
-        return total.to(values.dtype).unsqueeze(0)
+            rows = self.gather(values, direction, what)
+        else:
+            if not values.is_cuda:  # headers are compared, in a gather of their own
+                self.gather(_NOTHING, direction, what)
+            if direction == FORWARD:
+                rows = from_sums(self._group.all_reduce(to_sums(values)))
+            else:
+                rows = self._group.all_reduce(values.to(torch.float64)).unsqueeze(0)
+            rows = rows.to(values.dtype)
+        if observer is not None:
+            observer(what.layer, direction, values.nbytes, time.perf_counter() - started)
+        return rows
 
     def _is_reduced(self, values: Tensor) -> bool:
         """Whether a reduction moves less than a gather; the same on all ranks that are in the same layer."""
@@ -184,11 +173,6 @@ class Exchange:
         return (
             not self.ring_address and values.nbytes * self.world_size > process_group.GATHER_BYTES
         )
-
-    def _agree(self, values: Tensor, direction: int, what: Fingerprint) -> None:
-        """Compare headers, in a gather of its own; on CUDA nothing is compared."""
-        if not values.is_cuda:
-            self.gather(_NOTHING, direction, what)
 
 
 _exchanges: weakref.WeakKeyDictionary[ProcessGroup, Exchange] = weakref.WeakKeyDictionary()

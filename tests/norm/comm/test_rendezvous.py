@@ -15,7 +15,7 @@ from syncbn.norm.comm.fingerprint import NAMED, RankLost, RanksDisagree, packed
 from syncbn.norm.comm.transports import shared_memory as shared
 from syncbn.norm.comm.transports.process_group import Group
 
-HEADER = packed(FORWARD, NAMED, 3, torch.float32, True, 32, "bn")
+HEADER = packed(FORWARD, NAMED, 32, Fingerprint("bn", 3, torch.float32, True))
 
 
 class Alone:

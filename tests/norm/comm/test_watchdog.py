@@ -18,11 +18,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from syncbn.norm.comm import processes, watchdog
-from syncbn.norm.comm.fingerprint import FORWARD, NAMED, RankLost, RanksDisagree, packed
+from syncbn.norm.comm.fingerprint import (
+    FORWARD,
+    NAMED,
+    Fingerprint,
+    RankLost,
+    RanksDisagree,
+    packed,
+)
 from syncbn.norm.comm.processes import Activity, Collective, Process, activity
 from syncbn.norm.comm.watchdog import Post, Wait, _Watchdog, held_up
 
-HEADER = packed(FORWARD, NAMED, 3, torch.float32, True, 32, "bn")
+HEADER = packed(FORWARD, NAMED, 32, Fingerprint("bn", 3, torch.float32, True))
 HERE = "rank 0 is in the forward of SyncBatchNorm 'bn' .sequence number 7, 3 channels, float32. "
 ELSEWHERE = Process(1, 0, "another machine")
 

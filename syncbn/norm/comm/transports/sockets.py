@@ -31,10 +31,10 @@ from torch import Tensor
 from syncbn.norm.comm.fingerprint import (
     HEADER_BYTES,
     NUMBER,
-    Header,
     RankLost,
     RanksDisagree,
     disagreement,
+    unpacked,
 )
 from syncbn.norm.comm.transports.process_group import Group, bytes_of
 from syncbn.norm.comm.watchdog import Wait, give_up
@@ -122,7 +122,7 @@ class Sockets:
             if theirs == front:
                 self._receive(rank, rows[rank * size :][: min(size, CHUNK_BYTES)])
             else:
-                announced = Header.unpack(theirs[NUMBER.size :]).payload_bytes
+                announced = unpacked(theirs[NUMBER.size :]).payload_bytes
                 self._receive(rank, bytearray(min(announced, CHUNK_BYTES)))
         if any(theirs != front for theirs in headers):
             return headers, None
