@@ -5,9 +5,7 @@ models can be built, pickled, copied and loaded before, and without, any process
 """
 
 import functools
-import hashlib
 import weakref
-from datetime import timedelta
 from typing import Literal
 
 import torch
@@ -104,7 +102,8 @@ def resolve(spec: GroupSpec) -> ProcessGroup | None:
         ValueError: a size that does not divide the world size, or a group that does not contain this rank.
         RuntimeError: a ProcessGroup that was destroyed.
     """
-    if not (dist.is_available() and dist.is_initialized()) or spec == 1:
+    world = dist.group.WORLD
+    if world is None or spec == 1:
         return None
     if isinstance(spec, ProcessGroup):
         return _alive(spec)
@@ -112,14 +111,12 @@ def resolve(spec: GroupSpec) -> ProcessGroup | None:
         raise ValueError(
             f"process_group does not contain rank {dist.get_rank()}, which cannot train a layer of that group"
         )
-    world = dist.group.WORLD
-    assert world is not None
     if spec is None or spec == "world":
         return world
     groups = _made.setdefault(world, weakref.WeakValueDictionary())
     group = groups.get(spec)
     if group is None:
-        group = groups[spec] = _make(spec)
+        group = groups[spec] = _make(spec, world)
     return group
 
 
@@ -139,23 +136,19 @@ def _alive(group: ProcessGroup) -> ProcessGroup:
     return group
 
 
-def _make(spec: str | int) -> ProcessGroup:
+def _make(spec: str | int, world: ProcessGroup) -> ProcessGroup:
     """Make every group of the partition that `spec` describes; return the one with this rank in it."""
-    own, timeout = None, _timeout_of_world()
+    own = None
+    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+    timeout = world._get_backend(
+        torch.device(device)
+    ).options._timeout  # the one that the user gave
     for ranks in _partition(spec):
         group = dist.new_group(ranks, timeout=timeout)
         if dist.get_rank() in ranks:
             own = group
     assert isinstance(own, ProcessGroup)
     return own
-
-
-def _timeout_of_world() -> timedelta:
-    """The time limit that the user gave: groups made here wait no longer than theirs."""
-    world = dist.group.WORLD
-    assert world is not None
-    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
-    return world._get_backend(torch.device(device)).options._timeout
 
 
 def _partition(spec: str | int) -> list[list[int]]:
@@ -170,12 +163,9 @@ def _partition(spec: str | int) -> list[list[int]]:
 
 def _nodes() -> list[list[int]]:
     """Ranks by host, as the ranks tell it: how they were started does not matter."""
-    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
-    digest = bytearray(hashlib.sha256(host().encode()).digest())
-    own = torch.frombuffer(digest, dtype=torch.uint8).to(device)
-    everyones = own.new_empty(dist.get_world_size() * len(own))
-    dist.all_gather_into_tensor(everyones, own)
-    nodes: dict[bytes, list[int]] = {}
-    for rank, digest in enumerate(everyones.view(-1, len(own)).tolist()):
-        nodes.setdefault(bytes(digest), []).append(rank)
+    hosts = [""] * dist.get_world_size()
+    dist.all_gather_object(hosts, host())
+    nodes: dict[str, list[int]] = {}
+    for rank, name in enumerate(hosts):
+        nodes.setdefault(name, []).append(rank)
     return list(nodes.values())

@@ -11,7 +11,6 @@ import time
 from collections.abc import Iterable
 from contextlib import suppress
 
-import torch
 import torch.distributed as dist
 
 from syncbn.norm.comm.fingerprint import RankLost, RanksDisagree
@@ -37,13 +36,16 @@ def connect(group: Group, header: bytes, number: int) -> Transport:
         ValueError: `SYNCBN_EXCHANGE` is not one of `CHOICES`.
         RuntimeError: it is a transport that some rank cannot use.
     """
+    choice = os.environ.get("SYNCBN_EXCHANGE", "auto")
+    if choice not in CHOICES:
+        raise ValueError(f"SYNCBN_EXCHANGE={choice!r} is not allowed: one of {', '.join(CHOICES)}")
     group.turn = header, number
     here = _HERE.format(group.rank)
     with suppress(dist.DistError):  # a store that went away tells nothing
         group.store.set(here, "")
         _wait_for_all(group)
     group.processes = _processes(group)
-    transport = _choose(group)
+    transport = _choose(group, choice)
     with suppress(dist.DistError):
         group.store.delete_key(here)
     return transport
@@ -54,7 +56,7 @@ def _wait_for_all(group: Group) -> None:
     missing = _missing(group, range(group.world_size))
     if not missing:
         return
-    with Wait(group, *group.turn) as wait:
+    with Wait(group) as wait:
         while missing and not _is_vain(wait):
             _hear_of_failure(group)
             try:
@@ -87,16 +89,12 @@ def _processes(group: Group) -> list[Process]:
     """The processes of all ranks."""
     pid, started, machine = Process.own()
     text = f"{pid} {started} {machine}".encode().ljust(_PROCESS_BYTES, b"\0")
-    gathered = group.all_gather(torch.frombuffer(bytearray(text), dtype=torch.uint8))
-    told = [bytes(row).rstrip(b"\0").decode().split(" ", 2) for row in gathered.tolist()]
+    told = [row.rstrip(b"\0").decode().split(" ", 2) for row in group.told(text)]
     return [Process(int(pid), int(started), machine) for pid, started, machine in told]
 
 
-def _choose(group: Group) -> Transport:
+def _choose(group: Group, choice: str) -> Transport:
     """Shared memory where all ranks can map it, else sockets, else the group itself; collective."""
-    choice = os.environ.get("SYNCBN_EXCHANGE", "auto")
-    if choice not in CHOICES:
-        raise ValueError(f"SYNCBN_EXCHANGE={choice!r} is not allowed: one of {', '.join(CHOICES)}")
     # Every rank takes part, also one that wants neither: ranks that choose differently must agree too.
     memory = SharedMemory.over(group, willing=choice in ("auto", "shared"))
     if memory is not None:
