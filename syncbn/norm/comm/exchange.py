@@ -28,7 +28,6 @@ from syncbn.norm.comm.fingerprint import (
     BACKWARD,
     FAILED,
     FORWARD,
-    TEXT_BYTES,
     Fingerprint,
     Serials,
     packed,
@@ -55,7 +54,7 @@ class Exchange:
 
     def __init__(self, group: ProcessGroup) -> None:
         self._group = Group(group)
-        self.world_size = self._group.world_size
+        self.world_size, self.group_name = self._group.world_size, self._group.name
         self.transport: Transport | None = None
         """Of a CPU group, from its first exchange on."""
         self.ring_address = 0
@@ -102,14 +101,8 @@ class Exchange:
 
     def fail(self, message: str) -> None:
         """Tell the ranks that wait in the next exchange, on a CPU group, that this one cannot take part."""
-        text = message.encode()[:TEXT_BYTES].decode(errors="ignore")
         with suppress(RuntimeError):  # the caller is about to raise its own, better message
-            self.gather(_NOTHING, FAILED, Fingerprint(text, 0, torch.float32, False))
-
-    @property
-    def group_name(self) -> str:
-        """By which torch.distributed knows the group."""
-        return self._group.name
+            self.gather(_NOTHING, FAILED, Fingerprint(message, 0, torch.float32, False))
 
     def serves_native_calls(self, nbytes: int) -> bool:
         """Whether a native call exchanges `nbytes` by itself, at `ring_address`.

@@ -65,7 +65,7 @@ class Header(NamedTuple):
         dtype: of the layer's input, by its place in `_DTYPES`; -1 for any other.
         needs_grad: whether a backward pass may follow.
         payload_bytes: what this rank sends.
-        layer: its name, or what failed; the last 136 bytes of a longer name tell layers apart best.
+        layer: its name, of which the last 136 bytes tell layers apart best; or the first 136 of what failed.
     """
 
     kind: int
@@ -81,7 +81,8 @@ class Header(NamedTuple):
 def packed(kind: int, code: int, payload_bytes: int, what: Fingerprint) -> bytes:
     """The `Header` of an exchange of `what` as `BODY`."""
     dtype = _DTYPES.index(what.dtype) if what.dtype in _DTYPES else -1
-    layer = what.layer.encode()[-TEXT_BYTES:]
+    text = what.layer.encode()
+    layer = text[:TEXT_BYTES] if kind == FAILED else text[-TEXT_BYTES:]
     return BODY.pack(kind, code, what.num_channels, dtype, what.needs_grad, payload_bytes, layer)
 
 
@@ -93,7 +94,7 @@ def unpacked(body: bytes) -> Header:
 def text_of(body: bytes, number: int) -> str:
     """What a rank that sends `body` as its exchange `number` is doing, in words."""
     header = unpacked(body)
-    layer = header.layer.rstrip(b"\0").decode(errors="replace")
+    layer = header.layer.rstrip(b"\0").decode(errors="ignore")
     if header.kind == FAILED:
         return f"failed in {layer}"
     dtype = str(_DTYPES[header.dtype]) if header.dtype >= 0 else "another dtype"

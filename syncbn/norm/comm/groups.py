@@ -102,16 +102,18 @@ def resolve(spec: GroupSpec) -> ProcessGroup | None:
         ValueError: a size that does not divide the world size, or a group that does not contain this rank.
         RuntimeError: a ProcessGroup that was destroyed.
     """
-    world = dist.group.WORLD
-    if world is None or spec == 1:
+    if not dist.is_available() or spec == 1:
         return None
+    world = dist.group.WORLD  # None before it is initialised
+    if spec is None or world is None:
+        return world
     if isinstance(spec, ProcessGroup):
         return _alive(spec)
     if _excludes_this_rank(spec):
         raise ValueError(
             f"process_group does not contain rank {dist.get_rank()}, which cannot train a layer of that group"
         )
-    if spec is None or spec == "world":
+    if spec == "world":
         return world
     groups = _made.setdefault(world, weakref.WeakValueDictionary())
     group = groups.get(spec)
@@ -138,27 +140,24 @@ def _alive(group: ProcessGroup) -> ProcessGroup:
 
 def _make(spec: str | int, world: ProcessGroup) -> ProcessGroup:
     """Make every group of the partition that `spec` describes; return the one with this rank in it."""
+    if spec == "node":
+        partition = _nodes()
+    else:
+        assert isinstance(spec, int)
+        if world.size() % spec:
+            raise ValueError(f"process_group={spec} does not divide the world size {world.size()}")
+        partition = [list(range(at, at + spec)) for at in range(0, world.size(), spec)]
     own = None
     device = "cuda" if dist.get_backend() == "nccl" else "cpu"
     timeout = world._get_backend(
         torch.device(device)
     ).options._timeout  # the one that the user gave
-    for ranks in _partition(spec):
+    for ranks in partition:
         group = dist.new_group(ranks, timeout=timeout)
         if dist.get_rank() in ranks:
             own = group
     assert isinstance(own, ProcessGroup)
     return own
-
-
-def _partition(spec: str | int) -> list[list[int]]:
-    world_size = dist.get_world_size()
-    if spec == "node":
-        return _nodes()
-    assert isinstance(spec, int)
-    if world_size % spec:
-        raise ValueError(f"process_group={spec} does not divide the world size {world_size}")
-    return [list(range(first, first + spec)) for first in range(0, world_size, spec)]
 
 
 def _nodes() -> list[list[int]]:

@@ -57,7 +57,9 @@ def _wait_for_all(group: Group) -> None:
     if not missing:
         return
     with Wait(group) as wait:
-        while missing and not _is_vain(wait):
+        while missing:
+            if wait.waited_s > SETTLE_S and not any(wait.answers(rank) for rank in wait.missing):
+                return  # none of them has given a sign of life
             _hear_of_failure(group)
             try:
                 wait.look(missing)
@@ -78,11 +80,6 @@ def _hear_of_failure(group: Group) -> None:
 
 def _missing(group: Group, ranks: Iterable[int]) -> list[int]:
     return [rank for rank in ranks if not group.store.check([_HERE.format(rank)])]
-
-
-def _is_vain(wait: Wait) -> bool:
-    """Whether none of the missing ranks has given a sign of life for long."""
-    return wait.waited_s > SETTLE_S and not any(wait.answers(rank) for rank in wait.missing)
 
 
 def _processes(group: Group) -> list[Process]:

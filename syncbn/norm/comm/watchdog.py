@@ -27,7 +27,6 @@ import time
 import weakref
 from collections.abc import Callable, Collection, Iterable, Mapping
 from functools import partial
-from types import TracebackType
 from typing import NamedTuple, Self
 
 import torch.distributed as dist
@@ -140,12 +139,7 @@ class Wait:
         watch()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, _: object, error: BaseException | None, *__: object) -> None:
         _watchdog.waits.remove(self)
         if error is not None:
             give_up(self._group, error)
@@ -171,21 +165,18 @@ class Wait:
             self.missing = [self._group.ranks[rank] for rank in missing]
         exited = [rank for rank in self.missing if self._state(rank) == "X"]
         exited = [rank for rank in self._late() if rank in exited] or exited
-        if len(exited) == 1:
-            raise RankLost(f"{self._waits_for(exited[0])} exited")
-        if exited:  # one of them may have exited because another did
-            ranks = " and rank ".join(map(str, exited))
-            raise RankLost(f"{self.here} and waits for rank {ranks}: they exited")
+        if exited:  # one of several may have exited because another did
+            ranks, who = " and rank ".join(map(str, exited)), "it" if len(exited) == 1 else "they"
+            raise RankLost(f"{self.here} and waits for rank {ranks}: {who} exited")
         for rank in left:
             raise self._never(self._group.ranks[rank], "destroyed its process group")
         if self.verdict is not None:
             raise self.verdict
-        late = self._late() if self.waited_s > min(SLOW_S, self._group.timeout_s) else []
-        if late and self.waited_s > self._group.timeout_s:
+        if self.missing and self.waited_s > self._group.timeout_s:
             raise self.timed_out()
-        if late and not self._warned:
+        if self.missing and self.waited_s > SLOW_S and not self._warned:
             self._warned = True
-            seen = "; ".join(f"rank {rank}{self._seen(rank)}" for rank in late)
+            seen = "; ".join(f"rank {rank}{self._seen(rank)}" for rank in self._late())
             log.warning("%s and has waited %.0f s for slow %s", self.here, self.waited_s, seen)
 
     def timed_out(self) -> RanksDisagree:
@@ -338,10 +329,9 @@ class _Watchdog:
             self._wake.clear()
             try:
                 self.look()
-            except (
-                Exception
-            ):  # training goes on, whatever fails here, and may fail again every second
-                log.debug("the watchdog failed", exc_info=not self._has_failed)
+            except Exception:  # training goes on
+                if not self._has_failed:  # it may fail again every second
+                    log.debug("the watchdog could not look", exc_info=True)
                 self._has_failed = True
 
     def look(self) -> None:

@@ -79,7 +79,7 @@ class SharedMemory:
     """A `Transport` over one mapping.
 
     Args:
-        memory: zero bytes, `size` of them, the same pages on every rank.
+        memory: zero bytes, the same pages on every rank.
         group: the ranks that share it.
     """
 
@@ -100,11 +100,6 @@ class SharedMemory:
         self._native = native
         weakref.finalize(self, _leave, self._words, group.rank, os.getpid())
 
-    @staticmethod
-    def size(world_size: int) -> int:
-        """Bytes that `world_size` ranks need."""
-        return world_size * (_CONTROL_BYTES + 2 * SLOT_BYTES) + _FAILURE_BYTES
-
     @classmethod
     def over(cls, group: Group, willing: bool = True) -> Self | None:
         """The memory that all ranks of `group` share, None where some cannot or are not willing; a collective.
@@ -113,7 +108,8 @@ class SharedMemory:
         is on the same machine.
         """
         willing = willing and _native() is not None
-        size, secret = cls.size(group.world_size), os.urandom(_SECRET_BYTES // 2).hex().encode()
+        size = group.world_size * (_CONTROL_BYTES + 2 * SLOT_BYTES) + _FAILURE_BYTES
+        secret = os.urandom(_SECRET_BYTES // 2).hex().encode()
         descriptor = _make(size, secret) if group.rank == 0 and willing else None
         try:
             path = "" if descriptor is None else f"/proc/{os.getpid()}/fd/{descriptor}"
@@ -171,10 +167,8 @@ class SharedMemory:
                     missing = self._missing()
                     wait.look(missing, [rank for rank in missing if self._words[_left_at(rank)]])
                     status = self._native.syncbn_exchange_wait(self.address, *to, LOOK_NS, LOOK_NS)
-            except BaseException as error:
-                text = give_up(self._group, error).encode()[
-                    :_MESSAGE_BYTES
-                ]  # for all ranks to raise
+            except BaseException as error:  # all other ranks raise what this one says
+                text = give_up(self._group, error).encode()[:_MESSAGE_BYTES]
                 lost = not isinstance(error, RanksDisagree)
                 self._native.syncbn_exchange_fail(self.address, lost, text, len(text))
                 raise
