@@ -3,7 +3,9 @@
 `world_size`: one test function, run plainly in each rank of a gloo group. `triton_interpreter`: run where Triton's
 kernels run on the CPU, which is settled once a process, by its environment; both may be asked for. `layer`: given to
 every test that may run a line of the layer, by the place, the name or the imports of its module; these alone are run
-under coverage, which costs half their time again.
+under coverage. It costs half their time again, and up to three times as much where most of the work is done by Python
+code of others, such as Triton's interpreter and torch's compiler: `untraced` tests run without it. That no line is
+left to them alone is what the gate of `make test` shows.
 """
 
 import functools
@@ -36,7 +38,7 @@ def pytest_configure(config: pytest.Config) -> None:
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
-        if _is_of_the_layer(item.path):
+        if _is_of_the_layer(item.path) and item.get_closest_marker("untraced") is None:
             item.add_marker("layer")
         for marker in item.iter_markers("slow_if"):
             if marker.args[0](**item.callspec.params):

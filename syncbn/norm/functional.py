@@ -10,7 +10,6 @@ from syncbn.norm.ops.autograd import Call, SyncBatchNormFunction
 from syncbn.norm.ops.recompute import current
 from syncbn.norm.validation import (
     check_operands,
-    check_per_channel,
     checked_eps,
     checked_group,
     checked_momentum,
@@ -75,9 +74,6 @@ def sync_batch_norm(
         check_act(act)
         eps, momentum = checked_eps(eps), checked_momentum(momentum)
         check_operands(input, None, mask, residual)
-        check_per_channel(
-            input, running_mean=running_mean, running_var=running_var, weight=weight, bias=bias
-        )
         if momentum is None and running_mean is not None and num_batches_tracked is None:
             raise ValueError("momentum=None needs num_batches_tracked")
     except (TypeError, ValueError) as error:

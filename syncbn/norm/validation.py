@@ -93,17 +93,6 @@ def check_operands(
         _check_mask(mask, input)
 
 
-def check_per_channel(input: Tensor, **tensors: Tensor | None) -> None:
-    """Raise ValueError for a tensor that does not hold one value per channel of `input`, on its device."""
-    channels = input.shape[1]
-    for name, values in tensors.items():
-        if values is None:
-            continue
-        _check_device(name, values, input)
-        if values.shape != (channels,):
-            raise ValueError(f"expected {name} of shape ({channels},), got {tuple(values.shape)}")
-
-
 def _check_mask(mask: Tensor, input: Tensor) -> None:
     _check_device("mask", mask, input)
     if mask.dtype != torch.bool:

@@ -14,6 +14,7 @@ from syncbn.errors import UsageError
 from syncbn.models import build_model
 from syncbn.norm import SyncBatchNorm
 
+pytestmark = pytest.mark.untraced
 ON_CPU = [arm for arm in ARMS if arm != "torch_sync"]
 BATCH_NORM_ARMS = [arm for arm in ON_CPU if arm not in ("none", "group_norm")]
 STANDS = {

@@ -24,6 +24,7 @@ from syncbn.errors import UsageError
 from syncbn.models import build_model
 from syncbn.virtual import Groups, Ranks, VirtualBatchNorm, groups_of
 
+pytestmark = pytest.mark.untraced
 EVERYWHERE = [arm for arm in ARMS if arm != "torch_sync"]
 ONE_GROUP = ["sync", "big_batch"]
 GROUPED = ["local", "local_avg", "sync_group", "ghost"]

@@ -26,6 +26,7 @@ from syncbn.runtime import Solo, TorchrunRuntime
 from syncbn.tracking import Untracked, read_journal
 from syncbn.train import recorded_run, train
 
+pytestmark = pytest.mark.untraced
 CPU = torch.device("cpu")
 BOUND = 1e-10
 MLP = {"name": "mlp", "hidden": [12, 10]}
@@ -89,6 +90,7 @@ def _hold_equal(cfg: RunConfig) -> None:
         assert_close(value, theirs[name], BOUND, name)
 
 
+@pytest.mark.slow_if(lambda world_size, model, **_: (world_size == 2) != (model is MLP))
 @pytest.mark.world_size(2, 4)
 @pytest.mark.parametrize("model", [MLP, CNN], ids=["mlp", "cnn"])
 @pytest.mark.parametrize("arm", ARMS)

@@ -18,6 +18,8 @@ from syncbn.norm.backends.base import NormArgs
 from syncbn.norm.comm.groups import check_spec, resolve
 from syncbn.norm.moments import Moments, merge, unpack
 
+STATISTICS = {"running_mean": torch.zeros(3), "running_var": torch.ones(3)}
+
 
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
@@ -91,11 +93,11 @@ def test_any_real_number_is_an_eps():
         ({"momentum": 5}, ValueError, "momentum=5 is not allowed"),
         ({"act": "rleu"}, ValueError, "act='rleu' is not allowed"),
         ({"process_group": "all"}, ValueError, "process_group='all' is not allowed"),
-        ({"weight": torch.ones(2)}, ValueError, r"expected weight of shape \(3,\), got \(2,\)"),
-        ({"bias": torch.ones(3, 1)}, ValueError, r"expected bias of shape \(3,\), got \(3, 1\)"),
-        ({"running_mean": torch.ones(4)}, ValueError, r"running_mean of shape \(3,\), got \(4,\)"),
-        ({"running_var": torch.ones(())}, ValueError, r"running_var of shape \(3,\), got \(\)"),
-        ({"weight": torch.ones(3, device="meta")}, ValueError, "weight on cpu, got meta"),
+        ({"weight": torch.ones(2)}, ValueError, r"each of 3 channels on cpu, got \(2,\)"),
+        ({"bias": torch.ones(4, 1)}, ValueError, r"each of 3 channels on cpu, got \(4, 1\)"),
+        ({**STATISTICS, "running_mean": torch.ones(4)}, ValueError, r"3 channels .* got \(4,\)"),
+        ({**STATISTICS, "running_var": torch.ones(())}, ValueError, r"3 channels .* got \(\)"),
+        ({"weight": torch.ones(3, device="meta")}, ValueError, r"on cpu, got \(3,\) on meta"),
     ],
     ids=str,
 )
@@ -123,6 +125,15 @@ def test_a_parameter_of_another_size_than_the_channels_is_refused(world_size, na
         ValueError, match=r"expected one value for each of 3 channels on cpu, got \(2,\)"
     ):
         layer(torch.randn(4, 3))
+
+
+@pytest.mark.parametrize("act", [None, "relu"], ids=["served by torch", "served by kernels"])
+def test_a_layer_that_averages_all_batches_and_counts_none_moves_nothing(act):
+    layer = syncbn.SyncBatchNorm(3, momentum=None, act=act)
+    layer.num_batches_tracked = None
+    layer(torch.randn(4, 3, 5, 5))
+    assert layer.running_mean.tolist() == [0, 0, 0]
+    assert layer.running_var.tolist() == [1, 1, 1]
 
 
 def test_the_function_averages_all_batches_only_where_it_can_count_them():

@@ -13,6 +13,8 @@ from torch.utils.checkpoint import checkpoint
 import syncbn
 from syncbn.norm import backends as kernels
 
+pytestmark = pytest.mark.untraced
+
 
 def twins(**arguments):
     """Our layer and torch's, in the same state."""

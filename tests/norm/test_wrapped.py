@@ -82,6 +82,7 @@ def test_compiled_without_a_graph_break_it_gives_the_eager_numbers(world_size, g
         assert_close(a, b, 1e-6, name)
 
 
+@pytest.mark.untraced
 @pytest.mark.world_size(2)
 @pytest.mark.parametrize("act", [None, "relu", "silu"])
 def test_a_fused_and_masked_layer_compiles_to_the_same_numbers(world_size, act):

@@ -8,6 +8,7 @@ import sys
 import pytest
 from packaging.requirements import Requirement
 
+pytestmark = pytest.mark.untraced
 ONLY = """
 import sys
 

@@ -16,6 +16,7 @@ from syncbn.cli.launching import make_plan
 from syncbn.compose import compose, known_keys
 from syncbn.launch.plan import Plan
 
+pytestmark = pytest.mark.untraced
 ROOT = Path(__file__).parents[2]
 CONF = ROOT / "conf"
 CONFIGS = sorted(p.relative_to(CONF).as_posix() for p in CONF.rglob("*.yaml"))

@@ -4,7 +4,6 @@ A test file parametrises the checks over its backends and passes them `Case`s; w
 strategy here, so that all backends are given the same inputs. The truth is computed from the values the backend got.
 """
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -299,8 +298,7 @@ def everything(backend: Backend, case: Case, device: str = "cpu") -> list[Tensor
 
 def serving(backend: Backend, args: NormArgs) -> Backend:
     """The backend that `backend` chooses for a pass of this rank alone."""
-    for_pass: Callable[[NormArgs, None], Backend] = backend.for_pass  # pyright: ignore
-    return for_pass(args, None)
+    return backend.for_pass(args, None)
 
 
 def same_bits(one: list[Tensor], other: list[Tensor]) -> bool:

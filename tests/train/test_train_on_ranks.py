@@ -29,6 +29,7 @@ from syncbn.tracking import Untracked, read_journal
 from syncbn.train import loop, recorded_run, train
 from syncbn.train.agreement import Agreement
 
+pytestmark = pytest.mark.untraced
 CPU = torch.device("cpu")
 
 

@@ -3,7 +3,7 @@
 import functools
 import os
 import warnings
-from typing import Protocol
+from contextlib import suppress
 
 import torch
 from torch import Tensor
@@ -11,9 +11,8 @@ from torch._C._functorch import peek_interpreter_stack
 from torch.jit._trace import is_tracing
 
 from syncbn.norm.backends.aten import AtenBackend
-from syncbn.norm.backends.base import Backend, NormArgs
+from syncbn.norm.backends.base import Backend
 from syncbn.norm.backends.cpu import CpuBackend
-from syncbn.norm.comm.exchange import Exchange
 from syncbn.norm.native import library
 
 NAMES = ("eager", "cpu", "triton")
@@ -22,16 +21,8 @@ FASTER_PLANES, FASTER_HALF, FASTER = 2**17, 2**19, 2**20
 """Values from which a layer alone is faster here than in torch: float32 planes, half precision, others (1 thread)."""
 
 
-class Selected(Protocol):
-    """A backend that chooses, by the operands of a pass, which backend serves it."""
-
-    def for_pass(self, args: NormArgs, exchange: Exchange | None) -> Backend:
-        """The backend of a pass over `args` among the ranks of `exchange`."""
-        ...
-
-
 @functools.cache
-def selected(device: str) -> Selected:
+def selected(device: str) -> Backend:
     """The backend for tensors on `device`, a type as in `torch.device.type`, or the one that `SYNCBN_KERNELS` names.
 
     The variable is read once a device type, since a look at the environment costs as much as a small kernel;
@@ -68,7 +59,7 @@ def faster_alone(x: Tensor) -> bool:
     return not watched and type(selected("cpu")) is not AtenBackend
 
 
-def _native_or_aten() -> Selected:
+def _native_or_aten() -> Backend:
     if library() is not None:
         return CpuBackend()
     warnings.warn(
@@ -80,21 +71,20 @@ def _native_or_aten() -> Selected:
     return AtenBackend()
 
 
-def _triton_or_aten() -> Selected:
-    try:
+def _triton_or_aten() -> Backend:
+    with suppress(ImportError):
         return _triton()
-    except ImportError:
-        return AtenBackend()
+    return AtenBackend()
 
 
-def _triton() -> Selected:
+def _triton() -> Backend:
     # imported late, because Triton takes its time
     from syncbn.norm.backends.triton.backend import TritonBackend
 
     return TritonBackend()
 
 
-def _forced(name: str, device: str) -> Selected:
+def _forced(name: str, device: str) -> Backend:
     if name == "eager":
         return AtenBackend()
     interpreted = name == "triton" and os.environ.get("TRITON_INTERPRET") == "1"

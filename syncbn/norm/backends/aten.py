@@ -24,11 +24,6 @@ from syncbn.norm.moments import (
 class AtenBackend(Backend):
     """`Backend` in ATen operations."""
 
-    def for_pass(self, args: NormArgs, exchange: object) -> Backend:
-        """The backend of a pass: this one, whatever its operands are."""
-        del args, exchange
-        return self
-
     def local_stats(self, args: NormArgs) -> Tensor:
         """Count, mean and M2 per channel, in two passes."""
         x, mask = args.x.to(stats_dtype(args.x.dtype)), args.mask

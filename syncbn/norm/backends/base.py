@@ -10,7 +10,7 @@ All backends give the same results within rounding and pass the same tests. No b
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ from torch.nn import Parameter
 
 from syncbn.norm.moments import AnyStatistics, Statistics, has_values
 
-PLAIN = (Tensor, Parameter)
+_WITH_MEMORY = (Tensor, Parameter)
 """Types of tensors that have memory of their own, where they are no meta tensors; subclasses may have none."""
 
 
@@ -92,6 +92,11 @@ class Backend(ABC):
     fused_forward: Callable[..., tuple[Tensor, AnyStatistics]]
     fused_backward: Callable[..., tuple[Tensor, Tensor]]
 
+    def for_pass(self, args: NormArgs, exchange: Any) -> "Backend":
+        """The backend that serves a pass over these operands among the ranks of `exchange`; the same in backward."""
+        del args, exchange
+        return self
+
     @abstractmethod
     def local_stats(self, args: NormArgs) -> Tensor:
         """The packed moments (see `syncbn.norm.moments`) of the values where the mask is true, `(2 + 2C,)`."""
@@ -155,6 +160,31 @@ class Backend(ABC):
         """Memory for `args.bits` beside a residual; None where this backend keeps `output` instead."""
         del args
         return None
+
+
+def kernels_may_read(x: Tensor, *others: Tensor | None) -> bool:
+    """Whether kernels may read operands at their addresses, all on the device of `x`.
+
+    Subclasses and meta tensors may have no memory, and a lazily negated view of another tensor has the other's values
+    in it.
+    """
+    for values in (x, *others):
+        if values is not None and (type(values) not in _WITH_MEMORY or values.is_neg()):
+            return False
+    return not x.is_meta
+
+
+def kernels_may_write(running: Running) -> bool:
+    """Whether kernels may write running statistics at their addresses; `AtenBackend` serves the others."""
+    mean, var, tracked, _ = running
+    if not (mean.is_contiguous() and var.is_contiguous() and mean.dtype is var.dtype):
+        return False
+    if mean.is_inference() or var.is_inference():
+        return False
+    if tracked is None:
+        return kernels_may_read(mean, var)
+    counts = tracked.dtype is torch.int64 and tracked.numel() == 1 and not tracked.is_inference()
+    return counts and tracked.device == mean.device and kernels_may_read(mean, var, tracked)
 
 
 def check_statistics(gathered: Tensor, stats: AnyStatistics, args: NormArgs) -> None:

@@ -15,7 +15,7 @@ import functools
 import math
 import struct
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
@@ -25,11 +25,12 @@ from torch.utils.dlpack import from_dlpack
 from syncbn.norm.backends.activations import ACTIVATIONS
 from syncbn.norm.backends.aten import AtenBackend
 from syncbn.norm.backends.base import (
-    PLAIN,
     Backend,
     NormArgs,
     Running,
     check_statistics,
+    kernels_may_read,
+    kernels_may_write,
 )
 from syncbn.norm.comm.exchange import BACKWARD, FORWARD, Exchange, Fingerprint
 from syncbn.norm.comm.transports.shared_memory import LOOK_NS, Ring
@@ -44,10 +45,12 @@ _CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 _MOMENTS, _NORMALIZE, _BACKWARD_SUMS, _BACKWARD_INPUT, _BACKWARD_RESIDUAL = range(5)
 _NOTHING, _RESIDUAL, _OUTPUT = range(3)
 
-_PASS = struct.Struct("8q10P")
+_PASS = struct.Struct("8q9P")
 """The arguments of one pass, as in native/kernels; packing is faster than a ctypes.Structure."""
-_FUSED_PASS = struct.Struct("8q10P2P2qd4P3Pdq")
+_FUSED_PASS = struct.Struct("8q9P2P2qdP3Pdq")
 """The same, then what a whole pass needs beside them."""
+_BATCH, _RUNNING = struct.Struct("4P"), struct.Struct("3Pdq")
+"""Statistics of a batch, and running statistics."""
 _NO_RUNNING = (0, 0, 0, 0.0, 0)
 
 
@@ -59,14 +62,12 @@ class Geometry(NamedTuple):
         words: dtype, samples, channels and values per channel, as the library takes them.
         num_channels: C.
         dtype: of the statistics.
-        stats_bytes: of packed moments, the most that a pass sends.
     """
 
     memory_format: torch.memory_format
     words: tuple[int, int, int, int]
     num_channels: int
     dtype: torch.dtype
-    stats_bytes: int
 
 
 @functools.lru_cache(maxsize=4096)
@@ -80,11 +81,8 @@ def geometry_of(shape: torch.Size, stride: tuple[int, ...], dtype: torch.dtype) 
         samples, size = samples * size, 1
     else:
         memory_format = torch.contiguous_format
-    of_stats = stats_dtype(dtype)
     words = (_DTYPES[dtype], samples, channels, size)
-    return Geometry(
-        memory_format, words, channels, of_stats, (2 + 2 * channels) * of_stats.itemsize
-    )
+    return Geometry(memory_format, words, channels, stats_dtype(dtype))
 
 
 class StatisticsBlock:
@@ -166,33 +164,28 @@ class CpuFallback(AtenBackend):
             torch.empty(channels, dtype=gathered.dtype, device="cpu") for _ in range(3)
         )
         self._library.syncbn_merge_moments(
-            gathered.dtype == torch.float64,
+            _DTYPES[gathered.dtype],
             gathered.data_ptr(),
             ranks,
             channels,
             eps,
-            *(values.data_ptr() for values in (total, mean, var, invstd)),
+            _BATCH.pack(*(values.data_ptr() for values in (total, mean, var, invstd))),
         )
         return Statistics(total, mean, var, invstd)
 
     def update(self, running: Running, stats: AnyStatistics) -> None:
         """Move the running statistics towards those of this batch."""
-        if not _updatable(running):
+        if _moved_by_library(running) is None:
             super().update(running, stats)
             return
-        mean, var, tracked, weight, is_double = _running_words(running)
-        of_batch = (stats.mean, stats.var, stats.total)
+        total, _, *per_channel = _addresses(stats)
         self._library.syncbn_update_running_stats(
-            is_double,
-            mean,
-            var,
-            tracked,
-            weight,
-            of_batch[0].dtype == torch.float64,
-            *(values.data_ptr() for values in of_batch),
+            _RUNNING.pack(*_running_words(running)),
+            _DTYPES[stats.mean.dtype],
+            _BATCH.pack(total, *per_channel),
             running.mean.numel(),
         )
-        _mark_updated(running)
+        increment_version([t for t in running[:3] if t is not None])
 
     def local_grad_sums(
         self, dy: Tensor, args: NormArgs, stats: AnyStatistics, needs_dz: bool = False
@@ -245,12 +238,9 @@ class CpuBackend(CpuFallback):
     def for_pass(self, args: NormArgs, exchange: Exchange | None) -> Backend:
         """The backend of a pass over these operands and ranks; the same in forward and backward."""
         x = args.x
-        if type(x) not in PLAIN or x.is_meta:
-            return _ATEN
         if not _kernels_serve(args):
-            return _fallback()
-        stats_bytes = geometry_of(x.shape, x.stride(), x.dtype).stats_bytes
-        fuses = exchange is None or exchange.serves_native_calls(stats_bytes)
+            return _fallback() if kernels_may_read(x) else _ATEN
+        fuses = exchange is None or exchange.serves_native_calls(_stats_bytes(x))
         return _fused() if fuses else self
 
     def normalize(self, args: NormArgs, stats: AnyStatistics) -> Tensor:
@@ -265,9 +255,10 @@ class CpuBackend(CpuFallback):
         geometry = _geometry(args.x)
         args, block = _aligned(args, geometry), StatisticsBlock(geometry)
         y, ring = _empty(args.x, geometry), _rows(len(gathered))
-        words = _forward_words(args, geometry, y, block, ctypes.addressof(ring))
+        moved = _moved_by_library(args.running)
+        words = _forward_words(args, geometry, y, block, moved, ctypes.addressof(ring))
         status = self._library.syncbn_finish_pass(words, gathered.data_ptr(), gathered.stride(0))
-        _settle(status, gathered, args, block)
+        _settle(status, gathered, args, block, moved)
         return y, block
 
     def local_grad_sums(
@@ -310,19 +301,22 @@ class CpuBackend(CpuFallback):
         geometry = _geometry(args.x)
         args, block = _aligned(args, geometry), StatisticsBlock(geometry)
         y, gathered = _empty(args.x, geometry), None
+        moved = _moved_by_library(args.running)
         if exchange is None:
-            status = self._library.syncbn_fused_pass(_forward_words(args, geometry, y, block), b"")
+            words = _forward_words(args, geometry, y, block, moved)
+            status = self._library.syncbn_fused_pass(words, b"")
         else:
-            header, number = exchange.announce(FORWARD, geometry.stats_bytes, what)
-            words = _forward_words(args, geometry, y, block, exchange.ring_address, number)
+            header, number = exchange.announce(FORWARD, _stats_bytes(args.x), what)
+            words = _forward_words(args, geometry, y, block, moved, exchange.ring_address, number)
             status = self._library.syncbn_fused_pass(words, header)
             if status:
                 gathered = exchange.complete(status, header, number, block.packed)
                 status = self._library.syncbn_finish_pass(
                     words, gathered.data_ptr(), gathered.stride(0)
                 )
-            exchange.finished(what)
-        _settle(status, gathered, args, block)
+            if what.serial not in exchange.codes:
+                exchange.finished(what)
+        _settle(status, gathered, args, block, moved)
         return y, block
 
     def fused_backward(
@@ -351,7 +345,8 @@ class CpuBackend(CpuFallback):
         if status:
             gathered = exchange.complete(status, header, number, sums.view(-1))
             self._library.syncbn_finish_pass(words, gathered.data_ptr(), gathered.stride(0))
-        exchange.finished(what)
+        if what.serial not in exchange.codes:
+            exchange.finished(what)
         return results
 
 
@@ -392,23 +387,22 @@ def _rows(num_rows: int) -> Ring:
 
 
 def _kernels_serve(args: NormArgs) -> bool:
-    """Whether the kernels serve a pass over these operands, of which x is a plain tensor."""
-    x, weight, bias, residual = args[:4]
-    if args.mask is not None or not _has_kernels(x):
-        return False
-    if not (_is_plain(weight) and _is_plain(bias)):
+    """Whether the kernels serve a pass over these operands."""
+    x, residual = args.x, args.residual
+    if args.mask is not None or not kernels_may_read(*args[:4]) or not _has_kernels(x):
         return False
     if args.act == "silu" and x.dtype is torch.float64:
         return False
-    return residual is None or (residual.dtype is x.dtype and type(residual) in PLAIN)
-
-
-def _is_plain(values: Tensor | None) -> bool:
-    return values is None or type(values) in PLAIN
+    return residual is None or residual.dtype is x.dtype
 
 
 def _has_kernels(x: Tensor) -> bool:
     return x.dtype in _DTYPES and x.numel() > 0
+
+
+def _stats_bytes(x: Tensor) -> int:
+    """Of packed moments, the most that a pass sends."""
+    return (2 + 2 * x.shape[1]) * (8 if x.dtype is torch.float64 else 4)
 
 
 def _geometry(x: Tensor) -> Geometry:
@@ -445,7 +439,12 @@ def _coefficients(values: Tensor | None, dtype: torch.dtype) -> Tensor | None:
 
 
 def _address(values: Tensor | None) -> int:
-    return 0 if values is None else values.data_ptr()
+    return 0 if values is None else values.data_ptr() or _no_memory(values)
+
+
+def _no_memory(values: Tensor) -> NoReturn:
+    shape = tuple(values.shape)
+    raise RuntimeError(f"a tensor of shape {shape} has no memory: its storage was resized")
 
 
 def _addresses(stats: AnyStatistics) -> tuple[int, ...]:
@@ -471,7 +470,7 @@ def _pass_words(
     role = _NOTHING if third is None else _RESIDUAL if args.output is None else _OUTPUT
     act = 0 if args.act is None else ACTIVATIONS[args.act].code
     affine = (mean, invstd, _address(args.weight), _address(args.bias))
-    operands = (args.x.data_ptr(), dy, _address(third), *affine, 0, total, result.data_ptr())
+    operands = (_address(args.x), dy, _address(third), *affine, total, result.data_ptr())
     return kind, *geometry.words, torch.get_num_threads(), act, role, *operands
 
 
@@ -480,15 +479,15 @@ def _forward_words(
     geometry: Geometry,
     y: Tensor,
     block: StatisticsBlock,
+    moved: Running | None,
     ring: int = 0,
     number: int = 0,
 ) -> bytes:
     """A whole forward pass as the library takes it; `ring` is 0 alone."""
-    total, own, *merged = addresses = block.addresses
+    _, own, _, var, _ = addresses = block.addresses
     words = _pass_words(_NORMALIZE, args, geometry, 0, addresses, y)
-    running = _NO_RUNNING if args.running is None else _running_words(args.running)
-    exchange = (own, ring, number, LOOK_NS)
-    return _FUSED_PASS.pack(*words, *exchange, args.eps, total, *merged, *running)
+    running = _NO_RUNNING if moved is None else _running_words(moved)
+    return _FUSED_PASS.pack(*words, own, ring, number, LOOK_NS, args.eps, var, *running)
 
 
 def _backward_words(
@@ -502,54 +501,43 @@ def _backward_words(
 ) -> bytes:
     """A whole backward pass as the library takes it; `results` are dx and this rank's sums."""
     dx, sums = results
-    words = _pass_words(_BACKWARD_INPUT, args, geometry, dy.data_ptr(), _addresses(stats), dx)
+    words = _pass_words(_BACKWARD_INPUT, args, geometry, _address(dy), _addresses(stats), dx)
     exchange = (_address(sums), ring, number, LOOK_NS)
-    return _FUSED_PASS.pack(*words, *exchange, 0.0, 0, 0, 0, 0, *_NO_RUNNING)
+    return _FUSED_PASS.pack(*words, *exchange, 0.0, 0, *_NO_RUNNING)
 
 
-def _settle(status: int, gathered: Tensor | None, args: NormArgs, block: StatisticsBlock) -> None:
-    """Raise where there was nothing to normalise with; else note that running statistics have moved."""
+def _settle(
+    status: int,
+    gathered: Tensor | None,
+    args: NormArgs,
+    block: StatisticsBlock,
+    moved: Running | None,
+) -> None:
+    """Raise where there was nothing to normalise with; else see that running statistics have moved."""
     if status:
         packed = block.packed.unsqueeze(0) if gathered is None else gathered
         check_statistics(packed, block, args)
-    if args.running is None:
-        return
-    if _updatable(args.running):
-        _mark_updated(args.running)
-    else:
+    if moved is not None:
+        increment_version(
+            [t for t in moved[:3] if t is not None]
+        )  # what autograd saved of them is stale
+    elif args.running is not None:
         _ATEN.update(args.running, block)
 
 
-def _updatable(running: Running) -> bool:
-    """Whether the library moves these running statistics."""
-    mean, var, tracked, _ = running
-    return (
-        mean.dtype in (torch.float32, torch.float64)
-        and mean.dtype == var.dtype
-        and type(mean) in PLAIN
-        and type(var) in PLAIN
-        and _is_plain(tracked)
-        and mean.is_contiguous()
-        and var.is_contiguous()
-        and not mean.is_inference()
-        and (tracked is None or (tracked.dtype == torch.int64 and tracked.device == mean.device))
-    )
+def _moved_by_library(running: Running | None) -> Running | None:
+    """The running statistics that the library moves: `running`, unless they are of another kind than it writes."""
+    if running is None or running.mean.dtype not in (torch.float32, torch.float64):
+        return None
+    return running if kernels_may_write(running) else None
 
 
 def _running_words(running: Running) -> tuple[int, int, int, float, int]:
     """Running statistics as the library takes them; a momentum below 0 stands for the average over all batches."""
-    if not _updatable(running):
-        return _NO_RUNNING
     mean, var, tracked, momentum = running
     weight = -1.0 if momentum is None else momentum
-    places = mean.data_ptr(), var.data_ptr(), _address(tracked)
-    return *places, weight, mean.dtype == torch.float64
-
-
-def _mark_updated(running: Running) -> None:
-    """Tell autograd that the library has written the running statistics: what it saved of them is stale."""
-    mean, var, tracked, _ = running
-    increment_version([mean, var] if tracked is None else [mean, var, tracked])
+    is_double = mean.dtype == torch.float64
+    return _address(mean), _address(var), _address(tracked), weight, is_double
 
 
 def _empty(x: Tensor, geometry: Geometry) -> Tensor:
@@ -587,10 +575,10 @@ def _declared() -> ctypes.CDLL:
     if found is None:
         raise RuntimeError("the native library of syncbn was not built; see syncbn.norm.native")
     pointer, number, real, flag = ctypes.c_void_p, ctypes.c_int64, ctypes.c_double, ctypes.c_int
-    words, pair = ctypes.c_char_p, [flag, pointer, pointer]
+    words = ctypes.c_char_p
     found.syncbn_pass.argtypes = [words]
-    found.syncbn_merge_moments.argtypes = [flag, pointer, number, number, real, *[pointer] * 4]
-    found.syncbn_update_running_stats.argtypes = [*pair, pointer, real, *pair, pointer, number]
+    found.syncbn_merge_moments.argtypes = [number, pointer, number, number, real, words]
+    found.syncbn_update_running_stats.argtypes = [words, number, words, number]
     for name in ("pass", "merge_moments", "update_running_stats"):
         getattr(found, f"syncbn_{name}").restype = None
     found.syncbn_fused_pass.argtypes = [words, words]

@@ -86,7 +86,7 @@ def _processes(group: Group) -> list[Process]:
     """The processes of all ranks."""
     pid, started, machine = Process.own()
     text = f"{pid} {started} {machine}".encode().ljust(_PROCESS_BYTES, b"\0")
-    told = [row.rstrip(b"\0").decode().split(" ", 2) for row in group.told(text)]
+    told = [row.rstrip(b"\0").decode().split(" ", 2) for row in group.all_tell(text)]
     return [Process(int(pid), int(started), machine) for pid, started, machine in told]
 
 

@@ -295,6 +295,8 @@ class _Watchdog:
         self._episode = self._quiet = self._looks = self._runs = 0
         self._activity: Activity | None = None
         self._failures: dict[str, tuple[bool, str]] = {}
+        self._failed_in: weakref.ref[ProcessGroup] | None = None
+        """The default group that they belong to: groups of a later one may have the same names."""
         self._unposted = self._has_failed = False
 
     def start(self) -> None:
@@ -319,6 +321,7 @@ class _Watchdog:
 
     def tell(self, group: str, lost: bool, message: str) -> None:
         """Let the ranks of `group` know why this one gave up there."""
+        self._forget_other_failures(_world_group())
         self._failures[group] = lost, message
         self._unposted = True
         self._wake.set()
@@ -360,9 +363,14 @@ class _Watchdog:
         if self._world is None or self._world() is not world:
             self._world, self._store, self._rank = weakref.ref(world), None, world.rank()
             self._asked = -1
-            if not self._unposted:  # what is told at once belongs to the new groups
-                self._failures = {}
+            self._forget_other_failures(world)
         return self._store or self._reached()
+
+    def _forget_other_failures(self, world: ProcessGroup | None) -> None:
+        """Keep the failures of `world` alone."""
+        if self._failed_in is None or self._failed_in() is not world:
+            self._failures = {}
+            self._failed_in = None if world is None else weakref.ref(world)
 
     def _reached(self) -> Store:
         """The default group's store: over TCP a clone, because the model's thread may wait inside it.

@@ -62,53 +62,46 @@ class Allocator {
  public:
   // `bytes` is a size class. Null where there is no memory.
   void* allocate(int64_t bytes) {
-    const std::lock_guard<std::mutex> lock(mutex_);
-    void* memory = take_idle(bytes);
-    if (!memory) {
+    const std::lock_guard<std::mutex> lock(mutex);
+    // of the idle blocks of this size the most recently freed one, which is the likeliest to be in a cache
+    size_t at = idle_.size();
+    while (at > 0 && idle_[at - 1].bytes != bytes) --at;
+    if (!at)
       while (!idle_.empty() && in_use_ + idle_bytes_ + bytes > peak_) unmap_oldest();
-      memory = map_block(bytes);
-    }
+    void* const memory = at ? take(at - 1).memory : map_block(bytes);
     if (!memory) return nullptr;
     in_use_ += bytes;
     if (in_use_ > peak_) peak_ = in_use_;
     return memory;
   }
   void free(void* memory, int64_t bytes) {
-    const std::lock_guard<std::mutex> lock(mutex_);
+    const std::lock_guard<std::mutex> lock(mutex);
     in_use_ -= bytes;
     idle_bytes_ += bytes;
     idle_.push_back({memory, bytes});
   }
   // Unmap all idle blocks; returns their bytes.
   int64_t release() {
-    const std::lock_guard<std::mutex> lock(mutex_);
+    const std::lock_guard<std::mutex> lock(mutex);
     const int64_t bytes = idle_bytes_;
     while (!idle_.empty()) unmap_oldest();
     peak_ = in_use_;
     return bytes;
   }
-  void lock() { mutex_.lock(); }
-  void unlock() { mutex_.unlock(); }
+  std::mutex mutex;
 
  private:
   struct Block { void* memory; int64_t bytes; };
-  // The most recently freed block of this size, which is the likeliest to be in a cache.
-  void* take_idle(int64_t bytes) {
-    for (size_t i = idle_.size(); i-- > 0;)
-      if (idle_[i].bytes == bytes) {
-        void* const memory = idle_[i].memory;
-        idle_.erase(idle_.begin() + long(i));
-        idle_bytes_ -= bytes;
-        return memory;
-      }
-    return nullptr;
+  Block take(size_t at) {
+    const Block block = idle_[at];
+    idle_.erase(idle_.begin() + long(at));
+    idle_bytes_ -= block.bytes;
+    return block;
   }
   void unmap_oldest() {
-    munmap(idle_.front().memory, size_t(idle_.front().bytes));
-    idle_bytes_ -= idle_.front().bytes;
-    idle_.erase(idle_.begin());
+    const Block block = take(0);
+    munmap(block.memory, size_t(block.bytes));
   }
-  std::mutex mutex_;
   std::vector<Block> idle_;  // the oldest first
   int64_t in_use_ = 0, idle_bytes_ = 0, peak_ = 0;
 };
@@ -120,7 +113,7 @@ Allocator& allocator() {
 
 // No thread holds the mutex during a fork: the child could never lock it.
 [[maybe_unused]] const int fork_safe =
-    pthread_atfork([] { allocator().lock(); }, [] { allocator().unlock(); }, [] { allocator().unlock(); });
+    pthread_atfork([] { allocator().mutex.lock(); }, [] { allocator().mutex.unlock(); }, [] { allocator().mutex.unlock(); });
 
 void delete_tensor(DLManagedTensor* managed) {
   allocator().free(managed->tensor.data, size_class(int64_t(intptr_t(managed->context))));

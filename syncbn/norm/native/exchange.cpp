@@ -8,16 +8,11 @@
 #include <sched.h>
 #include <string.h>
 #include <time.h>
-#ifdef __linux__
+#if defined(__linux__) && __BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__
+#define HAS_FUTEX  // on the low half of a count
 #include <linux/futex.h>
 #include <sys/syscall.h>
 #include <unistd.h>
-#endif
-
-#if defined(__linux__) && __BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__
-#define HAS_FUTEX 1  // on the low half of a count
-#else
-#define HAS_FUTEX 0
 #endif
 
 namespace syncbn {
@@ -67,7 +62,7 @@ bool has_failed(const SharedMemory* memory) {
 // Sleep for `limit_ns`, or until `rank` has published more than `seen` frames.
 void sleep_for(const SharedMemory* memory, int64_t rank, int64_t seen, int64_t limit_ns) {
   timespec limit{0, long(limit_ns)};
-#if HAS_FUTEX
+#ifdef HAS_FUTEX
   __atomic_add_fetch(sleepers(memory, rank), 1, __ATOMIC_SEQ_CST);
   syscall(SYS_futex, published(memory, rank), FUTEX_WAIT, uint32_t(seen), &limit, nullptr, 0);
   __atomic_sub_fetch(sleepers(memory, rank), 1, __ATOMIC_SEQ_CST);
@@ -76,54 +71,27 @@ void sleep_for(const SharedMemory* memory, int64_t rank, int64_t seen, int64_t l
 #endif
 }
 
-// Make this rank's frame visible, and wake the processes that sleep until then.
-void publish(const SharedMemory* memory) {
-  int64_t* const count = published(memory, memory->rank);
-  __atomic_store_n(count, memory->round, __ATOMIC_SEQ_CST);
-#if HAS_FUTEX
-  if (__atomic_load_n(sleepers(memory, memory->rank), __ATOMIC_SEQ_CST))
-    syscall(SYS_futex, count, FUTEX_WAKE, INT32_MAX, nullptr, nullptr, 0);
-#endif
-}
-
-// Waits in three stages: spin, yield the core, sleep for increasing times. With more ranks than cores it sleeps at once:
+// Wait in three stages: spin, yield the core, sleep for increasing times. With more ranks than cores it sleeps at once:
 // launchers start each rank in a session of its own, and Linux yields no core to another session (4 ranks on 2 cores,
 // 2x64x56x56: 8 ms a layer when yielding, 4 ms asleep).
-class Backoff {
- public:
-  Backoff(int64_t spin_ns, int64_t limit_ns, int64_t waited_ns)
-      : spin_ns_(waited_ns ? 0 : spin_ns), limit_ns_(limit_ns), yield_ns_(spin_ns ? YIELD_NS - waited_ns : 0),
-        sleep_ns_(waited_ns || !spin_ns ? MAX_SLEEP_NS : MIN_SLEEP_NS) {}
-
-  // Wait briefly for `rank`, which has published `seen` frames. Returns false once the limit has passed.
-  bool wait(const SharedMemory* memory, int64_t rank, int64_t seen) {
-    if (start_ns_ == 0) start_ns_ = now_ns();
-    if (spin_ns_) {
-      for (int i = 0; i < 16; ++i) pause();
-      if (now_ns() - start_ns_ > spin_ns_) spin_ns_ = 0;
-      return true;
-    }
-    const int64_t elapsed = now_ns() - start_ns_;
-    if (elapsed > limit_ns_) return false;
-    if (elapsed < yield_ns_) {
-      sched_yield();
-    } else {
-      sleep_for(memory, rank, seen, sleep_ns_);
-      sleep_ns_ = sleep_ns_ * 2 < MAX_SLEEP_NS ? sleep_ns_ * 2 : MAX_SLEEP_NS;
-    }
-    return true;
-  }
-
- private:
-  int64_t spin_ns_, limit_ns_, yield_ns_, sleep_ns_, start_ns_ = 0;
-};
-
 Status wait_for_all(const SharedMemory* memory, int64_t limit_ns, int64_t waited_ns) {
-  Backoff backoff(memory->spin_ns, limit_ns, waited_ns);
+  const bool sleeps_at_once = waited_ns || !memory->spin_ns;
+  int64_t sleep_ns = sleeps_at_once ? MAX_SLEEP_NS : MIN_SLEEP_NS, start_ns = 0;
   for (int64_t rank = 0; rank < memory->world_size; ++rank)
     for (int64_t seen; (seen = __atomic_load_n(published(memory, rank), __ATOMIC_ACQUIRE)) < memory->round;) {
       if (has_failed(memory)) return FAILED;
-      if (!backoff.wait(memory, rank, seen)) return NOT_YET;
+      if (!start_ns) start_ns = now_ns();
+      const int64_t elapsed = now_ns() - start_ns;
+      if (!sleeps_at_once && elapsed <= memory->spin_ns) {
+        for (int i = 0; i < 16; ++i) pause();
+      } else if (elapsed > limit_ns) {
+        return NOT_YET;
+      } else if (!sleeps_at_once && elapsed < YIELD_NS) {
+        sched_yield();
+      } else {
+        sleep_for(memory, rank, seen, sleep_ns);
+        sleep_ns = sleep_ns * 2 < MAX_SLEEP_NS ? sleep_ns * 2 : MAX_SLEEP_NS;
+      }
     }
   for (int64_t rank = 0; rank < memory->world_size; ++rank)
     if (memcmp(slot(memory, rank), slot(memory, memory->rank), HEADER_BYTES) != 0) return HEADERS_DIFFER;
@@ -133,7 +101,7 @@ Status wait_for_all(const SharedMemory* memory, int64_t limit_ns, int64_t waited
 }  // namespace
 }  // namespace syncbn
 
-// Publish this rank's frame, unless a rank has marked the memory as failed.
+// Publish this rank's frame, and wake the processes that sleep until then, unless a rank has marked the memory as failed.
 SYNCBN_API int syncbn_exchange_publish(syncbn::SharedMemory* memory, int64_t sequence, const char* body, const void* payload,
                                        int64_t bytes) {
   using namespace syncbn;
@@ -143,7 +111,12 @@ SYNCBN_API int syncbn_exchange_publish(syncbn::SharedMemory* memory, int64_t seq
   memcpy(own, &sequence, SEQUENCE_BYTES);
   memcpy(own + SEQUENCE_BYTES, body, BODY_BYTES);
   memcpy(own + HEADER_BYTES, payload, bytes);
-  publish(memory);
+  int64_t* const count = published(memory, memory->rank);
+  __atomic_store_n(count, memory->round, __ATOMIC_SEQ_CST);
+#ifdef HAS_FUTEX
+  if (__atomic_load_n(sleepers(memory, memory->rank), __ATOMIC_SEQ_CST))
+    syscall(SYS_futex, count, FUTEX_WAKE, INT32_MAX, nullptr, nullptr, 0);
+#endif
   return DONE;
 }
 

@@ -1,160 +1,149 @@
-// One pass, or both passes of a group of one rank: prepares coefficients, runs the kernels, and merges the parts of a
-// reduction.
-#include "passes.h"
-
-#include "kernels/blocking.h"
+// The entry points of passes: one pass, and a fused pass, that is forward or backward in one call, of a group of one rank,
+// or of ranks that share memory, their exchange included. Called one by one from Python, the steps of a small layer cost
+// more than its passes over memory.
+#include "exchange.h"
+#include "pass.h"
 
 namespace syncbn {
-namespace {
 
-// A pass over one input, whole or window by window.
-template <class A> class Pass {
- public:
-  Pass(Kind kind, const PassArgs& args)
-      : args_(args), plan_(Dtype(args.dtype), args.samples, args.channels, args.size), width_(plan_.width()), kernel_args_() {
-    const int rows = kind == MOMENTS ? 0 : kind == BACKWARD_INPUT ? 5 : 3;
-    values_.reset(new A[rows * width_]);
-    kernel_args_.kind = kind;
-    kernel_args_.dtype = Dtype(args.dtype);
-    kernel_args_.act = Act(args.act);
-    kernel_args_.extra_is = Extra(args.extra_is);
-    kernel_args_.x = args.x;
-    kernel_args_.dy = args.dy;
-    kernel_args_.extra = args.extra;
-    kernel_args_.mean = row(MEAN);
-    kernel_args_.scale = row(SCALE);
-    kernel_args_.bias = row(BIAS);
-    // other passes do not use slope and offset, but load from their addresses
-    kernel_args_.slope = row(kind == BACKWARD_INPUT ? SLOPE : MEAN);
-    kernel_args_.offset = row(kind == BACKWARD_INPUT ? OFFSET : MEAN);
-  }
-  const Plan& plan() const { return plan_; }
+// Results beside the statuses of an exchange: the statistics are unusable, or the caller has to exchange `own`.
+enum FusedStatus { NOT_FINITE = 4, ONE_VALUE = 5, EXCHANGE_PENDING = 6 };
 
-  // Lay out the coefficients of each channel by column.
-  void fill(Window window) const {
-    const A *const mean = (const A*)args_.mean, *const invstd = (const A*)args_.invstd;
-    const A *const weight = (const A*)args_.weight, *const bias = (const A*)args_.bias;
-    plan_.each(window, [&](int64_t j, int64_t c) {
-      row(MEAN)[j] = mean[c];
-      row(SCALE)[j] = weight ? invstd[c] * weight[c] : invstd[c];
-      row(BIAS)[j] = bias ? bias[c] : A(0);
-    });
-  }
-  void fill_backward(Window window, const A* sums) const {
-    const double total = args_.total ? *(const double*)args_.total : 1;
-    const A values = A(total > 1 ? total : 1);
-    const A* const invstd = (const A*)args_.invstd;
-    plan_.each(window, [&](int64_t j, int64_t c) {
-      row(SLOPE)[j] = -invstd[c] * (sums[plan_.channels + c] / values);
-      row(OFFSET)[j] = sums[c] / values;
-    });
-  }
-
-  // The packed moments of a window's channels; of all channels where columns are not channels.
-  void moments(Window window, int threads, A* packed) const {
-    const Partials partials = reduced(MOMENTS, window, threads);
-    const int64_t count = plan_.samples * plan_.size, begin = plan_.channel(window.begin);
-    const int64_t C = plan_.channel(window.end) - begin;
-    std::vector<double> mean(C), M2(C);
-    for (const Partial& part : partials.parts) {
-      const double weight = part.count / double(count);
-      plan_.each({window.begin, window.begin + part.width},
-                 [&](int64_t j, int64_t c) { mean[c - begin] += weight * part.first[j - window.begin]; });
-    }
-    for (const Partial& part : partials.parts)
-      plan_.each({window.begin, window.begin + part.width}, [&](int64_t j, int64_t c) {
-        const double delta = part.first[j - window.begin] - mean[c - begin];
-        M2[c - begin] += part.second[j - window.begin] + part.count * delta * delta;
-      });
-    packed[0] = A(count % LOW_BITS);
-    packed[1] = A(count / LOW_BITS);
-    for (int64_t c = 0; c < C; ++c) packed[2 + c] = A(mean[c]);
-    for (int64_t c = 0; c < C; ++c) packed[2 + C + c] = A(M2[c]);
-  }
-  // The sums of dz and of dz * xhat, at the window's channels of `sums`.
-  void backward_sums(Window window, int threads, A* sums) const {
-    const Partials partials = reduced(BACKWARD_SUMS, window, threads);
-    const int64_t begin = plan_.channel(window.begin), C = plan_.channel(window.end) - begin;
-    std::vector<double> first(C), second(C);
-    for (const Partial& part : partials.parts)
-      plan_.each({window.begin, window.begin + part.width}, [&](int64_t j, int64_t c) {
-        first[c - begin] += part.first[j - window.begin];
-        second[c - begin] += part.second[j - window.begin];
-      });
-    const A* const invstd = (const A*)args_.invstd;
-    for (int64_t c = 0; c < C; ++c) sums[begin + c] = A(first[c]);
-    for (int64_t c = 0; c < C; ++c) sums[plan_.channels + begin + c] = A(second[c] * invstd[begin + c]);
-  }
-  // Write the result of an element-wise pass.
-  void write(Window window, int threads, void* result) const {
-    KernelArgs args = kernel_args_;
-    args.out = result;
-    map(args, plan_, threads, window);
-  }
-
- private:
-  enum Row { MEAN, SCALE, BIAS, SLOPE, OFFSET };
-  A* row(Row which) const { return values_.get() + which * width_; }
-  Partials reduced(Kind kind, Window window, int threads) const {
-    KernelArgs args = kernel_args_;
-    args.kind = kind;
-    return reduce(args, plan_, threads, window);
-  }
-  const PassArgs& args_;
-  const Plan plan_;
-  const int64_t width_;
-  std::unique_ptr<A[]> values_;
-  KernelArgs kernel_args_;
+// syncbn/norm/backends/cpu.py declares the same.
+struct FusedPassArgs {
+  PassArgs pass;  // of NORMALIZE or BACKWARD_INPUT
+  void* own;  // what this rank sends: packed moments, or sums; a group of one has no moments
+  SharedMemory* memory;  // null for a group of one; without slots for ranks that share no memory
+  int64_t sequence, limit_ns;
+  double eps;
+  void* var;
+  RunningStats running;  // its mean is null where there is nothing to update
 };
 
-}  // namespace
+namespace {
 
-template <class A> void run(Kind kind, const PassArgs& args, const void* sums, void* result) {
-  const Pass<A> pass(kind, args);
-  const Window all = {0, pass.plan().width()};
-  const int threads = int(args.threads);
-  if (kind == MOMENTS) return pass.moments(all, threads, (A*)result);
-  pass.fill(all);
-  if (kind == BACKWARD_SUMS) return pass.backward_sums(all, threads, (A*)result);
-  if (kind == BACKWARD_INPUT) pass.fill_backward(all, (const A*)sums);
-  pass.write(all, threads, result);
+// `function` for statistics of an input of `dtype`.
+#define FOR_STATISTICS(dtype, function) ((dtype) == FLOAT64 ? function<double> : function<float>)
+
+int64_t own_values(const FusedPassArgs& args) {
+  return (args.pass.kind == NORMALIZE ? 2 : 0) + 2 * args.pass.channels;
 }
 
-template <class A> void forward_local(const PassArgs& args, double eps, const BatchStats& stats) {
-  const Pass<A> pass(NORMALIZE, args);
-  const Plan& plan = pass.plan();
-  each_window(plan, args.extra ? 2 : 1, int(args.threads), [&](Window window, int threads) {
+BatchStats batch_stats(const FusedPassArgs& args) {
+  return {args.pass.total, args.pass.mean, args.var, args.pass.invstd};
+}
+
+template <class A> void run(const PassArgs& args) {
+  const Pass<A> pass(args);
+  const Window all = {0, pass.plan.width()};
+  if (args.kind == MOMENTS) return pass.moments(all, args.threads, (A*)args.result);
+  pass.fill(all);
+  if (args.kind == BACKWARD_SUMS) return pass.backward_sums(all, args.threads, (A*)args.result);
+  pass.write(args.kind, all, args.threads);
+}
+
+// Check that the statistics are usable, and only then update the running statistics.
+template <class A> int check_and_update(const FusedPassArgs& args) {
+  if (args.memory)  // in a group of one, NaN passes through as in torch; otherwise it would reach every rank
+    for (int64_t c = 0; c < args.pass.channels; ++c)
+      if (!isfinite(((const A*)args.var)[c])) return NOT_FINITE;
+  if (*args.pass.total == 1) return ONE_VALUE;
+  if (args.running.mean) update<A>(args.running, batch_stats(args), args.pass.channels);
+  return 0;
+}
+
+// Both passes of a group of one rank, window by window: the second finds in the cache what the first has read.
+template <class A> int local(const FusedPassArgs& args) {
+  const Pass<A> pass(args.pass);
+  const Plan& plan = pass.plan;
+  const bool forward = args.pass.kind == NORMALIZE;
+  each_window(plan, (forward ? 1 : 2) + (args.pass.extra != nullptr), args.pass.threads, [&](Window window, int64_t threads) {
+    if (!forward) {
+      pass.fill(window);
+      pass.backward_sums(window, threads, (A*)args.own);
+      pass.fill_backward(window, (const A*)args.own);
+      return pass.write(BACKWARD_INPUT, window, threads);
+    }
     const int64_t begin = plan.channel(window.begin), C = plan.channel(window.end) - begin;
     const std::unique_ptr<A[]> packed(new A[2 + 2 * C]);
     pass.moments(window, threads, packed.get());
     double total;  // the same in every window
-    merge(packed.get(), 0, 1, C, eps, {&total, (A*)stats.mean + begin, (A*)stats.var + begin, (A*)stats.invstd + begin});
+    const auto from_begin = [&](void* stats) { return (A*)stats + begin; };
+    merge<A>(packed.get(), 0, 1, C, args.eps,
+             {&total, from_begin(args.pass.mean), from_begin(args.var), from_begin(args.pass.invstd)});
     pass.fill(window);
-    pass.write(window, threads, args.result);
+    pass.write(NORMALIZE, window, threads);
   });
-  *stats.total = double(plan.samples * plan.size);
+  if (!forward) return 0;
+  *args.pass.total = double(plan.samples * plan.size);
+  return check_and_update<A>(args);
 }
 
-template <class A> void backward_local(const PassArgs& args, void* sums) {
-  const Pass<A> pass(BACKWARD_INPUT, args);
-  each_window(pass.plan(), args.extra ? 3 : 2, int(args.threads), [&](Window window, int threads) {
-    pass.fill(window);
-    pass.backward_sums(window, threads, (A*)sums);
-    pass.fill_backward(window, (const A*)sums);
-    pass.write(window, threads, args.result);
-  });
+// The rest of a pass after its exchange, from a row of each rank, `stride` values apart: packed moments, or sums, which are
+// added in the order of ranks.
+template <class A> int finish(const FusedPassArgs& args, const void* gathered, int64_t stride) {
+  const A* row = (const A*)gathered;
+  const Pass<A> pass(args.pass);
+  const Window all = {0, pass.plan.width()};
+  if (args.pass.kind == NORMALIZE) {
+    merge<A>(row, stride, args.memory->world_size, args.pass.channels, args.eps, batch_stats(args));
+    if (const int unusable = check_and_update<A>(args)) return unusable;
+    pass.fill(all);
+  } else {
+    const int64_t count = own_values(args);
+    std::vector<A> sums(row, row + count);
+    for (int64_t rank = 1; rank < args.memory->world_size; ++rank) {
+      row += stride;
+      for (int64_t i = 0; i < count; ++i) sums[i] += row[i];
+    }
+    pass.fill(all);
+    pass.fill_backward(all, sums.data());
+  }
+  pass.write(args.pass.kind, all, args.pass.threads);
+  return 0;
 }
 
-template void run<float>(Kind, const PassArgs&, const void*, void*);
-template void run<double>(Kind, const PassArgs&, const void*, void*);
-template void forward_local<float>(const PassArgs&, double, const BatchStats&);
-template void forward_local<double>(const PassArgs&, double, const BatchStats&);
-template void backward_local<float>(const PassArgs&, void*);
-template void backward_local<double>(const PassArgs&, void*);
+template <class A> int fused_pass(const FusedPassArgs& args, const char* body) {
+  if (!args.memory) return local<A>(args);
+  PassArgs first = args.pass;
+  first.kind = args.pass.kind == NORMALIZE ? MOMENTS : BACKWARD_SUMS;
+  first.result = args.own;
+  run<A>(first);
+  if (!args.memory->slots) return EXCHANGE_PENDING;
+  const int64_t bytes = own_values(args) * int64_t(sizeof(A));
+  const Exchanged exchanged = exchange(args.memory, args.sequence, body, args.own, bytes, args.limit_ns);
+  if (exchanged.status) return exchanged.status;
+  return finish<A>(args, exchanged.payloads, args.memory->slot_bytes / int64_t(sizeof(A)));
+}
 
+}  // namespace
 }  // namespace syncbn
 
-SYNCBN_API void syncbn_pass(const syncbn::PassArgs* args) {
-  const auto run = args->dtype == syncbn::FLOAT64 ? syncbn::run<double> : syncbn::run<float>;
-  run(syncbn::Kind(args->kind), *args, args->sums, args->result);
+using namespace syncbn;
+
+// The version of these signatures; syncbn/norm/native/__init__.py compares it.
+SYNCBN_API int syncbn_abi() { return 8; }
+
+// One pass, other than BACKWARD_INPUT, over the whole input.
+SYNCBN_API void syncbn_pass(const PassArgs* args) { FOR_STATISTICS(args->dtype, run)(*args); }
+
+// A fused pass, with the exchange whose header is `body`; returns 0, an exchange's status, or a FusedStatus.
+SYNCBN_API int syncbn_fused_pass(const FusedPassArgs* args, const char* body) {
+  return FOR_STATISTICS(args->pass.dtype, fused_pass)(*args, body);
+}
+
+// The rest of a pass whose exchange did not complete in the call above, from the gathered rows, `stride` values apart.
+SYNCBN_API int syncbn_finish_pass(const FusedPassArgs* args, const void* gathered, int64_t stride) {
+  return FOR_STATISTICS(args->pass.dtype, finish)(*args, gathered, stride);
+}
+
+// The statistics of all ranks, from their packed moments one after the other; `dtype` is that of either.
+SYNCBN_API void syncbn_merge_moments(int64_t dtype, const void* packed, int64_t ranks, int64_t channels, double eps,
+                                     const BatchStats* out) {
+  FOR_STATISTICS(dtype, merge)(packed, 2 + 2 * channels, ranks, channels, eps, *out);
+}
+
+SYNCBN_API void syncbn_update_running_stats(const RunningStats* running, int64_t dtype, const BatchStats* batch,
+                                            int64_t channels) {
+  FOR_STATISTICS(dtype, update)(*running, *batch, channels);
 }

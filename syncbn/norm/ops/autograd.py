@@ -7,7 +7,7 @@
 """
 
 from contextlib import nullcontext
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from syncbn.norm.backends import selected
 from syncbn.norm.backends.activations import ACTIVATIONS
 from syncbn.norm.backends.aten import AtenBackend
-from syncbn.norm.backends.base import Backend, NormArgs, Running
+from syncbn.norm.backends.base import Backend, NormArgs, Running, kernels_may_read
 from syncbn.norm.backends.layout import memory_format
 from syncbn.norm.backends.triton.derivative_bits import unpack_bits
 from syncbn.norm.comm.exchange import Exchange, Fingerprint
@@ -27,6 +27,7 @@ from syncbn.norm.ops.collectives import gather_grad_sums, gather_statistics
 from syncbn.norm.ops.double_backward import Gradients, differentiable_gradients
 from syncbn.norm.ops.recompute import Pass, unobserved
 from syncbn.norm.uneven_inputs import refuse_ddp_join
+from syncbn.norm.validation import tell_ranks
 
 
 class Call(NamedTuple):
@@ -97,19 +98,13 @@ class SyncBatchNormFunction(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         """The gradients of x, weight, bias and residual."""
         x, weight, bias, residual, output, bits = ctx.saved_tensors
-        backend = ctx.backend
         if bits is not None:
             x = x.contiguous(memory_format=ctx.memory_format)
-        if (
-            x.dtype is not dy.dtype
-        ):  # hooks on saved tensors may change it, and kernels read one dtype
-            backend = AtenBackend()
-            output, bits = (output, None) if bits is None else (unpack_bits(bits, x), None)
         args = ctx.call.args(x, weight, bias, residual)
         if output is not None or bits is not None:
             args = args._replace(output=output, bits=bits)
         needs = ctx.needs_input_grad[:4]
-        return *backward_pass(dy, args, ctx.stats, backend, ctx.call, needs), None
+        return *backward_pass(dy, args, ctx.stats, ctx.backend, ctx.call, needs), None
 
 
 def forward_pass(
@@ -118,14 +113,14 @@ def forward_pass(
     """The output, and the statistics of all ranks; updates running statistics, but in a replay.
 
     Raises:
-        NonFiniteStatistics, ValueError: see `check_statistics`.
+        NonFiniteStatistics, ValueError: see `check_statistics`; or an operand does not fit x.
         RanksDisagree, RankLost: see `Exchange.gather_statistics`.
         RuntimeError: inside `DistributedDataParallel.join()`.
     """
     if call.exchange is not None and DistributedDataParallel._active_ddp_module is not None:
         refuse_ddp_join(call.layer)
     checkpointed = call.checkpointed
-    _check_per_channel(args, call.exchange)
+    _check_fit(args, (args.residual,), call.exchange)
     known = None if checkpointed is None else checkpointed.known(args.x.shape[1])
     if known is not None:
         return backend.normalize(args, known), known
@@ -154,13 +149,22 @@ def backward_pass(
 
     Raises:
         RanksDisagree, RankLost: see `Exchange.gather_sums`.
+        ValueError: hooks on gradients or on saved tensors gave one that does not fit x.
     """
     needs_x, needs_weight, needs_bias, needs_residual = needs
+    if dy.layout is not torch.strided:
+        dy = dy.to_dense()
+    _check_fit(args, (dy, args.residual, args.output), call.exchange)
     what = call.fingerprint(args.x, True)
     if torch.is_grad_enabled() or is_transformed(dy):
         gradients = differentiable_gradients(dy, args, stats.total, call.exchange, what)
         dx, dweight, dbias, dz = (g if n else None for g, n in zip(gradients, needs, strict=True))
         return dx, dweight, dbias, dz
+    if dy.dtype is not args.x.dtype or not kernels_may_read(dy, args.x):
+        # hooks give these, and kernels read one dtype
+        backend = AtenBackend()
+        if args.bits is not None:
+            args = args._replace(output=unpack_bits(args.bits, args.x), bits=None)
     dx = dz = sums = None
     if needs_x and backend.fused:
         if needs_residual:
@@ -185,20 +189,32 @@ def backward_pass(
     )
 
 
-def _check_per_channel(args: NormArgs, exchange: Exchange | None) -> None:
-    """Raise where a parameter or a running statistic has another size or device than x: kernels read addresses."""
-    running = (None, None) if args.running is None else args.running[:2]
-    num_channels = args.x.shape[1]
+def _check_fit(
+    args: NormArgs, like_x: tuple[Tensor | None, ...], exchange: Exchange | None
+) -> None:
+    """Raise for an operand that lies elsewhere or holds more or fewer values than a pass reads at its address.
+
+    Args:
+        args: of this pass, with one value per channel in parameters and running statistics.
+        like_x: tensors in the shape of x.
+        exchange: whose ranks are told.
+    """
+    x, running = args.x, (None, None) if args.running is None else args.running[:2]
+    device, shape = x.device, x.shape
+    for values in like_x:
+        if values is not None and (values.shape != shape or values.device != device):
+            _refuse(values, f"shape {tuple(shape)}", args, exchange)
+    num_channels = shape[1]
     for values in (args.weight, args.bias, *running):
-        if values is None or (values.numel() == num_channels and values.device == args.x.device):
-            continue
-        message = (
-            f"{args.layer}: expected one value for each of {num_channels} channels on {args.x.device}, "
-            f"got {tuple(values.shape)} on {values.device}"
-        )
-        if exchange is not None and not args.x.is_cuda:
-            exchange.fail(message)
-        raise ValueError(message)
+        if values is not None and (values.numel() != num_channels or values.device != device):
+            _refuse(values, f"one value for each of {num_channels} channels", args, exchange)
+
+
+def _refuse(values: Tensor, expected: str, args: NormArgs, exchange: Exchange | None) -> NoReturn:
+    got = f"{tuple(values.shape)} on {values.device}"
+    message = f"{args.layer}: expected {expected} on {args.x.device}, got {got}"
+    tell_ranks(exchange, args.x, message)
+    raise ValueError(message)
 
 
 def kept_for_backward(args: NormArgs, y: Tensor) -> tuple[Tensor | None, Tensor | None]:
@@ -216,4 +232,4 @@ def is_transformed(dy: Tensor) -> bool:
 def _gradient_of(parameter: Tensor | None, gradient: Tensor | None, needed: bool) -> Tensor | None:
     if parameter is None or gradient is None or not needed:
         return None
-    return gradient.to(parameter.dtype)
+    return gradient if gradient.dtype is parameter.dtype else gradient.to(parameter.dtype)

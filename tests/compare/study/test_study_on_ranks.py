@@ -26,6 +26,8 @@ from syncbn.runtime import TorchrunRuntime
 from syncbn.tracking import read_journal
 from syncbn.train import loop
 
+pytestmark = pytest.mark.untraced
+
 
 def _study(folder: Path, world_size: int, arms: dict[str, list[str]]) -> Config:
     return Config(

@@ -59,12 +59,17 @@ def _layers(channels, dims=4, **options):
     return syncbn.convert_sync_batchnorm(batch_norm(channels, dims, **options).double()), layer
 
 
+@pytest.mark.slow_if(lambda world_size, layout, **_: (world_size == 2) != (layout == "planes"))
 @pytest.mark.world_size(2, 3)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize(
     ("act", "shape", "masked", "momentum"),
-    [(act, (6, 5, 4), False, 0.3) for act in (None, *ACTS)]
-    + [(act, (8, 4, 4), False, 0.3) for act in ("relu", "relu6", "leaky_relu")]
+    [(None, (6, 5, 4), False, 0.3)]
+    + [pytest.param(act, (6, 5, 4), False, 0.3, marks=pytest.mark.untraced) for act in ACTS]
+    + [
+        pytest.param(act, (8, 4, 4), False, 0.3, marks=pytest.mark.untraced)
+        for act in ("relu", "relu6", "leaky_relu")
+    ]
     + [
         (None, (6, 5, 4), True, 0.3),
         ("relu", (8, 4, 4), True, None),
@@ -134,6 +139,7 @@ def _saved_tensors_come_back_contiguous():
         yield
 
 
+@pytest.mark.untraced
 @pytest.mark.world_size(1)
 @pytest.mark.parametrize("view", VIEWS)
 @pytest.mark.parametrize(
@@ -240,10 +246,10 @@ def test_many_programs_may_share_a_channel(world_size, channels_last):
     from syncbn.norm.backends.triton.backend import TritonBackend
 
     real = tile_plan.num_multiprocessors
-    tile_plan.num_multiprocessors = lambda device: 20
+    tile_plan.num_multiprocessors = lambda device: 4
     tile_plan._geometry.cache_clear()
     try:
-        case = suite.Case((40, 5, 9, 11), channels_last=channels_last, act="relu")
+        case = suite.Case((12, 5, 9, 11), channels_last=channels_last, act="relu")
         geometry = tile_plan.geometry_of(suite.forward_inputs(case).args.x)
         assert geometry.reduction.grid[1] > 4
         suite.check_local_stats(TritonBackend(), case)

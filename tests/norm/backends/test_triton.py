@@ -29,6 +29,7 @@ def backend():
     return TritonBackend()
 
 
+@pytest.mark.untraced
 @interpreted
 @given(case=suite.cases())
 @some
@@ -36,6 +37,7 @@ def test_moments_are_those_of_the_values(case: Case):
     suite.check_local_stats(backend(), case)
 
 
+@pytest.mark.untraced
 @interpreted
 @given(case=suite.cases())
 @some
@@ -43,6 +45,7 @@ def test_normalizing_keeps_dtype_and_layout(case: Case):
     suite.check_normalize(backend(), case)
 
 
+@pytest.mark.untraced
 @interpreted
 @given(case=suite.cases())
 @some
@@ -50,6 +53,7 @@ def test_gradients_are_those_of_float64(case: Case):
     suite.check_backward(backend(), case)
 
 
+@pytest.mark.untraced
 @interpreted
 @given(case=suite.cases())
 @example(Case(residual=True, act="relu", seed=0))
@@ -82,6 +86,7 @@ def test_every_value_counts_once_however_the_input_is_cut(case: Case, masked: bo
     suite.check_backward(backend(), case)
 
 
+@pytest.mark.untraced
 @interpreted
 @pytest.mark.parametrize("residual", [False, True], ids=["alone", "residual"])
 @pytest.mark.parametrize("act", ACTIVATIONS)
@@ -141,10 +146,9 @@ def test_bits_take_the_place_of_the_output(kind: str, act: str, masked: bool):
         given = (dy, args._replace(residual=None, **saved), stats)
         sums, dz = backend().local_grad_sums(*given, needs_dz=True)
         dx = backend().finish_backward(*given, sums.view(1, -1))
-        found.append((sums, dz, dx, backend().grad_residual(*given)))
+        found.append((sums, dz, dx))
     for expected, ours in zip(*found, strict=True):
         assert torch.equal(expected, ours)
-    assert torch.equal(found[0][1], found[0][3])
 
 
 @interpreted
@@ -164,6 +168,7 @@ def test_bits_are_kept_where_values_share_bytes():
     assert bits(planes[:0]) is None
 
 
+@pytest.mark.untraced
 @interpreted
 @pytest.mark.parametrize("channels_last", [False, True], ids=["planes", "channels_last"])
 @pytest.mark.parametrize(("mean", "spread"), [(100.0, 0.01), (1e4, 1.0)])
@@ -245,6 +250,7 @@ def test_upstream_gradients_may_have_any_strides():
     assert torch.equal(sums[0], torch.full((4,), 90.0))
 
 
+@pytest.mark.untraced
 @interpreted
 @given(case=suite.cases())
 @settings(max_examples=5, deadline=None)

@@ -24,6 +24,7 @@ from triton.compiler import ASTSource  # noqa: E402
 from syncbn.norm.backends.triton import backend as module  # noqa: E402
 from syncbn.norm.backends.triton.tile_plan import ELEMENTWISE, REDUCTION, Tuning, tile_plan  # noqa: E402
 
+pytestmark = pytest.mark.untraced
 HOPPER = GPUTarget("cuda", 90, 32)
 POINTERS = {
     torch.float64: "*fp64",

@@ -1,5 +1,6 @@
 """How Triton's kernels are launched, without a GPU: what was compiled is found again, and only where it may be used."""
 
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -50,7 +51,7 @@ def tensor(address: int, dtype: torch.dtype = torch.float32, device: int = 0):
 @pytest.fixture
 def kernel(monkeypatch: pytest.MonkeyPatch) -> Kernel:
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    monkeypatch.setattr(torch.cuda, "device_of", lambda _: SimpleNamespace())
+    monkeypatch.setattr(torch.cuda, "device_of", lambda _: nullcontext())
     stream = SimpleNamespace(active=SimpleNamespace(get_current_stream=lambda device: 7 + device))
     monkeypatch.setattr(module, "driver", stream)
     monkeypatch.setattr(module, "_compiled", {})

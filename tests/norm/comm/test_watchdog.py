@@ -543,14 +543,11 @@ def test_only_a_store_over_tcp_is_kept_and_let_go_of_with_its_group(tmp_path, mo
         store = dist.FileStore(str(tmp_path / "store"), 1)
     dist.init_process_group("gloo", store=store, rank=0, world_size=1)
     one = _Watchdog()
+    old, new = (Mock(**{"size.return_value": 2, "rank.return_value": 0}) for _ in range(2))
     with monkeypatch.context() as patched:
-        patched.setattr(
-            watchdog,
-            "_world_group",
-            lambda: Mock(**{"size.return_value": 2, "rank.return_value": 0}),
-        )
-        one.tell("old", True, "of a group before")
-        one._unposted = False
+        patched.setattr(watchdog, "_world_group", lambda: old)
+        one.tell("g", True, "told as the old groups end, and not posted yet")
+        patched.setattr(watchdog, "_world_group", lambda: new)
         assert one._reach().add("one", 1) == 1
         assert not one._failures
         one._world = None

@@ -58,12 +58,14 @@ def test_fake_and_real_results_agree_for_every_layout(layout, act, with_residual
         torch.library.opcheck(custom_op._backward, (*backward, *rest), test_utils=utils[:2])
 
 
+@pytest.mark.untraced
 @pytest.mark.parametrize("layout", ["contiguous", "sequence", "expanded"])
 @pytest.mark.parametrize("mask", [False, True])
 def test_operators_pass_all_checks_of_torch_with_dynamic_shapes(layout, mask):
     torch.library.opcheck(custom_op._forward, _operands(layout, "relu", True, mask))
 
 
+@pytest.mark.untraced
 @pytest.mark.world_size(2)
 @pytest.mark.parametrize("layout", ["sequence", "sliced channels_last", "one row", "expanded"])
 @pytest.mark.parametrize("dynamic", [False, True])
@@ -71,6 +73,7 @@ def test_compiled_layers_take_inputs_of_any_strides_on_ranks(layout, dynamic, wo
     _check_compiled(layout, dynamic)
 
 
+@pytest.mark.untraced
 @each_layout
 def test_a_compiled_layer_with_a_residual_takes_inputs_of_any_strides_alone(layout):
     _check_compiled(layout, False)
@@ -97,6 +100,7 @@ def _check_compiled(layout, dynamic):
         torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.untraced
 @pytest.mark.world_size(2)
 def test_inductor_compiles_a_norm_between_transposes(world_size):
     class Sequence(nn.Module):

@@ -12,7 +12,10 @@ from torch import nn
 
 import syncbn
 
+pytestmark = pytest.mark.untraced
 STEPS, CHANNELS = 4, 4
+BY_EVERY_WAY = ("non_reentrant", "reentrant", "megatron", "selective_save_all")
+"""Kinds that `make test` runs over every transport, one of each mechanism; the others over shared memory alone."""
 
 
 class Noise(nn.Module):
@@ -76,6 +79,7 @@ def several(shared, **options):
     return one if shared else [copy.deepcopy(one) for _ in range(STEPS)]
 
 
+@pytest.mark.slow_if(lambda kind, way, **_: way != "shared" and kind not in BY_EVERY_WAY)
 @pytest.mark.world_size(2)
 @pytest.mark.parametrize(
     ("equal", "shared", "way"),

@@ -47,6 +47,7 @@ INSIDE = {
 AROUND = {**INSIDE, "megatron": Megatron.apply, "saves_every_second": selective(_every_second)}
 
 
+@pytest.mark.untraced
 @pytest.mark.world_size(2)
 @pytest.mark.parametrize("kind", sorted(AROUND))
 def test_checkpointing_around_a_compiled_block(world_size, kind):
@@ -65,6 +66,7 @@ def test_a_compiled_function_with_a_checkpoint_inside_exchanges_no_more(world_si
     assert_same(region, block, lambda: batches(equal=True))
 
 
+@pytest.mark.untraced
 @pytest.mark.world_size(2)
 def test_a_compiled_function_with_a_checkpoint_inside_inside_a_checkpoint(world_size):
     torch._dynamo.reset()

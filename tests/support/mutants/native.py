@@ -13,7 +13,7 @@ PASSES: list[Mutant] = [
         "no reduction in backward: native code in one call",
         ONE_BATCH,
         exchange="shared",
-        file=f"{NATIVE}/fused_pass.cpp",
+        file=f"{NATIVE}/passes.cpp",
         function="finish",
         before="sums[i] += row[i];",
         after="sums[i] += 0 * row[i];",
@@ -22,16 +22,16 @@ PASSES: list[Mutant] = [
         "weight and bias gradients of all ranks: native code in one call",
         ONE_BATCH,
         exchange="shared",
-        file=f"{NATIVE}/fused_pass.cpp",
+        file=f"{NATIVE}/passes.cpp",
         function="finish",
-        before="run<A>(BACKWARD_INPUT, args.pass, sums.data(), args.pass.result);",
-        after="if (args.own) std::copy(sums.begin(), sums.end(), (A*)args.own); "
-        "run<A>(BACKWARD_INPUT, args.pass, sums.data(), args.pass.result);",
+        before="pass.fill_backward(all, sums.data());",
+        after="pass.fill_backward(all, sums.data()); "
+        "if (args.own) std::copy(sums.begin(), sums.end(), (A*)args.own);",
     ),
     Edited(
         "per-rank variances averaged: native code",
         ONE_BATCH,
-        file=f"{NATIVE}/statistics.cpp",
+        file=f"{NATIVE}/statistics.h",
         function="merge",
         before="+ count(rank) * delta * delta",
         after="+ 0 * delta",
@@ -39,7 +39,7 @@ PASSES: list[Mutant] = [
     Edited(
         "mean of means with unequal counts: native code",
         ONE_BATCH,
-        file=f"{NATIVE}/statistics.cpp",
+        file=f"{NATIVE}/statistics.h",
         function="merge",
         before="count(rank) / (total > 1 ? total : 1) * packed",
         after="1 / double(ranks) * packed",
@@ -47,7 +47,7 @@ PASSES: list[Mutant] = [
     Edited(
         "Bessel's correction with one rank's count: native code",
         ONE_BATCH,
-        file=f"{NATIVE}/statistics.cpp",
+        file=f"{NATIVE}/statistics.h",
         function="update",
         before="total / (total - 1)",
         after="total / (total - 2)",
@@ -55,7 +55,7 @@ PASSES: list[Mutant] = [
     Edited(
         "momentum applied once a rank: native code",
         ONE_BATCH,
-        file=f"{NATIVE}/statistics.cpp",
+        file=f"{NATIVE}/statistics.h",
         function="update",
         before=": running.momentum;",
         after=": 1 - (1 - running.momentum) * (1 - running.momentum);",
@@ -63,7 +63,7 @@ PASSES: list[Mutant] = [
     Edited(
         "num_batches_tracked not counted: native code",
         ONE_BATCH,
-        file=f"{NATIVE}/statistics.cpp",
+        file=f"{NATIVE}/statistics.h",
         function="update",
         before="++*running.tracked",
         after="*running.tracked += 0",
@@ -71,7 +71,7 @@ PASSES: list[Mutant] = [
     Edited(
         "an empty batch counted: native code",
         f"{BACKENDS}/test_kernels.py::test_running_statistics_move",
-        file=f"{NATIVE}/statistics.cpp",
+        file=f"{NATIVE}/statistics.h",
         function="update",
         before="if (!(total > 0)) return;",
         after="",
@@ -79,7 +79,7 @@ PASSES: list[Mutant] = [
     Edited(
         "a value that is not finite taken for a statistic: native code",
         "tests/norm/comm/test_disagreement.py::test_a_value_that_is_not_finite_on_one_rank_is_named_on_all",
-        file=f"{NATIVE}/fused_pass.cpp",
+        file=f"{NATIVE}/passes.cpp",
         function="check_and_update",
         before="return NOT_FINITE;",
         after="break;",
@@ -87,7 +87,7 @@ PASSES: list[Mutant] = [
     Edited(
         "one value per channel accepted: native code",
         f"{EQUIVALENCE}::test_one_value_in_total_is_refused_on_every_rank",
-        file=f"{NATIVE}/fused_pass.cpp",
+        file=f"{NATIVE}/passes.cpp",
         function="check_and_update",
         before="return ONE_VALUE;",
         after=";",

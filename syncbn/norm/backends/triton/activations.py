@@ -1,4 +1,4 @@
-# pyright: reportAssignmentType=false
+# pyright: reportArgumentType=false, reportAssignmentType=false
 """Activations and their derivatives in Triton, by the codes of `syncbn.norm.backends.activations.ACTIVATIONS`.
 
 Comparisons are written so that NaN passes through functions, and derivatives agree with the table at its kinks.
@@ -37,18 +37,13 @@ def activate(z: tl.tensor, ACT: tl.constexpr) -> tl.tensor:
 @triton.jit
 def slope(z: tl.tensor, ACT: tl.constexpr) -> tl.tensor:
     """f'(z), for any code but 0; y may stand for z where the table's `from_output` is true."""
-    if ACT == _RELU:
-        derivative = tl.where(z > 0, 1.0, 0.0).to(z.dtype)
-    elif ACT == _RELU6:
-        derivative = tl.where((z > 0) & (z < 6), 1.0, 0.0).to(z.dtype)
-    elif ACT == _LEAKY_RELU:
-        derivative = tl.where(z > 0, tl.full(z.shape, 1.0, z.dtype), _LEAK)
-    elif ACT == _SILU:
+    if ACT == _SILU:
         gate = 1 / (1 + tl.exp(-z))
         derivative = gate * (1 + z * (1 - gate))
-    else:
-        tl.static_assert(ACT == _HARDSWISH)
+    elif ACT == _HARDSWISH:
         derivative = tl.where(z < -3, 0.0, tl.where(z <= 3, z / 3 + 0.5, 1.0))
+    else:
+        derivative = slope_from_bits(has_unit_slope(z, ACT), z.dtype, ACT)
     return derivative
 
 

@@ -10,7 +10,6 @@ Only code that serves a CUDA tensor imports this module, so that the layer works
 
 import ctypes
 import functools
-from typing import Any
 
 import torch
 import triton
@@ -20,10 +19,17 @@ from torch.autograd.graph import increment_version
 
 from syncbn.norm.backends.activations import ACTIVATIONS
 from syncbn.norm.backends.aten import AtenBackend
-from syncbn.norm.backends.base import PLAIN, Backend, NormArgs, Running, check_statistics
+from syncbn.norm.backends.base import (
+    Backend,
+    NormArgs,
+    Running,
+    check_statistics,
+    kernels_may_read,
+    kernels_may_write,
+)
 from syncbn.norm.backends.triton import derivative_bits, elementwise, reductions, statistics
 from syncbn.norm.backends.triton.launch import launch
-from syncbn.norm.backends.triton.tile_plan import Geometry, TilePlan, geometry_of
+from syncbn.norm.backends.triton.tile_plan import Geometry, geometry_of
 from syncbn.norm.moments import AnyStatistics, Statistics, stats_dtype
 
 WARPS = 4
@@ -45,13 +51,13 @@ class TritonBackend(Backend):
     """`Backend` in Triton."""
 
     def for_pass(self, args: NormArgs, exchange: object) -> Backend:
-        """The backend of a pass: ATen for subclasses of Tensor, whose memory may be no plain array."""
+        """The backend of a pass: ATen where an operand is not what kernels can read."""
         del exchange
-        return self if type(args.x) in PLAIN and not args.x.is_meta else _ATEN
+        return self if kernels_may_read(*args[:4]) else _ATEN
 
     def local_stats(self, args: NormArgs) -> Tensor:
         """Count, mean and M2 per channel, in one pass and one more launch where programs share a channel."""
-        x, (num_channels, dtype) = args.x, _statistics_of(args.x)
+        x, num_channels, dtype = args.x, args.x.shape[1], stats_dtype(args.x.dtype)
         width = 2 + 2 * num_channels
         if x.numel() == 0:
             return torch.zeros(width, dtype=dtype, device=x.device)
@@ -62,7 +68,7 @@ class TritonBackend(Backend):
         if num_rows > 1:
             rows = torch.empty(num_rows * width, dtype=torch.float64, device=x.device)
         kind = tl.float64 if dtype == torch.float64 else tl.float32
-        statics = (*plan.shape, kind, plan.num_warps)
+        statics = (plan.shape, kind, plan.num_warps)
         tensors = (x, _as_bytes(args.mask), rows)
         launch(reductions.moments_kernel, plan.grid, tensors, plan.sizes, statics)
         if num_rows > 1:
@@ -83,7 +89,7 @@ class TritonBackend(Backend):
 
     def update(self, running: Running, stats: AnyStatistics) -> None:
         """Move the running statistics, in one launch; strided ones are left to ATen."""
-        if not _contiguous(running):
+        if not kernels_may_write(running):
             _ATEN.update(running, stats)
             return
         cumulative = running.momentum is None
@@ -95,19 +101,21 @@ class TritonBackend(Backend):
         tensors = (*running[:3], stats.total, stats.mean, stats.var)
         numbers = (*_split(running.momentum or 0.0), num_channels)
         launch(statistics.update_kernel, (1, 1), tensors, numbers, (cumulative, at_once, WARPS))
-        _mark_updated(running)
+        increment_version([t for t in running[:3] if t is not None])
 
     def normalize(self, args: NormArgs, stats: AnyStatistics) -> Tensor:
         """act((x - mean) * invstd * weight + bias + residual); x is read once."""
         if args.x.numel() == 0:
             return torch.empty_like(args.x)
         geometry = geometry_of(args.x)
-        x = _dense(args.x, geometry)
-        operands = (x, *_coefficients(args, stats), *_forward_operands(args, geometry))
+        x, plan = _dense(args.x, geometry), geometry.elementwise
         y = torch.empty_like(x)
-        return _run(elementwise.normalize_kernel, operands, y, geometry.elementwise, args.act)
+        tensors = (x, *_coefficients(args, stats), *_forward_operands(args, geometry), y)
+        statics = (plan.shape, _code(args.act), plan.num_warps)
+        launch(elementwise.normalize_kernel, plan.grid, tensors, plan.sizes, statics)
+        return y
 
-    def finish_forward(self, args: NormArgs, gathered: Tensor) -> tuple[Tensor, Statistics]:
+    def finish_forward(self, args: NormArgs, gathered: Tensor) -> tuple[Tensor, AnyStatistics]:
         """Merge, update and normalise in one launch, where there is certainly enough to normalise with.
 
         A mask may leave one value per channel, which is known only after the merge: the update is then a launch of its
@@ -115,17 +123,15 @@ class TritonBackend(Backend):
         """
         x, running = args.x, args.running
         if x.numel() <= x.shape[1]:
-            y, stats = super().finish_forward(args, gathered)
-            assert isinstance(stats, Statistics)
-            return y, stats
-        if args.mask is None and running is not None and _moves_by_channel(running):
-            y, stats = _merge_and_normalize(args, gathered, running)
-            _mark_updated(running)
-            return y, stats
-        y, stats = _merge_and_normalize(args, gathered, None)
+            return super().finish_forward(args, gathered)
+        moved = None
+        if args.mask is None and running is not None and kernels_may_write(running):
+            # momentum=None weighs by a count that other programs must not read before it is stored
+            moved = None if running.momentum is None else running
+        y, stats = _merge_and_normalize(args, gathered, moved)
         if args.mask is not None:
             check_statistics(gathered, stats, args)
-        if running is not None:
+        if running is not None and moved is None:
             self.update(running, stats)
         return y, stats
 
@@ -133,10 +139,10 @@ class TritonBackend(Backend):
         self, dy: Tensor, args: NormArgs, stats: AnyStatistics, needs_dz: bool = False
     ) -> tuple[Tensor, Tensor | None]:
         """Sum of dz, and sum of dz * xhat, per channel, and dz in the same launch."""
-        x, (num_channels, dtype) = args.x, _statistics_of(args.x)
+        x, num_channels, dtype = args.x, args.x.shape[1], stats_dtype(args.x.dtype)
         if x.numel() == 0:
             sums = torch.zeros((2, num_channels), dtype=dtype, device=x.device)
-            return sums, self.grad_residual(dy, args, stats) if needs_dz else None
+            return sums, torch.empty_like(x, dtype=dy.dtype) if needs_dz else None
         geometry = geometry_of(x)
         x, plan = _dense(x, geometry), geometry.reduction
         dz = torch.empty_like(x, dtype=dy.dtype) if needs_dz and _alters_gradient(args) else None
@@ -144,7 +150,7 @@ class TritonBackend(Backend):
         num_rows = plan.grid[1]
         rows = sums if num_rows == 1 else sums.new_empty(num_rows * 2 * num_channels)
         tensors = (*_backward_operands(dy, x, args, stats, geometry), dz, rows)
-        statics = (*plan.shape, _code(args.act), plan.num_warps)
+        statics = (plan.shape, _code(args.act), plan.num_warps)
         launch(reductions.grad_sums_kernel, plan.grid, tensors, plan.sizes, statics)
         if num_rows > 1:
             (*at_once, _, warps), grid = _merge_plan(num_rows, 2 * num_channels)
@@ -161,23 +167,22 @@ class TritonBackend(Backend):
         if args.x.numel() == 0:
             return torch.empty_like(args.x)
         geometry = geometry_of(args.x)
-        x = _dense(args.x, geometry)
+        x, plan = _dense(args.x, geometry), geometry.elementwise
+        dx = torch.empty_like(x)
         operands = _backward_operands(dy, x, args, stats, geometry)
-        operands = (*operands, gathered.contiguous(), stats.total)
-        dx, kernel = torch.empty_like(x), elementwise.finish_backward_kernel
-        return _run(kernel, operands, dx, geometry.elementwise, args.act, len(gathered))
+        tensors = (*operands, gathered.contiguous(), stats.total, dx)
+        numbers = (len(gathered), *plan.sizes)
+        statics = (plan.shape, _code(args.act), plan.num_warps)
+        launch(elementwise.finish_backward_kernel, plan.grid, tensors, numbers, statics)
+        return dx
 
     def grad_residual(self, dy: Tensor, args: NormArgs, stats: AnyStatistics) -> Tensor:
-        """The gradient of the residual; dy itself where no activation and no mask intervene."""
+        """The gradient of the residual; a reduction gives it, as few passes need nothing else."""
         if not _alters_gradient(args):
             return dy
-        if args.x.numel() == 0:
-            return torch.empty_like(args.x, dtype=dy.dtype)
-        geometry = geometry_of(args.x)
-        x = _dense(args.x, geometry)
-        operands = _backward_operands(dy, x, args, stats, geometry)
-        dz, kernel = torch.empty_like(x, dtype=dy.dtype), elementwise.grad_residual_kernel
-        return _run(kernel, operands, dz, geometry.elementwise, args.act)
+        _, dz = self.local_grad_sums(dy, args, stats, needs_dz=True)
+        assert dz is not None
+        return dz
 
     def empty_bits(self, args: NormArgs) -> Tensor | None:
         """Memory for `args.bits`, where act' takes two values and is known from y."""
@@ -200,28 +205,11 @@ def _merge_and_normalize(
     tensors = (gathered, *stats, *moved, x, *affine, *_forward_operands(args, geometry), y)
     numbers = (*_split(args.eps), *_split(momentum or 0.0), num_rows, *plan.sizes)
     at_once = min(RANKS_AT_ONCE, triton.next_power_of_2(num_rows))
-    statics = (*plan.shape, _code(args.act), at_once, at_once >= num_rows, plan.num_warps)
+    statics = (plan.shape, _code(args.act), at_once, at_once >= num_rows, plan.num_warps)
     launch(statistics.finish_forward_kernel, plan.grid, tensors, numbers, statics)
+    if running is not None:
+        increment_version([t for t in running[:3] if t is not None])
     return y, stats
-
-
-def _run(
-    kernel: Any,
-    operands: tuple[Tensor | None, ...],
-    result: Tensor,
-    plan: TilePlan,
-    act: str | None,
-    *numbers: int,
-) -> Tensor:
-    """`result`, filled by an elementwise kernel."""
-    statics = (*plan.shape, _code(act), plan.num_warps)
-    launch(kernel, plan.grid, (*operands, result), (*numbers, *plan.sizes), statics)
-    return result
-
-
-def _statistics_of(x: Tensor) -> tuple[int, torch.dtype]:
-    """How many channels `x` has, and the dtype of its statistics."""
-    return x.shape[1], stats_dtype(x.dtype)
 
 
 def _empty_statistics(num_channels: int, like: Tensor) -> Statistics:
@@ -229,20 +217,6 @@ def _empty_statistics(num_channels: int, like: Tensor) -> Statistics:
     total = torch.empty((), dtype=torch.float64, device=like.device)
     mean, var, invstd = (like.new_empty(num_channels) for _ in range(3))
     return Statistics(total, mean, var, invstd)
-
-
-def _contiguous(running: Running) -> bool:
-    return running.mean.is_contiguous() and running.var.is_contiguous()
-
-
-def _moves_by_channel(running: Running) -> bool:
-    """Whether each program may move its own channels: their weight is known before the batches are counted."""
-    return _contiguous(running) and running.momentum is not None
-
-
-def _mark_updated(running: Running) -> None:
-    """Tell autograd that a kernel has written the running statistics: what it saved of them is stale."""
-    increment_version([t for t in running[:3] if t is not None])
 
 
 def _alters_gradient(args: NormArgs) -> bool:

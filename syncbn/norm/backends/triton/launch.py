@@ -43,28 +43,33 @@ def launch(
     """
     first = tensors[0]
     assert first is not None
-    device = first.device.index
-    if device is None or device != torch.cuda.current_device():  # None: the interpreter's
-        with torch.cuda.device_of(first):
-            _launch_by_triton(kernel, grid, tensors, numbers, statics)
-        return
-    addresses = _addresses(tensors, device) if _direct and max(numbers) < 2**31 else None
+    device, addresses, key = first.device.index, None, None
     if (
-        addresses is None
-        or knobs.runtime.launch_enter_hook.calls
-        or knobs.runtime.launch_exit_hook.calls
+        _direct
+        and device is not None  # the interpreter's
+        and device == torch.cuda.current_device()
+        and max(numbers) < 2**31
+        and not knobs.runtime.launch_enter_hook.calls
+        and not knobs.runtime.launch_exit_hook.calls
     ):
-        _launch_by_triton(kernel, grid, tensors, numbers, statics)
-        return
-    key = (kernel.fn, device, statics, *[None if t is None else t.dtype for t in tensors])
-    code = _compiled.get(key)
-    if code is None:
-        _compiled[key] = _launch_by_triton(kernel, grid, tensors, numbers, statics)
-        return
-    stream = driver.active.get_current_stream(device)  # pyright: ignore[reportAttributeAccessIssue]
-    where, no_hooks = (*grid, 1, stream), (None, None, None)
-    function = (code.function, code.packed_metadata)
-    code.run(*where, *function, *no_hooks, *addresses, *numbers, *statics[:-1])
+        addresses = _addresses(tensors, device)
+    if addresses is not None:
+        key = (kernel.fn, device, statics, *[None if t is None else t.dtype for t in tensors])
+        code = _compiled.get(key)
+        if code is not None:
+            stream = driver.active.get_current_stream(device)  # pyright: ignore[reportAttributeAccessIssue]
+            where, no_hooks = (*grid, 1, stream), (None, None, None)
+            function = (code.function, code.packed_metadata)
+            code.run(*where, *function, *no_hooks, *addresses, *numbers, *statics[:-1])
+            return
+    *constants, num_warps = statics
+    arguments = (*tensors, *numbers, *constants)
+    # Without fused multiply-adds backward computes the z that forward computed, whatever else its kernel does, so that
+    # both are on the same side of a kink; these kernels wait for memory, not for arithmetic.
+    with torch.cuda.device_of(first):
+        compiled = kernel[grid](*arguments, num_warps=num_warps, enable_fp_fusion=False)
+    if key is not None:
+        _compiled[key] = compiled
 
 
 def _addresses(tensors: tuple[Tensor | None, ...], device: int) -> list[int] | None:
@@ -79,20 +84,3 @@ def _addresses(tensors: tuple[Tensor | None, ...], device: int) -> list[int] | N
             combined |= address
         addresses.append(address)
     return addresses if combined % ALIGNMENT == 0 else None
-
-
-def _launch_by_triton(
-    kernel: Any,
-    grid: tuple[int, int],
-    tensors: tuple[Tensor | None, ...],
-    numbers: tuple[int | float, ...],
-    statics: tuple[Any, ...],
-) -> Any:
-    """Triton's own launch; returns what it compiled.
-
-    Without fused multiply-adds backward computes the z that forward computed, whatever else its kernel does, so that
-    both are on the same side of a kink; these kernels wait for memory, not for arithmetic.
-    """
-    *constants, num_warps = statics
-    arguments = (*tensors, *numbers, *constants)
-    return kernel[grid](*arguments, num_warps=num_warps, enable_fp_fusion=False)

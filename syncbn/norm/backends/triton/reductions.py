@@ -1,4 +1,4 @@
-# pyright: reportArgumentType=false, reportAssignmentType=false, reportGeneralTypeIssues=false, reportReturnType=false, reportOperatorIssue=false
+# pyright: reportArgumentType=false, reportAssignmentType=false, reportAttributeAccessIssue=false, reportGeneralTypeIssues=false, reportReturnType=false, reportOperatorIssue=false
 """Reductions over an input in Triton: moments forward, gradient sums backward.
 
 Each program reduces its share of the positions to one row of a table, and a second small kernel merges or adds the rows
@@ -9,19 +9,17 @@ row is the result.
 import triton
 import triton.language as tl
 
-from syncbn.norm.backends.triton.elementwise import grad_before_act
+from syncbn.norm.backends.triton.elementwise import load_dz
 from syncbn.norm.backends.triton.statistics import merged, store_packed
 from syncbn.norm.backends.triton.tiles import (
     SIZES,
-    aligned,
+    Program,
     coefficients,
     load_tile,
-    locate,
-    position_mask,
     program_channels,
-    program_steps,
     store_tile,
-    tile_offsets,
+    this_program,
+    tile_of,
 )
 
 POOR = tl.constexpr(16.0)
@@ -39,10 +37,7 @@ def moments_kernel(
     S: tl.tensor,
     steps: tl.tensor,
     steps_per_program: tl.tensor,
-    K: tl.constexpr,
-    P: tl.constexpr,
-    VECTOR: tl.constexpr,
-    CHANNELS_LAST: tl.constexpr,
+    SHAPE: tl.constexpr,
     DTYPE: tl.constexpr,
 ) -> None:
     """One row of packed moments a program: sums of deviations from a shift, and of their squares.
@@ -50,32 +45,17 @@ def moments_kernel(
     The shift is the mean of the program's first tile. Where that is far from the mean, because the tile holds few
     values or unlike ones, the program reads its steps again with the mean that it found as the shift.
     """
-    C, S = aligned(C, S, VECTOR, CHANNELS_LAST)
-    first, last = program_steps(steps, steps_per_program)
-    channel, valid = program_channels(C, K)
-    shift = tl.zeros((K,), DTYPE)
-    count, shift, offset, M2 = _deviations(
-        x_ptr, mask_ptr, shift, True, valid, first, last, C, S, K, P, CHANNELS_LAST, DTYPE
-    )
+    program = this_program(C, S, steps, steps_per_program, SHAPE)
+    shift = tl.zeros(program.channel.shape, DTYPE)
+    count, shift, offset, M2 = _deviations(x_ptr, mask_ptr, shift, True, program, SHAPE, DTYPE)
     poor = offset * offset * count.to(DTYPE) > POOR * M2
-    if tl.sum((poor & valid).to(tl.int32), 0) > 0:
+    if tl.sum((poor & program.valid).to(tl.int32), 0) > 0:
         _, shift, offset, M2 = _deviations(
-            x_ptr,
-            mask_ptr,
-            shift + offset,
-            False,
-            valid,
-            first,
-            last,
-            C,
-            S,
-            K,
-            P,
-            CHANNELS_LAST,
-            DTYPE,
+            x_ptr, mask_ptr, shift + offset, False, program, SHAPE, DTYPE
         )
     mean = shift.to(tl.float64) + offset.to(tl.float64)
-    store_packed(rows_ptr + tl.program_id(1) * (2 + 2 * C), count, mean, M2, channel, valid, C)
+    row_ptr = rows_ptr + tl.program_id(1) * (2 + 2 * program.C)
+    store_packed(row_ptr, count, mean, M2, program.channel, program.valid, program.C)
 
 
 @triton.jit
@@ -84,14 +64,8 @@ def _deviations(
     mask_ptr: tl.tensor | None,
     shift: tl.tensor,
     FIND: tl.constexpr,
-    valid: tl.tensor,
-    first: tl.tensor,
-    last: tl.tensor,
-    C: tl.tensor,
-    S: tl.tensor,
-    K: tl.constexpr,
-    P: tl.constexpr,
-    CHANNELS_LAST: tl.constexpr,
+    program: Program,
+    SHAPE: tl.constexpr,
     DTYPE: tl.constexpr,
 ) -> tuple[tl.tensor, tl.tensor, tl.tensor, tl.tensor]:
     """The count of a program's steps, the shift, and per channel the mean's distance from the shift, and M2.
@@ -99,20 +73,18 @@ def _deviations(
     FIND takes the mean of the first tile that holds a value as the shift. There is one sum for each place in a tile,
     and they are added across threads once, at the end.
     """
-    offsets = tile_offsets(C, S, K, P, CHANNELS_LAST)
     count = tl.full((), 0, tl.int64)
-    sums = tl.zeros((K, P), DTYPE)
-    squares = tl.zeros((K, P), DTYPE)
-    for step in tl.range(first, last, loop_unroll_factor=UNROLL):
-        origin, position, remaining, _ = locate(step, C, S, K, P, CHANNELS_LAST)
-        keep = position_mask(mask_ptr, position, remaining, P)
-        live = valid[:, None] & keep[None, :]
-        x = load_tile(x_ptr + origin, offsets, live, DTYPE, False)
-        new = tl.minimum(remaining, P) if mask_ptr is None else tl.sum(keep.to(tl.int32), 0)
+    sums = tl.zeros(program.offsets.shape, DTYPE)
+    squares = tl.zeros(program.offsets.shape, DTYPE)
+    for step in tl.range(program.first, program.last, loop_unroll_factor=UNROLL):
+        tile = tile_of(step, program, mask_ptr, SHAPE)
+        x = load_tile(x_ptr, tile, DTYPE, False)
+        keep = tile.keep.to(tl.int32)
+        new = tl.minimum(tile.remaining, SHAPE.P) if mask_ptr is None else tl.sum(keep, 0)
         if FIND:  # noqa: SIM102
             if count == 0:
                 shift = tl.sum(x, 1) / tl.maximum(new, 1).to(DTYPE)
-        deviation = tl.where(live, x - shift[:, None], 0.0)
+        deviation = tl.where(tile.live, x - shift[:, None], 0.0)
         sums += deviation
         squares += deviation * deviation
         count += new.to(tl.int64)
@@ -140,59 +112,42 @@ def grad_sums_kernel(
     S: tl.tensor,
     steps: tl.tensor,
     steps_per_program: tl.tensor,
-    K: tl.constexpr,
-    P: tl.constexpr,
-    VECTOR: tl.constexpr,
-    CHANNELS_LAST: tl.constexpr,
+    SHAPE: tl.constexpr,
     ACT: tl.constexpr,
 ) -> None:
     """One row a program: C sums of dz, then C sums of dz * xhat; and dz itself, unless `dz_ptr` is None.
 
     Masked values are loaded as 0 and add 0.
     """
-    C, S = aligned(C, S, VECTOR, CHANNELS_LAST)
-    first, last = program_steps(steps, steps_per_program)
-    channel, valid = program_channels(C, K)
-    offsets = tile_offsets(C, S, K, P, CHANNELS_LAST)
-    mean, invstd, scale, bias = coefficients(
-        mean_ptr, invstd_ptr, weight_ptr, bias_ptr, channel, valid
-    )
-    sum_dz = tl.zeros((K, P), mean.dtype)
-    sum_dz_centred = tl.zeros((K, P), mean.dtype)
+    program = this_program(C, S, steps, steps_per_program, SHAPE)
+    given = coefficients(mean_ptr, invstd_ptr, weight_ptr, bias_ptr, program)
+    sum_dz = tl.zeros(program.offsets.shape, given.mean.dtype)
+    sum_dz_centred = tl.zeros(program.offsets.shape, given.mean.dtype)
     # a residual's bits and gradient need the registers
     TILES: tl.constexpr = UNROLL if ACT == 0 else 1
-    for step in tl.range(first, last, loop_unroll_factor=TILES):
-        origin, position, remaining, row = locate(step, C, S, K, P, CHANNELS_LAST)
-        live = valid[:, None] & position_mask(mask_ptr, position, remaining, P)[None, :]
-        dy = load_tile(dy_ptr + origin, offsets, live, mean.dtype, False)
-        centred = load_tile(x_ptr + origin, offsets, live, mean.dtype, False) - mean
-        dz = grad_before_act(
-            dy,
-            centred,
-            scale,
-            bias,
+    for step in tl.range(program.first, program.last, loop_unroll_factor=TILES):
+        tile = tile_of(step, program, mask_ptr, SHAPE)
+        dz, centred = load_dz(
+            dy_ptr,
+            x_ptr,
+            given,
             residual_ptr,
             output_ptr,
             bits_ptr,
-            origin,
-            offsets,
-            live,
-            row,
-            remaining,
-            C,
-            S,
-            K,
-            P,
-            CHANNELS_LAST,
+            program,
+            tile,
+            SHAPE,
+            False,
             ACT,
         )
         sum_dz += dz
         sum_dz_centred += dz * centred
         if dz_ptr is not None:
-            store_tile(dz_ptr + origin, offsets, dz, valid, remaining, P)
-    row_ptr = rows_ptr + tl.program_id(1) * 2 * C + channel
-    tl.store(row_ptr, tl.sum(sum_dz, 1), mask=valid)
-    tl.store(row_ptr + C, tl.sum(sum_dz_centred, 1) * tl.sum(invstd, 1), mask=valid)
+            store_tile(dz_ptr, tile, dz)
+    row_ptr = rows_ptr + tl.program_id(1) * 2 * program.C + program.channel
+    tl.store(row_ptr, tl.sum(sum_dz, 1), mask=program.valid)
+    sum_dz_xhat = tl.sum(sum_dz_centred, 1) * tl.sum(given.invstd, 1)
+    tl.store(row_ptr + program.C, sum_dz_xhat, mask=program.valid)
 
 
 @triton.jit(do_not_specialize=SIZES)

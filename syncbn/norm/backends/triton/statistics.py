@@ -12,10 +12,10 @@ import triton.language as tl
 from syncbn.norm.backends.triton.elementwise import normalize_steps
 from syncbn.norm.backends.triton.tiles import (
     SIZES,
-    aligned,
+    Coefficients,
     coefficient,
     program_channels,
-    program_steps,
+    this_program,
 )
 from syncbn.norm.moments import LOW_BITS as MOMENTS_LOW_BITS
 
@@ -96,6 +96,37 @@ def merged(
     return tl.sum(total, 0), mean, M2
 
 
+@triton.jit
+def merge_ranks(
+    packed_ptr: tl.tensor,
+    mean_ptr: tl.tensor,
+    var_ptr: tl.tensor,
+    invstd_ptr: tl.tensor,
+    eps_high: tl.tensor,
+    eps_low: tl.tensor,
+    W: tl.tensor,
+    C: tl.tensor,
+    ROWS: tl.constexpr,
+    K: tl.constexpr,
+    ONCE: tl.constexpr,
+) -> tuple[tl.tensor, tl.tensor, tl.tensor, tl.tensor]:
+    """Total, means, variances and inverse standard deviations of W rows of packed moments.
+
+    The first of the programs that share channels stores all but the total.
+    """
+    channel, valid = program_channels(C, K)
+    total, mean, M2 = merged(packed_ptr, W, C, ROWS, K, ONCE)
+    var = M2 / tl.maximum(total, 1.0)
+    invstd = 1 / tl.sqrt(var + eps_high + eps_low)
+    dtype: tl.constexpr = mean_ptr.dtype.element_ty
+    mean, var, invstd = mean.to(dtype), var.to(dtype), invstd.to(dtype)
+    if tl.program_id(1) == 0:
+        tl.store(mean_ptr + channel, mean, mask=valid)
+        tl.store(var_ptr + channel, var, mask=valid)
+        tl.store(invstd_ptr + channel, invstd, mask=valid)
+    return total, mean, var, invstd
+
+
 @triton.jit(do_not_specialize=SIZES)
 def merge_kernel(
     packed_ptr: tl.tensor,
@@ -111,30 +142,12 @@ def merge_kernel(
     K: tl.constexpr,
     ONCE: tl.constexpr,
 ) -> None:
-    """The total, means, variances and inverse standard deviations of W rows of packed moments."""
-    channel, valid = program_channels(C, K)
-    total, mean, M2 = merged(packed_ptr, W, C, ROWS, K, ONCE)
-    var = M2 / tl.maximum(total, 1.0)
-    invstd = 1 / tl.sqrt(var + eps_high + eps_low)
+    """The statistics of W rows of packed moments."""
+    total, _, _, _ = merge_ranks(
+        packed_ptr, mean_ptr, var_ptr, invstd_ptr, eps_high, eps_low, W, C, ROWS, K, ONCE
+    )
     if tl.program_id(0) == 0:
         tl.store(total_ptr, total)
-    _store_statistics(mean_ptr, var_ptr, invstd_ptr, mean, var, invstd, channel, valid)
-
-
-@triton.jit
-def _store_statistics(
-    mean_ptr: tl.tensor,
-    var_ptr: tl.tensor,
-    invstd_ptr: tl.tensor,
-    mean: tl.tensor,
-    var: tl.tensor,
-    invstd: tl.tensor,
-    channel: tl.tensor,
-    valid: tl.tensor,
-) -> None:
-    tl.store(mean_ptr + channel, mean, mask=valid)
-    tl.store(var_ptr + channel, var, mask=valid)
-    tl.store(invstd_ptr + channel, invstd, mask=valid)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -163,10 +176,7 @@ def finish_forward_kernel(
     S: tl.tensor,
     steps: tl.tensor,
     steps_per_program: tl.tensor,
-    K: tl.constexpr,
-    P: tl.constexpr,
-    VECTOR: tl.constexpr,
-    CHANNELS_LAST: tl.constexpr,
+    SHAPE: tl.constexpr,
     ACT: tl.constexpr,
     ROWS: tl.constexpr,
     ONCE: tl.constexpr,
@@ -176,16 +186,14 @@ def finish_forward_kernel(
     Each program merges the moments of its own channels, which is little work and saves two launches; the first of those
     that share channels stores the statistics.
     """
-    C, S = aligned(C, S, VECTOR, CHANNELS_LAST)
-    first, last = program_steps(steps, steps_per_program)
-    channel, valid = program_channels(C, K)
-    total, mean, M2 = merged(packed_ptr, W, C, ROWS, K, ONCE)
-    var = M2 / tl.maximum(total, 1.0)
-    invstd = 1 / tl.sqrt(var + eps_high + eps_low)
-    dtype: tl.constexpr = mean_ptr.dtype.element_ty
-    mean, invstd = mean.to(dtype), invstd.to(dtype)
+    program = this_program(C, S, steps, steps_per_program, SHAPE)
+    channel, valid = program.channel, program.valid
+    C = program.C
+    K: tl.constexpr = SHAPE.K
+    total, mean, var, invstd = merge_ranks(
+        packed_ptr, mean_ptr, var_ptr, invstd_ptr, eps_high, eps_low, W, C, ROWS, K, ONCE
+    )
     if tl.program_id(1) == 0:
-        _store_statistics(mean_ptr, var_ptr, invstd_ptr, mean, var, invstd, channel, valid)
         seen = (total > 0).to(tl.float64)
         if tl.program_id(0) == 0:
             tl.store(total_ptr, total)
@@ -194,31 +202,13 @@ def finish_forward_kernel(
                 tl.store(num_batches_tracked_ptr, batches)
         if running_mean_ptr is not None:
             factor = seen * momentum_high + seen * momentum_low
-            bessel = _bessel(total)
+            unbiased = var.to(tl.float64) * _bessel(total)
             _move(running_mean_ptr + channel, mean.to(tl.float64), factor, valid)
-            unbiased = var.to(dtype).to(tl.float64) * bessel
             _move(running_var_ptr + channel, unbiased, factor, valid)
-    scale = invstd[:, None] * coefficient(weight_ptr, channel, valid, 1.0, dtype)
-    bias = coefficient(bias_ptr, channel, valid, 0.0, dtype)
-    normalize_steps(
-        x_ptr,
-        mean[:, None],
-        scale,
-        bias,
-        residual_ptr,
-        mask_ptr,
-        bits_ptr,
-        y_ptr,
-        C,
-        S,
-        first,
-        last,
-        valid,
-        K,
-        P,
-        CHANNELS_LAST,
-        ACT,
-    )
+    scale = invstd[:, None] * coefficient(weight_ptr, program, 1.0, mean.dtype)
+    bias = coefficient(bias_ptr, program, 0.0, mean.dtype)
+    given = Coefficients(mean[:, None], invstd[:, None], scale, bias)
+    normalize_steps(x_ptr, given, residual_ptr, mask_ptr, bits_ptr, y_ptr, program, SHAPE, ACT)
 
 
 @triton.jit(do_not_specialize=SIZES)

@@ -49,19 +49,28 @@ runs gain nothing (128 values instead of 64: up to 1.4 times slower), and shorte
 end."""
 
 
+class TileShape(NamedTuple):
+    """A tile of K channels x P positions; VECTOR divides the size of the axis that is adjacent in memory."""
+
+    K: int
+    P: int
+    VECTOR: int
+    CHANNELS_LAST: bool
+
+
 class TilePlan(NamedTuple):
     """How one launch covers an input.
 
     Attributes:
         grid: blocks of channels, and programs for each.
         sizes: the last numbers of every kernel that walks tiles: C, S, steps, steps of a program.
-        shape: its first statics: tile height K and width P, VECTOR, CHANNELS_LAST.
+        shape: its first static.
         num_warps: of a program.
     """
 
     grid: tuple[int, int]
     sizes: tuple[int, int, int, int]
-    shape: tuple[int, int, int, bool]
+    shape: TileShape
     num_warps: int
 
 
@@ -131,7 +140,7 @@ def tile_plan(
     return TilePlan(
         grid=(blocks, triton.cdiv(steps, steps_per_program)),
         sizes=(num_channels, num_positions, steps, steps_per_program),
-        shape=(height, width, vector, channels_last),
+        shape=TileShape(height, width, vector, channels_last),
         num_warps=tuning.num_warps,
     )
 

@@ -69,14 +69,14 @@ class Group(Members):
         self._run(dist.all_gather_into_tensor, gathered, values)
         return gathered.view(ranks, size)
 
-    def told(self, own: bytes) -> list[bytes]:
+    def all_tell(self, own: bytes) -> list[bytes]:
         """What every rank tells, each as many bytes as `own`."""
         gathered = self.all_gather(torch.frombuffer(bytearray(own), dtype=torch.uint8))
         return [bytes(row) for row in gathered.tolist()]
 
-    def agree(self, holds: bool) -> bool:
+    def all_agree(self, holds: bool) -> bool:
         """Whether something holds on every rank."""
-        return b"\0" not in self.told(bytes([holds]))
+        return b"\0" not in self.all_tell(bytes([holds]))
 
     def all_reduce(self, values: Tensor) -> Tensor:
         """The sum of every rank's `values`, in place, the same bits on each."""

@@ -113,10 +113,10 @@ class SharedMemory:
         descriptor = _make(size, secret) if group.rank == 0 and willing else None
         try:
             path = "" if descriptor is None else f"/proc/{os.getpid()}/fd/{descriptor}"
-            offer = group.told((secret + path.encode()).ljust(_OFFER_BYTES, b"\0"))[0]
+            offer = group.all_tell((secret + path.encode()).ljust(_OFFER_BYTES, b"\0"))[0]
             secret, path = offer[:_SECRET_BYTES], offer[_SECRET_BYTES:].rstrip(b"\0").decode()
             memory = _map(Path(path), size, secret) if path and willing else None
-            agreed = group.agree(memory is not None)
+            agreed = group.all_agree(memory is not None)
         finally:
             if descriptor is not None:
                 os.close(descriptor)

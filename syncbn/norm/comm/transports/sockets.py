@@ -87,11 +87,11 @@ class Sockets:
         secret, made = os.urandom(SECRET_BYTES), None
         with (_listener() if willing else None) or nullcontext() as listener:
             host, port = listener.getsockname()[:2] if listener else ("", 0)
-            told = group.told(_OFFER.pack(port, host.encode(), secret))
+            told = group.all_tell(_OFFER.pack(port, host.encode(), secret))
             offers = [_OFFER.unpack(offer) for offer in told]
             if listener and all(port for port, _, _ in offers):
                 made = _made(listener, offers, group.rank)
-            agreed = group.agree(made is not None)
+            agreed = group.all_agree(made is not None)
         if agreed and made is not None:
             return cls(made, group)
         close(made or {})

@@ -6,6 +6,8 @@
 
 #include <string.h>
 
+#include <algorithm>
+
 namespace syncbn {
 namespace {
 
@@ -20,48 +22,18 @@ constexpr int64_t FOLDED_COLUMNS = 128;         // about the columns of a row of
 int64_t divided_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // Run f(0), ..., f(tasks - 1).
-template <class F> void parallel_for(int64_t tasks, int threads, const F& f) {
+template <class F> void parallel_for(int64_t tasks, int64_t threads, const F& f) {
   if (threads <= 1 || tasks <= 1) {
     for (int64_t task = 0; task < tasks; ++task) f(task);
     return;
   }
-#pragma omp parallel for num_threads(threads) schedule(static)
+#pragma omp parallel for num_threads(int(threads)) schedule(static)
   for (int64_t task = 0; task < tasks; ++task) f(task);
 }
 
-int useful_threads(const Plan& plan, int threads) { return plan.values() < SERIAL_VALUES ? 1 : threads; }
+int64_t useful_threads(const Plan& plan, int64_t threads) { return plan.values() < SERIAL_VALUES ? 1 : threads; }
 
-// The tiles of a reduction: `parts` ranges of rows times `chunks` ranges of channels or columns.
-class Tiling {
- public:
-  Tiling(const Plan& plan, Window window)
-      : rows_(plan.rows()), rows_step_(plan.planes ? 1 : BLOCK_ROWS), window_(window),
-        channels_step_(plan.planes ? tile_channels(plan.size) : 0) {
-    const int64_t step = plan.planes ? channels_step_ : CHUNK_COLUMNS, steps = divided_up(rows_, rows_step_);
-    const int64_t wanted = plan.planes ? divided_up(MAX_PARTS, divided_up(plan.width(), step)) : MAX_PARTS;
-    chunks = divided_up(window.end - window.begin, step);
-    parts = steps < wanted ? steps : wanted;
-  }
-  Tile tile(int64_t part, int64_t chunk) const { return {row(part), row(part + 1), column(chunk), column(chunk + 1)}; }
-  int64_t parts, chunks;
-
- private:
-  // At a multiple of a block's rows, so that only the last block is shorter.
-  int64_t row(int64_t part) const {
-    const int64_t row = divided_up(rows_, rows_step_) * part / parts * rows_step_;
-    return row < rows_ ? row : rows_;
-  }
-  int64_t column(int64_t chunk) const {
-    const int64_t width = window_.end - window_.begin, next = channels_step_ * chunk;
-    if (!channels_step_) return window_.begin + width * chunk / chunks;
-    return window_.begin + (next < width ? next : width);
-  }
-  int64_t rows_, rows_step_;
-  Window window_;
-  int64_t channels_step_;
-};
-
-// Run a args over the remainder as one row, padded to a vector, in storage of its own.
+// Run `args` over the remainder as one row, padded to a vector, in storage of its own.
 void run_remainder(KernelArgs args, const Plan& plan, double* first, double* second) {
   const size_t skip = size_t(plan.rows() * args.size * plan.item), bytes = size_t(plan.remainder() * plan.item);
   char storage[4][FOLDED_COLUMNS * 8];
@@ -81,25 +53,15 @@ void run_remainder(KernelArgs args, const Plan& plan, double* first, double* sec
   if (out) memcpy((char*)out + skip, storage[3], bytes);
 }
 
-// Four rows at a time load coefficients less often, which is faster while all values lie in a cache. From memory they are
-// four streams; one stream is faster, unless the row's coefficients fill the first-level cache.
-bool streamed(const Plan& plan) {
-  const int64_t row_bytes = plan.width() * plan.item;
-  return plan.rows() * row_bytes >= STREAMED_BYTES && row_bytes >= 256 && row_bytes < 4096;
-}
-
-// Whether the result is larger than what stays in a cache, and its rows are whole lines.
-bool past_cache(const KernelArgs& args, const Plan& plan) {
-  const bool lines = uintptr_t(args.out) % 64 == 0 && args.size * plan.item % 64 == 0;
-  return lines && plan.values() * plan.item >= STREAMED_BYTES;
-}
-
 // The args with the rows of `plan`.
 KernelArgs with_rows(KernelArgs args, const Plan& plan) {
   args.planes = plan.planes;
   args.channels = plan.channels;
   args.size = plan.planes ? plan.size : plan.width();
-  args.streamed = streamed(plan);
+  // Four rows at a time load coefficients less often, which is faster while all values lie in a cache. From memory they
+  // are four streams; one stream is faster, unless the row's coefficients fill the first-level cache.
+  const int64_t row_bytes = plan.width() * plan.item;
+  args.streamed = plan.rows() * row_bytes >= STREAMED_BYTES && row_bytes >= 256 && row_bytes < 4096;
   return args;
 }
 
@@ -112,41 +74,49 @@ Plan::Plan(Dtype dtype, int64_t samples, int64_t channels, int64_t size)
   if (!planes && row < FOLDED_COLUMNS / 2) fold = divided_up(FOLDED_COLUMNS, row);
 }
 
-Partials reduce(KernelArgs args, const Plan& plan, int threads, Window window) {
+Partials reduce(KernelArgs args, const Plan& plan, int64_t threads, Window window) {
   args = with_rows(args, plan);
-  const Tiling tiling(plan, window);
-  const int64_t width = window.end - window.begin;
+  const int64_t width = window.end - window.begin, rows = plan.rows();
+  const int64_t unit = plan.planes ? tile_channels(plan.size) : CHUNK_COLUMNS, chunks = divided_up(width, unit);
+  const auto column = [&](int64_t chunk) {
+    return window.begin + (plan.planes ? std::min(unit * chunk, width) : width * chunk / chunks);
+  };
+  // parts of whole blocks, so that only the last block is shorter
+  const int64_t block = plan.planes ? 1 : BLOCK_ROWS, blocks = divided_up(rows, block);
+  const int64_t wanted = plan.planes ? divided_up(MAX_PARTS, divided_up(plan.width(), unit)) : MAX_PARTS;
+  const int64_t parts = std::min(blocks, wanted);
+  const auto row = [&](int64_t part) { return std::min(blocks * part / parts * block, rows); };
+
   Partials partials;
-  partials.storage.reset(new double[2 * (tiling.parts + 1) * width]());
-  const auto sums = [&](int64_t part) { return partials.storage.get() + 2 * part * width; };
-  parallel_for(tiling.parts * tiling.chunks, useful_threads(plan, threads), [&](int64_t task) {
-    const int64_t part = task / tiling.chunks;
-    const Tile tile = tiling.tile(part, task % tiling.chunks);
-    double* const first = sums(part) + tile.column_begin - window.begin;
-    kernel_for(args)(args, tile, first, first + width);
+  partials.storage.reset(new double[2 * (parts + 1) * width]());
+  const auto add_part = [&](double values, int64_t part_width) {
+    double* const first = partials.storage.get() + 2 * int64_t(partials.parts.size()) * width;
+    partials.parts.push_back({values, part_width, first, first + width});
+  };
+  for (int64_t part = 0; part < parts; ++part)
+    add_part(double(row(part + 1) - row(part)) * double(plan.planes ? plan.size : 1), width);
+  parallel_for(parts * chunks, useful_threads(plan, threads), [&](int64_t task) {
+    const int64_t part = task / chunks, chunk = task % chunks, skip = column(chunk) - window.begin;
+    const Partial& sums = partials.parts[part];
+    kernel_for(args)(args, {row(part), row(part + 1), column(chunk), column(chunk + 1)}, sums.first + skip, sums.second + skip);
   });
-  for (int64_t part = 0; part < tiling.parts; ++part) {
-    const Tile tile = tiling.tile(part, 0);
-    const double values = double(tile.row_end - tile.row_begin) * double(plan.planes ? plan.size : 1);
-    partials.parts.push_back({values, width, sums(part), sums(part) + width});
-  }
   if (plan.remainder()) {
-    double* const first = sums(tiling.parts);
-    run_remainder(args, plan, first, first + width);
-    partials.parts.push_back({1, plan.remainder(), first, first + width});
+    add_part(1, plan.remainder());
+    run_remainder(args, plan, partials.parts.back().first, partials.parts.back().second);
   }
   return partials;
 }
 
-void map(KernelArgs args, const Plan& plan, int threads, Window window) {
+void map(KernelArgs args, const Plan& plan, int64_t threads, Window window) {
   args = with_rows(args, plan);
-  args.past_cache = past_cache(args, plan);
+  const bool whole_lines = uintptr_t(args.out) % 64 == 0 && args.size * plan.item % 64 == 0;
+  args.past_cache = whole_lines && plan.values() * plan.item >= STREAMED_BYTES;
   const bool narrow = plan.planes && window.end - window.begin < plan.channels;
   const int64_t rows = plan.planes && !narrow ? plan.samples * plan.channels : plan.rows();
   const int64_t tasks = useful_threads(plan, threads);
   const int64_t stretch = narrow ? 1 : divided_up(STRETCH_BYTES, args.size * plan.item);
   const Kernel kernel = kernel_for(args);
-  parallel_for(tasks, int(tasks), [&](int64_t task) {
+  parallel_for(tasks, tasks, [&](int64_t task) {
     const int64_t begin = rows * task / tasks;
     // backwards: the rows that the pass before read last are still in the cache
     for (int64_t end = rows * (task + 1) / tasks; end > begin; end -= stretch) {
@@ -158,7 +128,7 @@ void map(KernelArgs args, const Plan& plan, int threads, Window window) {
   if (plan.remainder()) run_remainder(args, plan, nullptr, nullptr);
 }
 
-void each_window(const Plan& plan, int tensors, int threads, const std::function<void(Window, int)>& f) {
+void each_window(const Plan& plan, int tensors, int64_t threads, const std::function<void(Window, int64_t)>& f) {
   threads = useful_threads(plan, threads);
   const Window all = {0, plan.width()};
   const int64_t unit = plan.planes ? tile_channels(plan.size) : 1, width = all.end / unit;

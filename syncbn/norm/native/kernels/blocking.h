@@ -48,7 +48,7 @@ struct Plan {
 struct Partial {
   double count;
   int64_t width;
-  const double *first, *second;
+  double *first, *second;
 };
 
 struct Partials {
@@ -58,13 +58,13 @@ struct Partials {
 
 // Sums over the input's `window`: one part for each range of rows in order, the remainder's last. Their bits do not depend
 // on the window; a window of planes begins and ends between tiles.
-Partials reduce(KernelArgs args, const Plan& plan, int threads, Window window);
+Partials reduce(KernelArgs args, const Plan& plan, int64_t threads, Window window);
 
 // Write args.out for the input's `window`.
-void map(KernelArgs args, const Plan& plan, int threads, Window window);
+void map(KernelArgs args, const Plan& plan, int64_t threads, Window window);
 
 // f(window, threads it may use) for windows whose values stay in a core's own cache from one pass to the next; both
 // passes read `tensors` tensors.
-void each_window(const Plan& plan, int tensors, int threads, const std::function<void(Window, int)>& f);
+void each_window(const Plan& plan, int tensors, int64_t threads, const std::function<void(Window, int64_t)>& f);
 
 }  // namespace syncbn

@@ -16,14 +16,14 @@
 
 namespace syncbn {
 
-enum Dtype : int { FLOAT32, FLOAT64, BFLOAT16, FLOAT16 };
+enum Dtype : int64_t { FLOAT32, FLOAT64, BFLOAT16, FLOAT16 };
 
-enum Act : int { IDENTITY, RELU, RELU6, LEAKY_RELU, SILU, HARDSWISH };
+enum Act : int64_t { IDENTITY, RELU, RELU6, LEAKY_RELU, SILU, HARDSWISH };
 
 // The third tensor of a pass: none, a term of z, or y, from which act'(z) follows.
-enum Extra : int { NOTHING, RESIDUAL, OUTPUT };
+enum Extra : int64_t { NOTHING, RESIDUAL, OUTPUT };
 
-enum Kind : int { MOMENTS, NORMALIZE, BACKWARD_SUMS, BACKWARD_INPUT, BACKWARD_RESIDUAL };
+enum Kind : int64_t { MOMENTS, NORMALIZE, BACKWARD_SUMS, BACKWARD_INPUT, BACKWARD_RESIDUAL };
 
 // Least values of a row, of planes or columns: the most lanes of a vector.
 constexpr int64_t MIN_SIZE = 16;
@@ -36,16 +36,16 @@ constexpr int64_t CHUNK_COLUMNS = 1024;
 struct KernelArgs {
   Kind kind;
   Dtype dtype;
-  bool planes;
-  int64_t channels, size;
-  bool streamed;  // element-wise passes over columns go row by row, else four rows at a time
-  bool past_cache;  // out is written past the caches; its rows are whole lines of 64 bytes
   Act act;
   Extra extra_is;
   const void *x, *dy, *extra;
   void* out;
   // Coefficients by channel (planes) or column, in the statistics' dtype.
   const void *mean, *scale, *bias, *slope, *offset;
+  bool planes;
+  int64_t channels, size;
+  bool streamed;  // element-wise passes over columns go row by row, else four rows at a time
+  bool past_cache;  // out is written past the caches; its rows are whole lines of 64 bytes
 };
 
 // A range of samples (reductions of planes) or rows, and of channels or columns; element-wise passes over planes take
@@ -57,7 +57,7 @@ struct Tile {
 // Reductions write two sums for each channel or column: mean and M2 for moments. Element-wise passes write args.out.
 using Kernel = void (*)(const KernelArgs&, const Tile&, double* first, double* second);
 
-// The kernel for a args on the best instruction set this processor has, and that of each instruction set.
+// The kernel for `args` on the best instruction set this processor has, and that of each instruction set.
 Kernel kernel_for(const KernelArgs&);
 Kernel kernel_base(const KernelArgs&);
 Kernel kernel_avx2(const KernelArgs&);

@@ -59,7 +59,7 @@ template <class Op> INLINE void add_row(const Op& op, const Coefficients<typenam
   using A = typename Op::A;
   constexpr int64_t lanes = Pack<A>::lanes;
   // two chains of additions hide their latency; local copies, because `total` could alias what op reads
-  Sums<A> sums = total, other = {zero<A>(), zero<A>()};
+  Sums<A> sums = total, other = {};
   const int64_t end = begin + size;
   int64_t i = begin;
   for (; i + 2 * lanes <= end; i += 2 * lanes) {
@@ -84,7 +84,7 @@ template <class Op> INLINE void add_row(const Op& op, const Coefficients<typenam
 template <class T> INLINE Statistics<T> sample_mean(const T* begin, int64_t size) {
   using A = Statistics<T>;
   constexpr int64_t lanes = Pack<A>::lanes;
-  Pack<A> sum = zero<A>();
+  Pack<A> sum = {};
   int64_t i = 0;
   for (; i + lanes <= size && i < 128; i += lanes) sum = sum + load(begin + i);
   return A(total(sum) / double(i));
@@ -105,7 +105,7 @@ template <class Op> INLINE void add_block(const Op& op, const Tile& tile, const 
   Sums<A> sums[MAX_TILE_CHANNELS];
   A shift[MAX_TILE_CHANNELS];
   for (int64_t c = 0; c < channels; ++c) {
-    sums[c] = {zero<A>(), zero<A>()};
+    sums[c] = {};
     shift[c] = moments ? sample_mean(op.x + first_of(block.row_begin, c), length) : source.mean[tile.column_begin + c];
   }
   for (int64_t row = block.row_begin; row < block.row_end; ++row)
@@ -176,7 +176,7 @@ template <int ROWS, class Op> INLINE void add_rows(const Op& op, const Source<ty
     const bool moments = is_moments<Op>;
     Coefficients<A> k = moments ? Coefficients<A>{} : source.columns(column);
     if (moments) k.mean = state.shift[p];
-    Sums<A> even = state.sums[p], odd = {zero<A>(), zero<A>()};
+    Sums<A> even = state.sums[p], odd = {};
 #pragma GCC unroll 4
     for (int r = 0; r < ROWS; ++r) {
       const int64_t i = (row + r) * op.args.size + column;
@@ -193,9 +193,9 @@ template <class Op> INLINE void start_block(const Op& op, int64_t row, int64_t r
   using A = typename Op::A;
   const int64_t sample = rows < 4 ? rows : 4;
   for (int64_t p = 0; p < chunk.vectors(); ++p) {
-    state.sums[p] = {zero<A>(), zero<A>()};
+    state.sums[p] = {};
     if (!is_moments<Op>) continue;
-    Pack<A> sum = zero<A>();
+    Pack<A> sum = {};
     for (int64_t r = 0; r < sample; ++r) sum = sum + load(op.x + (row + r) * op.args.size + chunk.column(p));
     state.shift[p] = sum * broadcast<A>(A(1) / A(sample));
   }

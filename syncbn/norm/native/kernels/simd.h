@@ -51,13 +51,8 @@ template <class A> INLINE Pack<A> operator*(const Pack<A>& a, const Pack<A>& b) 
 }
 
 template <class A> INLINE Pack<A> broadcast(A value) {
-  Pack<A> result;
-#pragma GCC unroll 4
-  for (int i = 0; i < Pack<A>::pieces; ++i) result.piece[i] = value - typename Pack<A>::Piece{};
-  return result;
+  return map<A>(LAMBDA(auto zero) { return value - zero; }, Pack<A>{});
 }
-
-template <class A> INLINE Pack<A> zero() { return broadcast<A>(0); }
 
 // A value of another type with the same bits.
 template <class To, class From> INLINE To bits_as(const From& from) {
@@ -190,15 +185,8 @@ template <class A> INLINE Pack<A> keep_last(const Pack<A>& value, int64_t count)
   using Bits = typename Pack<A>::Bits;
   static const Integer<A> keep[2 * 16] = {
       0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1};
-  const auto* from = keep + 16 - Pack<A>::lanes + count;
-  Pack<A> result;
-#pragma GCC unroll 4
-  for (int i = 0; i < Pack<A>::pieces; ++i) {
-    Bits bits;
-    __builtin_memcpy(&bits, from + i * (Pack<A>::lanes / Pack<A>::pieces), sizeof bits);
-    result.piece[i] = bits_as<typename Pack<A>::Piece>(bits_as<Bits>(value.piece[i]) & bits);
-  }
-  return result;
+  const Pack<A> mask = load((const A*)(keep + 16 - Pack<A>::lanes + count));
+  return map<A>(LAMBDA(auto u, auto v) { return bits_as<decltype(u)>(bits_as<Bits>(u) & bits_as<Bits>(v)); }, value, mask);
 }
 
 // The sum of all lanes in float64, by adding halves as vectors: a loop over lanes goes through memory and takes half the
@@ -209,15 +197,15 @@ template <class Half, class Whole> INLINE Half halved(const Whole& value) {
   __builtin_memcpy(half, &value, sizeof half);
   return half[0] + half[1];
 }
-typedef double Doubles2 __attribute__((vector_size(16)));
-typedef double Doubles4 __attribute__((vector_size(32)));
-typedef double Doubles8 __attribute__((vector_size(64)));
 INLINE double total(const Pack<double>& value) {
+  typedef double Doubles2 __attribute__((vector_size(16)));
+  typedef double Doubles4 __attribute__((vector_size(32)));
   const Doubles2 pair = halved<Doubles2>(halved<Doubles4>(value));
   return pair[0] + pair[1];
 }
 INLINE double total(const Pack<float>& value) {
   typedef float Floats8 __attribute__((vector_size(32)));
+  typedef double Doubles8 __attribute__((vector_size(64)));
   Floats8 half[2];
   __builtin_memcpy(half, &value, sizeof half);
   const Doubles8 sum = __builtin_convertvector(half[0], Doubles8) + __builtin_convertvector(half[1], Doubles8);
