@@ -139,6 +139,27 @@ def _saved_tensors_come_back_contiguous():
         yield
 
 
+@pytest.mark.world_size(1)
+@pytest.mark.parametrize("act", ["relu", "leaky_relu"])
+def test_a_gradient_in_another_dtype_is_taken_where_the_output_is_kept_as_bits(world_size, act):
+    def widened(dy):
+        dy.data = dy.data.double()
+
+    x, residual, dy = torch.randn(3, 3, 8, 4, 4).unbind()
+    gradients = []
+    for hook in (None, widened):
+        operands = [values.clone().requires_grad_() for values in (x, residual)]
+        with launches() as names:
+            y = syncbn.SyncBatchNorm(8, act=act)(operands[0], residual=operands[1])
+            if hook is not None:
+                y.register_hook(hook)
+            y.clone().backward(dy)
+        assert ("finish_backward" in names) is (hook is None)
+        gradients.append([values.grad for values in operands])
+    for got, expected in zip(*gradients, strict=True):
+        assert_close(got, expected, 1e-6)
+
+
 @pytest.mark.untraced
 @pytest.mark.world_size(1)
 @pytest.mark.parametrize("view", VIEWS)
