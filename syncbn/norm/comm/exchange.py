@@ -60,8 +60,8 @@ class Exchange:
         self.ring_address = 0
         """Of what a native call must know to exchange through shared memory; 0 where the ranks share none."""
         self._serials = Serials()
-        # read here, because each call costs a small layer a percent
-        self._codes = self._serials.codes
+        self.codes = self._serials.codes
+        """Of the layers whose exchanges took place, by serial number: a look-up costs less than a call."""
         self._number = 0
         watch()
 
@@ -96,7 +96,8 @@ class Exchange:
         header, number = self.announce(direction, payload.nbytes, what)
         transport = self.transport or self._connect(header)
         gathered = transport.exchange(header, number, payload)
-        self.finished(what)
+        if what.serial not in self.codes:
+            self.finished(what)
         return gathered
 
     def fail(self, message: str) -> None:
@@ -113,7 +114,7 @@ class Exchange:
 
     def announce(self, direction: int, nbytes: int, what: Fingerprint) -> tuple[bytes, int]:
         """The header and sequence number of an exchange of `nbytes`, which must take place next (CPU)."""
-        code = self._codes.get(what.serial)
+        code = self.codes.get(what.serial)
         if code is None:
             code = self._serials.code(what.serial)
         self._number += 1
@@ -128,9 +129,8 @@ class Exchange:
         return self.transport.complete(status, header, number, own)
 
     def finished(self, what: Fingerprint) -> None:
-        """Note that the exchange announced last has taken place on all ranks."""
-        if what.serial not in self._codes:
-            self._serials.keep(what.serial)
+        """Note that the exchange announced last has taken place on all ranks, the first of a layer without a name."""
+        self._serials.keep(what.serial)
 
     def _connect(self, header: bytes) -> Transport:
         """The transport, chosen with all ranks of the group in their first exchange."""
