@@ -40,5 +40,5 @@ def _spans_all_ranks(layer: nn.Module) -> bool:
     if layer.process_group == dist.GroupMember.NON_GROUP_MEMBER:
         return False
     group = resolve(layer.process_group)
-    world_size = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+    world_size = dist.get_world_size() if dist.is_initialized() else 1
     return (1 if group is None else group.size()) == world_size

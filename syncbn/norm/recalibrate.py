@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed import ProcessGroup
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -20,7 +20,7 @@ from syncbn.norm.backends.base import NormArgs
 from syncbn.norm.comm.exchange import FORWARD, Fingerprint, exchange_of
 from syncbn.norm.comm.groups import GroupSpec, resolve
 from syncbn.norm.module import SyncBatchNorm
-from syncbn.norm.moments import Moments, merge, unpack
+from syncbn.norm.moments import Moments, merge, pack, unpack
 from syncbn.norm.uneven_inputs import in_lockstep
 from syncbn.norm.validation import checked_group, fitted
 
@@ -84,7 +84,7 @@ def _ranks(group: ProcessGroup | None) -> set[int]:
     """The ranks of `group`; this rank alone where it is None."""
     if group is not None:
         return set(dist.get_process_group_ranks(group))
-    return {dist.get_rank() if dist.is_available() and dist.is_initialized() else 0}
+    return {dist.get_rank() if dist.is_initialized() else 0}
 
 
 def _observed(
@@ -94,13 +94,12 @@ def _observed(
     own: dict[nn.Module, Moments] = {layer: _no_moments(layer) for layer in layers}
 
     def collect(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        x, mask = _operands(layer, args, kwargs)
+        named = dict(zip(("input", "mask"), args, strict=False)) | kwargs
+        x = named.get("input", next(iter(named.values())))
+        mask = named.get("mask") if isinstance(layer, SyncBatchNorm) else None
         args = NormArgs(x, mask=None if mask is None else fitted(mask, x))
         packed = selected(x.device.type).for_pass(args, None).local_stats(args)
-        new = unpack(packed.to(torch.float64).unsqueeze(0))
-        own[layer] = merge(
-            *(torch.cat([old.unsqueeze(0), n]) for old, n in zip(own[layer], new, strict=True))
-        )
+        own[layer] = merge(*unpack(torch.stack([pack(own[layer]), packed.to(torch.float64)])))
 
     hooks = [layer.register_forward_pre_hook(collect, with_kwargs=True) for layer in layers]
     try:
@@ -129,15 +128,6 @@ def _training(model: nn.Module) -> Iterator[None]:
             buffer.copy_(value)
 
 
-def _operands(
-    layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[Tensor, Tensor | None]:
-    """Of a layer's arguments, those that make its statistics: the input, and the mask of a SyncBatchNorm."""
-    named = dict(zip(("input", "mask"), args, strict=False)) | kwargs
-    x = named.get("input", next(iter(named.values())))
-    return x, named.get("mask") if isinstance(layer, SyncBatchNorm) else None
-
-
 def _no_moments(layer: _BatchNorm) -> Moments:
     assert layer.running_mean is not None
     zeros = torch.zeros_like(layer.running_mean, dtype=torch.float64)
@@ -147,11 +137,8 @@ def _no_moments(layer: _BatchNorm) -> Moments:
 def _over_ranks(own: Moments, name: str, group: ProcessGroup | None) -> Moments:
     if group is None:
         return own
-    values = torch.cat([own.count.view(1), own.mean, own.M2])
-    what = Fingerprint(f"recalibrate {name}", own.mean.numel(), values.dtype, needs_grad=False)
-    gathered = exchange_of(group).gather(values, FORWARD, what)
-    means, M2s = gathered[:, 1:].chunk(2, dim=1)
-    return merge(gathered[:, 0], means, M2s)
+    what = Fingerprint(f"recalibrate {name}", own.mean.numel(), torch.float64, needs_grad=False)
+    return merge(*unpack(exchange_of(group).gather(pack(own), FORWARD, what)))
 
 
 def _set(layer: _BatchNorm, population: Moments) -> None:

@@ -168,10 +168,8 @@ class _Ranks:
         if dist.get_rank(self._group) == source:
             tensors = [leaf for leaf in tree_leaves(self.empty) if isinstance(leaf, Tensor)]
             devices = {tensor.device.type for tensor in tensors}
-            shared = [
-                tree_map_only(Tensor, Tensor.cpu, self.empty),
-                "cpu" if len(devices) != 1 else devices.pop(),
-            ]
+            device = devices.pop() if len(devices) == 1 else "cpu"
+            shared = [tree_map_only(Tensor, Tensor.cpu, self.empty), device]
         dist.broadcast_object_list(shared, group=self._group, group_src=source)
         if state == _NO_EXAMPLE:
             self.empty = tree_map_only(Tensor, lambda tensor: tensor.to(shared[1]), shared[0])
@@ -182,9 +180,7 @@ class _Steps:
 
     def __init__(self, model: DistributedDataParallel) -> None:
         assert model.process_group is not None
-        self._model = model
-        self._group: ProcessGroup = model.process_group
-        self._ranks = _Ranks(model.process_group)
+        self._model, self._ranks = model, _Ranks(model.process_group)
         self._autocast: AbstractContextManager[Any] = nullcontext()
 
     def begin(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -206,8 +202,11 @@ class _Steps:
         while self._ranks.begin_step(_NO_BATCH):
             self._repeat(max(self._ranks.states), step)
         with_batch = self._ranks.with_batch()
-        if len(with_batch) < len(self._ranks.states):
-            self._copy_from(with_batch[0])
+        if len(with_batch) == len(self._ranks.states):
+            return
+        with torch.no_grad():
+            for tensor in (*self._model.module.parameters(), *self._model.module.buffers()):
+                dist.broadcast(tensor, group_src=with_batch[0], group=self._model.process_group)
 
     def _repeat(self, state: int, step: Callable[[], object]) -> None:
         args, kwargs = self._ranks.empty
@@ -221,11 +220,6 @@ class _Steps:
             torch.autograd.backward([leaf.sum() for leaf in leaves if leaf.requires_grad])
         if state & _WITH_SYNC:
             step()
-
-    def _copy_from(self, source: int) -> None:
-        with torch.no_grad():
-            for tensor in (*self._model.module.parameters(), *self._model.module.buffers()):
-                dist.broadcast(tensor, group_src=source, group=self._group)
 
 
 def _empty_like(batch: Any) -> Any:

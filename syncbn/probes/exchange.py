@@ -1,12 +1,12 @@
 """Probe `exchange`: what synchronising costs a step, in time and in bytes, layer by layer.
 
-It observes the exchanges of rank 0 alone (`comm.exchange.observe`): two readings of a clock for each of them.
+It observes the exchanges of rank 0 alone (`Exchange.observer`): two readings of a clock for each of them.
 """
 
 from statistics import median
 from typing import Any
 
-from syncbn.norm.comm.exchange import observe
+from syncbn.norm.comm.exchange import Exchange
 from syncbn.probes.base import Probe
 from syncbn.probes.view import View
 
@@ -39,11 +39,11 @@ class ExchangeCost(Probe):
 
     def open(self) -> None:
         """See `Probe`."""
-        observe(self._told)
+        Exchange.observer = self._told
 
     def close(self) -> None:
         """See `Probe`."""
-        observe(None)
+        Exchange.observer = None
 
     def _told(self, layer: str, kind: int, num_bytes: int, seconds: float) -> None:
         del kind

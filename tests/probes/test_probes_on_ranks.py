@@ -18,8 +18,7 @@ from syncbn.config import (
     TrainConfig,
 )
 from syncbn.errors import UsageError
-from syncbn.norm.comm import exchange
-from syncbn.norm.comm.exchange import BACKWARD, FORWARD, Fingerprint, exchange_of, observe
+from syncbn.norm.comm.exchange import BACKWARD, FORWARD, Exchange, Fingerprint, exchange_of
 from syncbn.probes.oracle import KINDS
 from syncbn.runtime import TorchrunRuntime
 from syncbn.tracking import Untracked, read_journal
@@ -108,7 +107,7 @@ def test_exchanges_of_a_step_are_counted_and_timed_by_layer(world_size, tmp_path
     assert final["exchange_bytes"] == sum(final[f"exchange_bytes/{layer}"] for layer in sizes)
     assert final["exchange_ms"] < final["step_ms"]
     assert final["exchange_share"] == final["exchange_ms"] / final["step_ms"]
-    assert exchange._observer is None
+    assert Exchange.observer is None
 
 
 @pytest.mark.world_size(2)
@@ -154,14 +153,14 @@ def test_an_observer_is_told_of_each_exchange_and_changes_none(world_size):
     exchange = exchange_of(dist.group.WORLD)
     expected = [exchange.gather_statistics(packed, what), exchange.gather_sums(sums, what)]
     told = []
-    observe(lambda *exchanged: told.append(exchanged))
+    Exchange.observer = lambda *exchanged: told.append(exchanged)
     try:
         assert not exchange.serves_native_calls(
             8
         )  # there it could not be told from the rest of the pass
         found = [exchange.gather_statistics(packed, what), exchange.gather_sums(sums, what)]
     finally:
-        observe(None)
+        Exchange.observer = None
     exchange.gather_statistics(packed, what)
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
     assert [exchanged[:3] for exchanged in told] == [("a", FORWARD, 32), ("a", BACKWARD, 24)]

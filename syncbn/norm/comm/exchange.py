@@ -18,6 +18,7 @@ import time
 import weakref
 from collections.abc import Callable
 from contextlib import suppress
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -27,10 +28,7 @@ from syncbn.norm.comm.fingerprint import (
     BACKWARD,
     FAILED,
     FORWARD,
-    TEXT_BYTES,
     Fingerprint,
-    RankLost,
-    RanksDisagree,
     Serials,
     packed,
 )
@@ -42,39 +40,21 @@ from syncbn.norm.comm.transports.shared_memory import SharedMemory
 from syncbn.norm.comm.watchdog import watch
 from syncbn.norm.moments import from_sums, has_values, to_sums
 
-__all__ = [
-    "BACKWARD",
-    "FORWARD",
-    "Exchange",
-    "Fingerprint",
-    "RankLost",
-    "RanksDisagree",
-    "exchange_for",
-    "exchange_of",
-]
-
-Observer = Callable[[str, int, int, float], None]
-"""Told of an exchange: the layer, FORWARD or BACKWARD, the bytes of this rank's values, and the seconds."""
-
 _NOTHING = torch.empty(0, dtype=torch.uint8)
-_observer: Observer | None = None
-
-
-def observe(tell: Observer | None) -> None:
-    """Have `tell` told of every exchange that a layer of this process makes from now on; None ends it.
-
-    The seconds include the wait for other ranks; on CUDA they are those of the host, which does not wait.
-    """
-    global _observer  # one test a layer is all that an exchange pays for it
-    _observer = tell
 
 
 class Exchange:
     """The exchanges of one process group, numbered in the order in which this rank makes them."""
 
+    observer: ClassVar[Callable[[str, int, int, float], None] | None] = None
+    """Told of every exchange of a layer: its name, FORWARD or BACKWARD, the bytes of this rank's values, and seconds.
+
+    These include the wait for other ranks; on CUDA they are those of the host, which does not wait.
+    """
+
     def __init__(self, group: ProcessGroup) -> None:
         self._group = Group(group)
-        self.world_size = self._group.world_size
+        self.world_size, self.group_name = self._group.world_size, self._group.name
         self.transport: Transport | None = None
         """Of a CPU group, from its first exchange on."""
         self.ring_address = 0
@@ -99,23 +79,14 @@ class Exchange:
             RanksDisagree: on every rank, when any two ranks' headers differ; where a rank does not come.
             RankLost: a rank exited.
         """
-
-        def reduced() -> Tensor:
-            return from_sums(self._group.all_reduce(to_sums(packed))).to(packed.dtype)
-
-        return self._gathered_or(reduced, packed, FORWARD, what)
+        return self._combine(packed, FORWARD, what)
 
     def gather_sums(self, sums: Tensor, what: Fingerprint) -> Tensor:
         """Rows that add up to all ranks' `sums` `(2, C)`: `(W, 2C)`, or `(1, 2C)` where they were reduced.
 
         For errors see `gather_statistics`.
         """
-        values = sums.flatten()
-
-        def reduced() -> Tensor:
-            return self._group.all_reduce(values.to(torch.float64)).to(values.dtype).unsqueeze(0)
-
-        return self._gathered_or(reduced, values, BACKWARD, what)
+        return self._combine(sums.flatten(), BACKWARD, what)
 
     def gather(self, values: Tensor, direction: int, what: Fingerprint) -> Tensor:
         """Every rank's `values` `(k,)` as `(W, k)`, in rank order; for errors see `gather_statistics`."""
@@ -131,42 +102,28 @@ class Exchange:
 
     def fail(self, message: str) -> None:
         """Tell the ranks that wait in the next exchange, on a CPU group, that this one cannot take part."""
-        text = message.encode()[:TEXT_BYTES].decode(errors="ignore")
         with suppress(RuntimeError):  # the caller is about to raise its own, better message
-            self.gather(_NOTHING, FAILED, Fingerprint(text, 0, torch.float32, False))
-
-    @property
-    def group_name(self) -> str:
-        """By which torch.distributed knows the group."""
-        return self._group.name
+            self.gather(_NOTHING, FAILED, Fingerprint(message, 0, torch.float32, False))
 
     def serves_native_calls(self, nbytes: int) -> bool:
         """Whether a native call exchanges `nbytes` by itself, at `ring_address`.
 
         It does once the ranks share memory, if a slot holds that many, and while nobody observes.
         """
-        return self.ring_address != 0 and nbytes <= PAYLOAD_BYTES and _observer is None
+        return self.ring_address != 0 and nbytes <= PAYLOAD_BYTES and Exchange.observer is None
 
     def announce(self, direction: int, nbytes: int, what: Fingerprint) -> tuple[bytes, int]:
         """The header and sequence number of an exchange of `nbytes`, which must take place next (CPU)."""
-        layer, num_channels, dtype, needs_grad, serial = what
-        code = self.codes.get(serial)
+        code = self.codes.get(what.serial)
         if code is None:
-            code = self._serials.code(serial)
+            code = self._serials.code(what.serial)
         self._number += 1
-        return packed(direction, code, num_channels, dtype, needs_grad, nbytes, layer), self._number
+        return packed(direction, code, nbytes, what), self._number
 
     def complete(self, status: int, header: bytes, number: int, own: Tensor) -> Tensor:
         """Every rank's `own` `(k,)` as `(W, k)`, after a native call that returned a `status` other than 0.
 
-        Args:
-            status: what it returned.
-            header: announced for this exchange, as is `number`.
-            number: of the exchange.
-            own: what this rank sends.
-
-        Raises:
-            RanksDisagree, RankLost: see `gather_statistics`.
+        `header` and `number` were announced for it. For errors see `gather_statistics`.
         """
         assert isinstance(self.transport, SharedMemory), "a native call exchanges through memory"
         return self.transport.complete(status, header, number, own)
@@ -177,25 +134,28 @@ class Exchange:
 
     def _connect(self, header: bytes) -> Transport:
         """The transport, chosen with all ranks of the group in their first exchange."""
-        watch()
         self.transport = connect(self._group, header, self._number)
         if isinstance(self.transport, SharedMemory):
             self.ring_address = self.transport.address
         return self.transport
 
-    def _gathered_or(
-        self, reduced: Callable[[], Tensor], values: Tensor, direction: int, what: Fingerprint
-    ) -> Tensor:
-        """Every rank's `values`, or what `reduced` gives; the observer is told of it."""
-        tell, started = _observer, time.perf_counter()
+    def _combine(self, values: Tensor, direction: int, what: Fingerprint) -> Tensor:
+        """All ranks' packed moments (FORWARD) or sums, gathered or reduced."""
+        observer = Exchange.observer
+        started = 0.0 if observer is None else time.perf_counter()
         if not self._is_reduced(values):
-            result = self.gather(values, direction, what)
+            rows = self.gather(values, direction, what)
         else:
-            self._agree(values, direction, what)
-            result = reduced()
-        if tell is not None:
-            tell(what.layer, direction, values.nbytes, time.perf_counter() - started)
-        return result
+            if not values.is_cuda:  # headers are compared, in a gather of their own
+                self.gather(_NOTHING, direction, what)
+            if direction == FORWARD:
+                rows = from_sums(self._group.all_reduce(to_sums(values)))
+            else:
+                rows = self._group.all_reduce(values.to(torch.float64)).unsqueeze(0)
+            rows = rows.to(values.dtype)
+        if observer is not None:
+            observer(what.layer, direction, values.nbytes, time.perf_counter() - started)
+        return rows
 
     def _is_reduced(self, values: Tensor) -> bool:
         """Whether a reduction moves less than a gather; the same on all ranks that are in the same layer."""
@@ -206,11 +166,6 @@ class Exchange:
         return (
             not self.ring_address and values.nbytes * self.world_size > process_group.GATHER_BYTES
         )
-
-    def _agree(self, values: Tensor, direction: int, what: Fingerprint) -> None:
-        """Compare headers, in a gather of its own; on CUDA nothing is compared."""
-        if not values.is_cuda:
-            self.gather(_NOTHING, direction, what)
 
 
 _exchanges: weakref.WeakKeyDictionary[ProcessGroup, Exchange] = weakref.WeakKeyDictionary()

@@ -14,7 +14,7 @@ import torch
 NUMBER = struct.Struct("<q")
 """The sequence number of the exchange, counted by each rank."""
 BODY = struct.Struct("<6q136s")
-"""kind, unnamed layer, channels, dtype, needs gradient, payload bytes; the layer's name, or what failed."""
+"""The fields of `Header`."""
 HEADER_BYTES = NUMBER.size + BODY.size
 TEXT_BYTES = 136
 FORWARD, BACKWARD, FAILED = 1, 2, 3
@@ -56,74 +56,59 @@ class RankLost(RuntimeError):
 
 
 class Header(NamedTuple):
-    """What a rank is doing when it enters an exchange.
+    """What a rank is doing when it enters an exchange, as it travels.
 
     Attributes:
         kind: FORWARD, BACKWARD or FAILED.
-        unnamed: NAMED, or the layer's code in `Serials`.
-        channels: C.
-        dtype: of the layer's input; None for one that has no code of its own.
+        code: NAMED, or the layer's code in `Serials`.
+        num_channels: C.
+        dtype: of the layer's input, by its place in `_DTYPES`; -1 for any other.
         needs_grad: whether a backward pass may follow.
         payload_bytes: what this rank sends.
-        layer: its name, or what failed; the last 136 bytes of a longer name tell layers apart best.
+        layer: its name, of which the last 136 bytes tell layers apart best; or the first 136 of what failed.
     """
 
     kind: int
-    unnamed: int
-    channels: int
-    dtype: torch.dtype | None
+    code: int
+    num_channels: int
+    dtype: int
     needs_grad: bool
     payload_bytes: int
-    layer: str
-
-    @staticmethod
-    def unpack(body: bytes) -> "Header":
-        """The header that `packed` made."""
-        kind, unnamed, channels, code, needs_grad, size, layer = BODY.unpack(body)
-        text = layer.rstrip(b"\0").decode(errors="replace")
-        dtype = _DTYPES[code] if code >= 0 else None
-        return Header(kind, unnamed, channels, dtype, bool(needs_grad), size, text)
-
-    def text(self, number: int) -> str:
-        """What a rank that sends this header as its exchange `number` is doing, in words."""
-        if self.kind == FAILED:
-            return f"failed in {self.layer}"
-        mode = "" if self.needs_grad else ", no gradient"
-        dtype = str(self.dtype or "another dtype").removeprefix("torch.")
-        return (
-            f"is in the {_KINDS[self.kind]} of SyncBatchNorm {self.layer!r} "
-            f"(sequence number {number}, {self.channels} channels, {dtype}{mode}{self._order()})"
-        )
-
-    def _order(self) -> str:
-        """Which of the layers without a name this is."""
-        if self.unnamed == NAMED:
-            return ""
-        used, built = divmod(self.unnamed, 2**32)
-        return (
-            f"; of the layers without a name, number {used + 1} to be used, {built + 1} by age then"
-        )
+    layer: bytes
 
 
 @functools.lru_cache(maxsize=4096)
-def packed(
-    kind: int,
-    unnamed: int,
-    channels: int,
-    dtype: torch.dtype | None,
-    needs_grad: bool,
-    payload_bytes: int,
-    layer: str,
-) -> bytes:
-    """A `Header` as `BODY`."""
-    code = _DTYPES.index(dtype) if dtype in _DTYPES else -1
-    words = (kind, unnamed, channels, code, needs_grad, payload_bytes)
-    return BODY.pack(*words, layer.encode()[-TEXT_BYTES:])
+def packed(kind: int, code: int, payload_bytes: int, what: Fingerprint) -> bytes:
+    """The `Header` of an exchange of `what` as `BODY`."""
+    dtype = _DTYPES.index(what.dtype) if what.dtype in _DTYPES else -1
+    text = what.layer.encode()
+    layer = text[:TEXT_BYTES] if kind == FAILED else text[-TEXT_BYTES:]
+    return BODY.pack(kind, code, what.num_channels, dtype, what.needs_grad, payload_bytes, layer)
+
+
+def unpacked(body: bytes) -> Header:
+    """The header that `packed` made."""
+    return Header._make(BODY.unpack(body))
 
 
 def text_of(body: bytes, number: int) -> str:
-    """What `body` says its rank is doing, in words."""
-    return Header.unpack(body).text(number)
+    """What a rank that sends `body` as its exchange `number` is doing, in words."""
+    header = unpacked(body)
+    layer = header.layer.rstrip(b"\0").decode(errors="ignore")
+    if header.kind == FAILED:
+        return f"failed in {layer}"
+    dtype = str(_DTYPES[header.dtype]) if header.dtype >= 0 else "another dtype"
+    mode = "" if header.needs_grad else ", no gradient"
+    order = ""
+    if header.code != NAMED:
+        used, built = divmod(header.code, 2**32)
+        order = (
+            f"; of the layers without a name, number {used + 1} to be used, {built + 1} by age then"
+        )
+    return (
+        f"is in the {_KINDS[header.kind]} of SyncBatchNorm {layer!r} (sequence number {number}, "
+        f"{header.num_channels} channels, {dtype.removeprefix('torch.')}{mode}{order})"
+    )
 
 
 def disagreement(headers: list[bytes], own: int, ranks: list[int]) -> RanksDisagree:
@@ -135,7 +120,7 @@ def disagreement(headers: list[bytes], own: int, ranks: list[int]) -> RanksDisag
         ranks: their global ranks.
     """
     others = [rank for rank, header in enumerate(headers) if header != headers[own]]
-    kinds = {rank: Header.unpack(headers[rank][NUMBER.size :]).kind for rank in others}
+    kinds = {rank: unpacked(headers[rank][NUMBER.size :]).kind for rank in others}
     other = next((rank for rank in others if kinds[rank] == FAILED), others[0])
     mine, theirs = (
         f"rank {ranks[rank]} {text_of(header[NUMBER.size :], NUMBER.unpack_from(header)[0])}"

@@ -5,9 +5,7 @@ models can be built, pickled, copied and loaded before, and without, any process
 """
 
 import functools
-import hashlib
 import weakref
-from datetime import timedelta
 from typing import Literal
 
 import torch
@@ -120,7 +118,7 @@ def resolve(spec: GroupSpec) -> ProcessGroup | None:
     groups = _made.setdefault(world, weakref.WeakValueDictionary())
     group = groups.get(spec)
     if group is None:
-        group = groups[spec] = _make(spec)
+        group = groups[spec] = _make(spec, world)
     return group
 
 
@@ -140,10 +138,21 @@ def _alive(group: ProcessGroup) -> ProcessGroup:
     return group
 
 
-def _make(spec: str | int) -> ProcessGroup:
+def _make(spec: str | int, world: ProcessGroup) -> ProcessGroup:
     """Make every group of the partition that `spec` describes; return the one with this rank in it."""
-    own, timeout = None, _timeout_of_world()
-    for ranks in _partition(spec):
+    if spec == "node":
+        partition = _nodes()
+    else:
+        assert isinstance(spec, int)
+        if world.size() % spec:
+            raise ValueError(f"process_group={spec} does not divide the world size {world.size()}")
+        partition = [list(range(at, at + spec)) for at in range(0, world.size(), spec)]
+    own = None
+    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+    timeout = world._get_backend(
+        torch.device(device)
+    ).options._timeout  # the one that the user gave
+    for ranks in partition:
         group = dist.new_group(ranks, timeout=timeout)
         if dist.get_rank() in ranks:
             own = group
@@ -151,32 +160,11 @@ def _make(spec: str | int) -> ProcessGroup:
     return own
 
 
-def _timeout_of_world() -> timedelta:
-    """The time limit that the user gave: groups made here wait no longer than theirs."""
-    world = dist.group.WORLD
-    assert world is not None
-    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
-    return world._get_backend(torch.device(device)).options._timeout
-
-
-def _partition(spec: str | int) -> list[list[int]]:
-    world_size = dist.get_world_size()
-    if spec == "node":
-        return _nodes()
-    assert isinstance(spec, int)
-    if world_size % spec:
-        raise ValueError(f"process_group={spec} does not divide the world size {world_size}")
-    return [list(range(first, first + spec)) for first in range(0, world_size, spec)]
-
-
 def _nodes() -> list[list[int]]:
     """Ranks by host, as the ranks tell it: how they were started does not matter."""
-    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
-    digest = bytearray(hashlib.sha256(host().encode()).digest())
-    own = torch.frombuffer(digest, dtype=torch.uint8).to(device)
-    everyones = own.new_empty(dist.get_world_size() * len(own))
-    dist.all_gather_into_tensor(everyones, own)
-    nodes: dict[bytes, list[int]] = {}
-    for rank, digest in enumerate(everyones.view(-1, len(own)).tolist()):
-        nodes.setdefault(bytes(digest), []).append(rank)
+    hosts = [""] * dist.get_world_size()
+    dist.all_gather_object(hosts, host())
+    nodes: dict[str, list[int]] = {}
+    for rank, name in enumerate(hosts):
+        nodes.setdefault(name, []).append(rank)
     return list(nodes.values())

@@ -36,7 +36,10 @@ def connect(group: Group, header: bytes, number: int) -> Transport:
         ValueError: `SYNCBN_EXCHANGE` is not one of `CHOICES`.
         RuntimeError: it is a transport that some rank cannot use.
     """
-    group.turn, choice = (header, number), _choice()
+    choice = os.environ.get("SYNCBN_EXCHANGE", "auto")
+    if choice not in CHOICES:
+        raise ValueError(f"SYNCBN_EXCHANGE={choice!r} is not allowed: one of {', '.join(CHOICES)}")
+    group.turn = header, number
     here = _HERE.format(group.rank)
     with suppress(dist.DistError):  # a store that went away tells nothing
         group.store.set(here, "")
@@ -53,8 +56,10 @@ def _wait_for_all(group: Group) -> None:
     missing = _missing(group, range(group.world_size))
     if not missing:
         return
-    with Wait(group, *group.turn) as wait:
-        while missing and not _is_vain(wait):
+    with Wait(group) as wait:
+        while missing:
+            if wait.waited_s > SETTLE_S and not any(wait.answers(rank) for rank in wait.missing):
+                return  # none of them has given a sign of life
             _hear_of_failure(group)
             try:
                 wait.look(missing)
@@ -77,25 +82,12 @@ def _missing(group: Group, ranks: Iterable[int]) -> list[int]:
     return [rank for rank in ranks if not group.store.check([_HERE.format(rank)])]
 
 
-def _is_vain(wait: Wait) -> bool:
-    """Whether none of the missing ranks has given a sign of life for long."""
-    return wait.waited_s > SETTLE_S and not any(wait.answers(rank) for rank in wait.missing)
-
-
 def _processes(group: Group) -> list[Process]:
     """The processes of all ranks."""
     pid, started, machine = Process.own()
-    told = group.all_tell(f"{pid} {started} {machine}".encode(), _PROCESS_BYTES)
-    fields = [text.rstrip(b"\0").decode().split(" ", 2) for text in told]
-    return [Process(int(pid), int(started), machine) for pid, started, machine in fields]
-
-
-def _choice() -> str:
-    """What `SYNCBN_EXCHANGE` is set to."""
-    choice = os.environ.get("SYNCBN_EXCHANGE", "auto")
-    if choice not in CHOICES:
-        raise ValueError(f"SYNCBN_EXCHANGE={choice!r} is not allowed: one of {', '.join(CHOICES)}")
-    return choice
+    text = f"{pid} {started} {machine}".encode().ljust(_PROCESS_BYTES, b"\0")
+    told = [row.rstrip(b"\0").decode().split(" ", 2) for row in group.all_tell(text)]
+    return [Process(int(pid), int(started), machine) for pid, started, machine in told]
 
 
 def _choose(group: Group, choice: str) -> Transport:

@@ -19,7 +19,6 @@ sleeps, and uses no processor time. Whether the collective can end is worked out
 """
 
 import atexit
-import itertools
 import json
 import logging
 import os
@@ -27,9 +26,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Collection, Iterable, Mapping
-from contextlib import suppress
 from functools import partial
-from types import TracebackType
 from typing import NamedTuple, Self
 
 import torch.distributed as dist
@@ -57,7 +54,6 @@ READS_A_TICK = 64
 _ASKED, _POST = "syncbn/asked", "syncbn/post/{}"
 
 log = logging.getLogger(__name__)
-_serials = itertools.count()
 
 
 class Post(NamedTuple):
@@ -115,14 +111,12 @@ class Wait:
     """One exchange in which this rank waits longer than usual; a context manager.
 
     Args:
-        group: whose ranks exchange.
-        header: of the exchange.
-        number: its sequence number.
+        group: whose ranks exchange, as its `turn` says.
     """
 
-    def __init__(self, group: Members, header: bytes, number: int) -> None:
-        self._group, self.own = group, group.ranks[group.rank]
-        self.here = f"rank {self.own} {text_of(header, number)}"
+    def __init__(self, group: Members) -> None:
+        self._group, self.own, self.here = group, group.ranks[group.rank], group.here()
+        header, number = group.turn
         name = f"exchange {number} of group {group.name}"
         self.activity = Activity(
             f"{text_of(header, number)} with ranks {group.ranks}",
@@ -130,8 +124,6 @@ class Wait:
         )
         self.missing = [rank for rank in group.ranks if rank != self.own]
         """Global ranks that have not come; all others, where that is not known."""
-        self.serial = next(_serials)
-        """Tells this wait from all others of this process."""
         self.looks = 0
         """How often this rank has found itself still waiting."""
         self.verdict: RuntimeError | None = None
@@ -147,15 +139,10 @@ class Wait:
         watch()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, _: object, error: BaseException | None, *__: object) -> None:
         _watchdog.waits.remove(self)
         if error is not None:
-            give_up(self._group, self.here, error)
+            give_up(self._group, error)
 
     @property
     def waited_s(self) -> float:
@@ -178,21 +165,18 @@ class Wait:
             self.missing = [self._group.ranks[rank] for rank in missing]
         exited = [rank for rank in self.missing if self._state(rank) == "X"]
         exited = [rank for rank in self._late() if rank in exited] or exited
-        if len(exited) == 1:
-            raise RankLost(f"{self._waits_for(exited[0])} exited")
-        if exited:  # one of them may have exited because another did
-            ranks = " and rank ".join(map(str, exited))
-            raise RankLost(f"{self.here} and waits for rank {ranks}: they exited")
+        if exited:  # one of several may have exited because another did
+            ranks, who = " and rank ".join(map(str, exited)), "it" if len(exited) == 1 else "they"
+            raise RankLost(f"{self.here} and waits for rank {ranks}: {who} exited")
         for rank in left:
             raise self._never(self._group.ranks[rank], "destroyed its process group")
         if self.verdict is not None:
             raise self.verdict
-        late = self._late() if self.waited_s > min(SLOW_S, self._group.timeout_s) else []
-        if late and self.waited_s > self._group.timeout_s:
+        if self.missing and self.waited_s > self._group.timeout_s:
             raise self.timed_out()
-        if late and not self._warned:
+        if self.missing and self.waited_s > SLOW_S and not self._warned:
             self._warned = True
-            seen = "; ".join(f"rank {rank}{self._seen(rank)}" for rank in late)
+            seen = "; ".join(f"rank {rank}{self._seen(rank)}" for rank in self._late())
             log.warning("%s and has waited %.0f s for slow %s", self.here, self.waited_s, seen)
 
     def timed_out(self) -> RanksDisagree:
@@ -232,16 +216,12 @@ class Wait:
             seen |= unread
             unread = {r for p in found.values() if p.collective for r in p.collective.ranks} - seen
         for rank, post in posts.items():
-            self._note(rank, post)
+            if rank in self._posts and self._posts[rank].tick != post.tick:
+                self._heard[rank] = time.monotonic()
+            if rank not in self._first or self._first[rank].episode != post.episode:
+                self._first[rank] = post
         self._posts = posts
         self.verdict = self.verdict or self._judged()
-
-    def _note(self, rank: int, post: Post) -> None:
-        before = self._posts.get(rank)
-        if before is not None and before.tick != post.tick:
-            self._heard[rank] = time.monotonic()
-        if rank not in self._first or self._first[rank].episode != post.episode:
-            self._first[rank] = post
 
     def _judged(self) -> RuntimeError | None:
         """The error that the posts prove, if any."""
@@ -317,7 +297,7 @@ class _Watchdog:
         self._failures: dict[str, tuple[bool, str]] = {}
         self._failed_in: weakref.ref[ProcessGroup] | None = None
         """The default group that they belong to: groups of a later one may have the same names."""
-        self._unposted = False
+        self._unposted = self._has_failed = False
 
     def start(self) -> None:
         """Watch the calling thread, in a thread of its own."""
@@ -350,8 +330,12 @@ class _Watchdog:
         while not self._ends:
             self._wake.wait(TICK_S)
             self._wake.clear()
-            with suppress(Exception):  # whatever fails here, training goes on
+            try:
                 self.look()
+            except Exception:  # training goes on
+                if not self._has_failed:  # it may fail again every second
+                    log.debug("the watchdog could not look", exc_info=True)
+                self._has_failed = True
 
     def look(self) -> None:
         """One look: at this rank, and where it waits or was asked, to and from the others."""
@@ -407,7 +391,7 @@ class _Watchdog:
         frame = self._model.frame() if wait is None else None
         if wait is not None:
             blocked, self._looks = self._looks != wait.looks, wait.looks
-            self._note(wait.serial, blocked)
+            self._note(wait, blocked)
             self._activity = wait.activity
         elif frame is None:  # the thread has ended
             self._note(None, False)
@@ -434,15 +418,7 @@ class _Watchdog:
 
     def _post(self) -> Post:
         seen = self._activity or Activity("runs")
-        return Post(
-            self._tick,
-            self._episode,
-            self._quiet,
-            seen.text,
-            seen.collective,
-            Process.own(),
-            self._failures,
-        )
+        return Post(self._tick, self._episode, self._quiet, *seen, Process.own(), self._failures)
 
 
 def _read(store: Store, rank: int) -> Post | None:
@@ -461,9 +437,10 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_watchdog.forked)
 
 
-def give_up(group: Members, here: str, error: BaseException) -> str:
-    """Let the other ranks of `group` know of the `error` that ends an exchange here; the message that they raise."""
-    known = isinstance(error, RanksDisagree | RankLost)
+def give_up(group: Members, error: BaseException) -> str:
+    """Let the other ranks of `group` know of the `error` that ends its exchange here; the message that they raise."""
+    here = group.here()
+    known = isinstance(error, RanksDisagree | RankLost) or here in str(error)
     message = str(error) if known else f"{here}, and was interrupted: {error!r}"
     _watchdog.tell(group.name, not isinstance(error, RanksDisagree), message)
     return message

@@ -33,7 +33,9 @@ def differentiable_gradients(
         exchange: with the other ranks; None for this rank alone.
         what: the pass.
     """
-    x, weight, bias = args.x, args.weight, args.bias
+    weight, bias = args.weight, args.bias
+    # what the mask leaves out may be NaN, which neither a factor of 0 nor its derivative takes back
+    x, dy = (_masked(values, args.mask) for values in (args.x, dy))
     dims = [dim for dim in range(x.dim()) if dim != 1]
     shape = (1, -1, *(1,) * (x.dim() - 2))
     total = total.clamp(min=1)
@@ -54,7 +56,7 @@ def differentiable_gradients(
         z = args.output if args.bits is None else unpack_bits(args.bits, args.x)
         if z is None:
             z = xhat * scale if bias is None else xhat * scale + bias.view(shape)
-            z = z if args.residual is None else z + args.residual
+            z = z if args.residual is None else z + _masked(args.residual, args.mask)
         dz = dz * ACTIVATIONS[args.act].derivative(z.to(x.dtype))
     dz = _masked(dz, args.mask)
     mean_dz, mean_dz_xhat = mean_over_ranks(dz, dz * xhat)

@@ -4,7 +4,16 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from syncbn.norm.comm.fingerprint import BACKWARD, FORWARD, NAMED, Header, Serials, packed
+from syncbn.norm.comm.fingerprint import (
+    BACKWARD,
+    FORWARD,
+    NAMED,
+    Fingerprint,
+    Serials,
+    packed,
+    text_of,
+    unpacked,
+)
 from syncbn.norm.moments import Moments, from_sums, merge, pack, to_sums, unpack
 
 
@@ -15,14 +24,23 @@ from syncbn.norm.moments import Moments, from_sums, merge, pack, to_sums, unpack
     st.text(alphabet="abc.0", max_size=136),
 )
 def test_headers_survive_packing(kind, dtype, channels, layer):
-    header = Header(kind, NAMED, channels, dtype, True, 8 * channels, layer)
-    assert Header.unpack(packed(*header)) == header
+    body = packed(kind, NAMED, 8 * channels, Fingerprint(layer, channels, dtype, True))
+    header = unpacked(body)
+    assert header[:3] + header[4:6] == (kind, NAMED, channels, True, 8 * channels)
+    assert header.layer.rstrip(b"\0").decode() == layer
+    name = str(dtype).removeprefix("torch.")
+    assert f" {layer!r} (sequence number 7, {channels} channels, {name})" in text_of(body, 7)
 
 
 def test_long_layer_names_keep_the_end_that_tells_them_apart():
     name = "backbone." * 40 + "bn7"
-    header = Header(FORWARD, NAMED, 1, torch.float32, True, 0, name)
-    assert Header.unpack(packed(*header)).layer == name[-136:]
+    body = packed(FORWARD, NAMED, 0, Fingerprint(name, 1, torch.float32, True))
+    assert unpacked(body).layer.decode() == name[-136:]
+
+
+def test_a_dtype_without_a_code_is_called_another():
+    body = packed(FORWARD, NAMED, 0, Fingerprint("bn", 1, torch.complex64, False))
+    assert text_of(body, 1).endswith("another dtype, no gradient)")
 
 
 @given(st.lists(st.integers(0, 50)), st.integers(0, 10**6), st.integers(1, 1000))

@@ -7,7 +7,8 @@ import torch
 import torch.distributed as dist
 
 import syncbn
-from syncbn.norm.comm.exchange import FORWARD, Fingerprint, RankLost, exchange_for, exchange_of
+from syncbn.norm.comm.exchange import FORWARD, Fingerprint, exchange_for, exchange_of
+from syncbn.norm.comm.fingerprint import RankLost
 from syncbn.norm.comm.transports.process_group import PAYLOAD_BYTES, Group
 
 

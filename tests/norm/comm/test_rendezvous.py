@@ -11,11 +11,11 @@ import torch.distributed as dist
 
 from syncbn.norm.comm import processes, rendezvous
 from syncbn.norm.comm.exchange import FORWARD, Fingerprint, exchange_of
-from syncbn.norm.comm.fingerprint import NAMED, RankLost, RanksDisagree, packed
+from syncbn.norm.comm.fingerprint import NAMED, RankLost, RanksDisagree, packed, text_of
 from syncbn.norm.comm.transports import shared_memory as shared
 from syncbn.norm.comm.transports.process_group import Group
 
-HEADER = packed(FORWARD, NAMED, 3, torch.float32, True, 32, "bn")
+HEADER = packed(FORWARD, NAMED, 32, Fingerprint("bn", 3, torch.float32, True))
 
 
 class Alone:
@@ -27,6 +27,9 @@ class Alone:
         self.turn = HEADER, 1
         self.store = dist.HashStore()
         self.store.set("syncbn/here/0", "")
+
+    def here(self):
+        return f"rank 0 {text_of(*self.turn)}"
 
 
 def test_a_rank_that_never_comes_is_given_up_at_the_time_limit_and_all_are_told():
@@ -56,6 +59,12 @@ def test_nobody_is_waited_for_when_all_are_there():
     for rank in (0, 1):
         group.store.set(f"syncbn/here/{rank}", "")
     rendezvous._wait_for_all(group)
+
+
+def test_a_transport_that_does_not_exist_is_refused_before_any_rank_is_waited_for(monkeypatch):
+    monkeypatch.setenv("SYNCBN_EXCHANGE", "pigeon")
+    with pytest.raises(ValueError, match="SYNCBN_EXCHANGE='pigeon' is not allowed: one of auto,"):
+        rendezvous.connect(Alone(), HEADER, 1)
 
 
 def test_a_library_without_exchanges_shares_no_memory(monkeypatch: pytest.MonkeyPatch):

@@ -14,7 +14,8 @@ import torch.distributed as dist
 from own_ranks import run_ranks
 
 import syncbn
-from syncbn.norm.comm.exchange import FORWARD, Fingerprint, RankLost, exchange_of
+from syncbn.norm.comm.exchange import FORWARD, Fingerprint, exchange_of
+from syncbn.norm.comm.fingerprint import RankLost
 from syncbn.norm.comm.transports import shared_memory, sockets
 from syncbn.norm.comm.transports.process_group import Group
 from syncbn.norm.comm.transports.sockets import CHUNK_BYTES, Sockets

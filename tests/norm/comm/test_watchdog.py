@@ -18,11 +18,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from syncbn.norm.comm import processes, watchdog
-from syncbn.norm.comm.fingerprint import FORWARD, NAMED, RankLost, RanksDisagree, packed
+from syncbn.norm.comm.fingerprint import (
+    FORWARD,
+    NAMED,
+    Fingerprint,
+    RankLost,
+    RanksDisagree,
+    packed,
+    text_of,
+)
 from syncbn.norm.comm.processes import Activity, Collective, Process, activity
 from syncbn.norm.comm.watchdog import Post, Wait, _Watchdog, held_up
 
-HEADER = packed(FORWARD, NAMED, 3, torch.float32, True, 32, "bn")
+HEADER = packed(FORWARD, NAMED, 32, Fingerprint("bn", 3, torch.float32, True))
 HERE = "rank 0 is in the forward of SyncBatchNorm 'bn' .sequence number 7, 3 channels, float32. "
 ELSEWHERE = Process(1, 0, "another machine")
 
@@ -42,9 +50,15 @@ class Clock:
 def _wait(num_ranks=2, timeout_s=60.0, processes=()):
     """Rank 0 of a group waits in its exchange number 7; its thread is not started."""
     group = SimpleNamespace(
-        name="g", rank=0, ranks=list(range(num_ranks)), timeout_s=timeout_s, processes=processes
+        name="g",
+        rank=0,
+        ranks=list(range(num_ranks)),
+        timeout_s=timeout_s,
+        processes=processes,
+        turn=(HEADER, 7),
+        here=lambda: f"rank 0 {text_of(HEADER, 7)}",
     )
-    return Wait(group, HEADER, 7)
+    return Wait(group)
 
 
 def _post(quiet=0, collective=None, episode=0, text="is somewhere", tick=0, **options):
@@ -557,19 +571,22 @@ def test_a_forked_child_does_not_speak_for_its_parent(world, monkeypatch):
     assert child._reach() is None
 
 
-def test_the_thread_ends_when_it_is_told_to_and_survives_what_it_meets(monkeypatch):
+def test_the_thread_ends_when_it_is_told_to_and_survives_what_it_meets(monkeypatch, caplog):
     one = _Watchdog()
-    met = threading.Event()
+    met = threading.Semaphore(0)
 
     def fail():
-        met.set()
+        met.release()
         raise dist.DistError("the store went away")
 
     monkeypatch.setattr(one, "look", fail)
-    one.start()
-    one._wake.set()
-    assert met.wait(30)
-    one.stop()
-    one._thread.join(30)
+    with caplog.at_level(logging.DEBUG):
+        one.start()
+        for _ in range(2):
+            one._wake.set()
+            assert met.acquire(timeout=30)
+        one.stop()
+        one._thread.join(30)
     assert not one._thread.is_alive()
+    assert caplog.text.count("DistError: the store went away") == 1
     assert activity(_frame(*USER)) == Activity("was last seen at train.py:12 in main")

@@ -16,7 +16,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 import syncbn
 from syncbn.norm.comm import watchdog
-from syncbn.norm.comm.exchange import FORWARD, Fingerprint, RankLost, exchange_of
+from syncbn.norm.comm.exchange import FORWARD, Fingerprint, exchange_of
+from syncbn.norm.comm.fingerprint import RankLost
 from syncbn.norm.comm.transports import process_group, sockets
 from syncbn.norm.comm.transports import shared_memory as shared
 

@@ -58,9 +58,9 @@ TRANSPORTS: list[Mutant] = [
         "connections that not all ranks have",
         f"{SOCKETS}::test_ranks_that_cannot_all_connect_gather_through_the_group",
         file=f"{FILES}/transports/sockets.py",
-        function="connections",
-        before="group.all_agree(made is not None)",
-        after="made is not None",
+        function="Sockets.over",
+        before="agreed and ",
+        after="",
     ),
     Edited(
         "strangers let in",
@@ -106,9 +106,9 @@ TRANSPORTS: list[Mutant] = [
         "memory that not all ranks can map",
         f"{SHARED}::test_ranks_that_cannot_share_memory_all_connect",
         file=f"{FILES}/transports/shared_memory.py",
-        function="shared_over",
-        before="group.all_agree(memory is not None)",
-        after="memory is not None",
+        function="SharedMemory.over",
+        before="agreed and ",
+        after="",
     ),
     Replaced(
         "layers without names told apart by nothing",
@@ -130,11 +130,13 @@ TRANSPORTS: list[Mutant] = [
         aim=f"{COMM}.exchange.Exchange._is_reduced",
         by=lambda original: lambda self, values: original(self, values.float()),
     ),
-    Replaced(
+    Edited(
         "ranks reduce without comparing headers",
         f"{TESTS}/test_exchange_scale.py::test_ranks_that_disagree_find_out_before_they_reduce",
-        aim=f"{COMM}.exchange.Exchange._agree",
-        by=lambda original: lambda self, values, direction, what: None,
+        file=f"{FILES}/exchange.py",
+        function="Exchange._combine",
+        before="if not values.is_cuda:",
+        after="if False:",
     ),
     Replaced(
         "a rank that cannot take part says nothing",

@@ -69,14 +69,14 @@ class Group(Members):
         self._run(dist.all_gather_into_tensor, gathered, values)
         return gathered.view(ranks, size)
 
-    def all_tell(self, text: bytes, size: int) -> list[bytes]:
-        """Every rank's `text`, filled up with zeros to `size` bytes."""
-        own = torch.frombuffer(bytearray(text.ljust(size, b"\0")), dtype=torch.uint8)
-        return [bytes(row) for row in self.all_gather(own).tolist()]
+    def all_tell(self, own: bytes) -> list[bytes]:
+        """What every rank tells, each as many bytes as `own`."""
+        gathered = self.all_gather(torch.frombuffer(bytearray(own), dtype=torch.uint8))
+        return [bytes(row) for row in gathered.tolist()]
 
     def all_agree(self, holds: bool) -> bool:
-        """Whether `holds` is true on every rank."""
-        return bool(self.all_gather(torch.tensor([holds], dtype=torch.uint8)).all())
+        """Whether something holds on every rank."""
+        return b"\0" not in self.all_tell(bytes([holds]))
 
     def all_reduce(self, values: Tensor) -> Tensor:
         """The sum of every rank's `values`, in place, the same bits on each."""
@@ -103,37 +103,28 @@ class Group(Members):
 
     def _run(self, collective: Callable[..., dist.Work | None], *values: Tensor) -> None:
         """Run a collective to its end; once one has failed, ranks are out of step."""
-        first = values[0]
-        if first.is_cuda:  # nothing waits on the host, and torch tells what failed
+        if values[0].is_cuda:  # nothing waits on the host, and torch tells what failed
             collective(*values, group=self.process_group)
             return
         if self._failure:
             raise RanksDisagree(self._failure)
         try:
-            work = self._begin(collective, *values)
-            if work is not None:
-                self._finish(work)
+            try:
+                work = collective(*values, group=self.process_group, async_op=True)
+            except RuntimeError as error:
+                raise RuntimeError(f"{self.here()}: the exchange failed: {error}") from error
+            assert work is not None, "this rank is in the group"
+            self._finish(work)
         except BaseException as error:
-            self._failure = str(error) or repr(error)
-            if self.turn[0]:  # of a CPU group
-                give_up(self, self.here(), error)
+            self._failure = give_up(self, error)
             raise
-
-    def _begin(
-        self, collective: Callable[..., dist.Work | None], *values: Tensor
-    ) -> dist.Work | None:
-        on_host = values[0].device.type == "cpu"
-        try:
-            return collective(*values, group=self.process_group, async_op=on_host)
-        except RuntimeError as error:
-            raise RuntimeError(f"{self.here()}: the exchange failed: {error}") from error
 
     def _finish(self, work: dist.Work) -> None:
         """Wait for a collective of CPU tensors, and look after ranks that do not come to it."""
         with suppress(RuntimeError):  # it is raised again below
             if _is_done(work):
                 return
-        with Wait(self, *self.turn) as wait:
+        with Wait(self) as wait:
             try:
                 while not _is_done(work):
                     wait.look()

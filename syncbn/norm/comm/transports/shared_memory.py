@@ -22,7 +22,7 @@ import mmap
 import os
 import weakref
 from pathlib import Path
-from typing import NamedTuple, Self
+from typing import Self
 
 from torch import Tensor
 
@@ -49,12 +49,15 @@ _LEFT = 10
 _FAILURE_BYTES = 1024
 """State, whether a rank was lost, and length, 8 bytes each; then the message."""
 _MESSAGE_BYTES = _FAILURE_BYTES - 24
-_OFFER_BYTES = 128
-"""Room for a secret and a path."""
+_SECRET_BYTES, _OFFER_BYTES = 16, 128
+"""Of a secret; and of a secret and a path."""
 _SIGNATURE_BYTES = 128
 """Room at the end of the memory for what rank 0 signs it with."""
 _DIFFER, _NOT_YET, _FAILED = 1, 2, 3
 _INT, _POINTER = ctypes.c_int64, ctypes.c_void_p
+
+_Destination = tuple[int, int, int]
+"""Where payloads go: size, out, stride; `size` bytes of rank r to `out` + r * `stride`."""
 
 
 class Ring(ctypes.Structure):
@@ -72,19 +75,11 @@ class Ring(ctypes.Structure):
     )
 
 
-class _Destination(NamedTuple):
-    """Where one frame's payloads go: `size` bytes of rank r to `out` + r * `stride`."""
-
-    size: int
-    out: int
-    stride: int
-
-
 class SharedMemory:
     """A `Transport` over one mapping.
 
     Args:
-        memory: zero bytes, `size` of them, the same pages on every rank.
+        memory: zero bytes, the same pages on every rank.
         group: the ranks that share it.
     """
 
@@ -105,17 +100,27 @@ class SharedMemory:
         self._native = native
         weakref.finalize(self, _leave, self._words, group.rank, os.getpid())
 
-    @staticmethod
-    def size(world_size: int) -> int:
-        """Bytes that `world_size` ranks need."""
-        return world_size * (_CONTROL_BYTES + 2 * SLOT_BYTES) + _FAILURE_BYTES
-
     @classmethod
     def over(cls, group: Group, willing: bool = True) -> Self | None:
-        """The memory that all ranks of `group` share, or None; a collective (see `shared_over`)."""
+        """The memory that all ranks of `group` share, None where some cannot or are not willing; a collective.
+
+        Rank 0 makes nameless memory and tells where it can be opened; a rank that finds it there, signed by rank 0,
+        is on the same machine.
+        """
         willing = willing and _native() is not None
-        memory = shared_over(group, cls.size(group.world_size), willing)
-        return None if memory is None else cls(memory, group)
+        size = group.world_size * (_CONTROL_BYTES + 2 * SLOT_BYTES) + _FAILURE_BYTES
+        secret = os.urandom(_SECRET_BYTES // 2).hex().encode()
+        descriptor = _make(size, secret) if group.rank == 0 and willing else None
+        try:
+            path = "" if descriptor is None else f"/proc/{os.getpid()}/fd/{descriptor}"
+            offer = group.all_tell((secret + path.encode()).ljust(_OFFER_BYTES, b"\0"))[0]
+            secret, path = offer[:_SECRET_BYTES], offer[_SECRET_BYTES:].rstrip(b"\0").decode()
+            memory = _map(Path(path), size, secret) if path and willing else None
+            agreed = group.all_agree(memory is not None)
+        finally:
+            if descriptor is not None:
+                os.close(descriptor)
+        return cls(memory, group) if agreed and memory is not None else None
 
     def exchange(self, header: bytes, number: int, payload: Tensor) -> Tensor:
         """See `Transport`. A payload larger than a slot takes several rounds."""
@@ -126,7 +131,7 @@ class SharedMemory:
             published = (self.address, number, header, source + offset, size)
             if self._native.syncbn_exchange_publish(*published):
                 raise self._failure()
-            to = _Destination(size, out + offset, total)
+            to = size, out + offset, total
             status = self._native.syncbn_exchange_wait(self.address, *to, LOOK_NS, 0)
             if status:
                 self._settle(status, header, number, to)
@@ -135,7 +140,7 @@ class SharedMemory:
     def complete(self, status: int, header: bytes, number: int, own: Tensor) -> Tensor:
         """Every rank's payload of a round that a native call entered with `own`, and left with a `status`."""
         gathered = own.new_empty((self._world_size, own.numel()))
-        to = _Destination(own.nbytes, gathered.data_ptr(), own.nbytes)
+        to = own.nbytes, gathered.data_ptr(), own.nbytes
         if status != _FAILED:
             status = self._native.syncbn_exchange_wait(self.address, *to, 0, 0)
         if status:
@@ -144,25 +149,28 @@ class SharedMemory:
 
     def _settle(self, status: int, header: bytes, number: int, to: _Destination) -> None:
         """Bring a round to its end that did not end at once."""
+        self._group.turn = header, number
         if status == _NOT_YET:
-            status = self._wait(header, number, to)
+            status = self._wait(to)
         if status == _DIFFER:
             headers = [self._header(rank) for rank in range(self._world_size)]
             raise disagreement(headers, self._group.rank, self._group.ranks)
         if status:
             raise self._failure()
 
-    def _wait(self, header: bytes, number: int, to: _Destination) -> int:
+    def _wait(self, to: _Destination) -> int:
         """Wait for the ranks that have not come, and look after them; the round's status."""
         status = _NOT_YET
-        with Wait(self._group, header, number) as wait:
+        with Wait(self._group) as wait:
             try:
                 while status == _NOT_YET:
                     missing = self._missing()
                     wait.look(missing, [rank for rank in missing if self._words[_left_at(rank)]])
                     status = self._native.syncbn_exchange_wait(self.address, *to, LOOK_NS, LOOK_NS)
-            except BaseException as error:
-                self._fail(error, wait.here)
+            except BaseException as error:  # all other ranks raise what this one says
+                text = give_up(self._group, error).encode()[:_MESSAGE_BYTES]
+                lost = not isinstance(error, RanksDisagree)
+                self._native.syncbn_exchange_fail(self.address, lost, text, len(text))
                 raise
         return status
 
@@ -176,13 +184,6 @@ class SharedMemory:
         """The header that `rank` published in the present round."""
         at = self._slots_at + (self.ring.round % 2 * self._world_size + rank) * SLOT_BYTES
         return self._memory[at : at + HEADER_BYTES]
-
-    def _fail(self, error: BaseException, here: str) -> None:
-        """Let every other rank raise what made this one give up."""
-        message = give_up(self._group, here, error)
-        text = message.encode()[:_MESSAGE_BYTES]
-        lost = not isinstance(error, RanksDisagree)
-        self._native.syncbn_exchange_fail(self.address, lost, text, len(text))
 
     def _failure(self) -> RanksDisagree | RankLost:
         """What the rank that gave up first has said."""
@@ -200,25 +201,6 @@ def _left_at(rank: int) -> int:
 def _leave(words: memoryview, rank: int, pid: int) -> None:
     if pid == os.getpid():  # a forked child that ends leaves nothing
         words[_left_at(rank)] = 1
-
-
-def shared_over(group: Group, size: int, willing: bool) -> mmap.mmap | None:
-    """`size` zero bytes that all ranks of `group` share, None where some cannot or are not willing; a collective.
-
-    Rank 0 makes nameless memory and tells where it can be opened; a rank that finds it there, signed by rank 0,
-    is on the same machine.
-    """
-    secret = os.urandom(8).hex().encode()
-    descriptor = _make(size, secret) if group.rank == 0 and willing else None
-    try:
-        path = "" if descriptor is None else f"/proc/{os.getpid()}/fd/{descriptor}"
-        offers = group.all_tell(secret + path.encode(), _OFFER_BYTES)
-        secret, slash, rest = offers[0].rstrip(b"\0").partition(b"/")
-        memory = _map(Path((slash + rest).decode()), size, secret) if rest and willing else None
-        return memory if group.all_agree(memory is not None) else None
-    finally:
-        if descriptor is not None:
-            os.close(descriptor)
 
 
 def _make(size: int, secret: bytes) -> int | None:

@@ -22,7 +22,7 @@ import struct
 import time
 import weakref
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from typing import Self
 
 from torch import Tensor
@@ -30,10 +30,10 @@ from torch import Tensor
 from syncbn.norm.comm.fingerprint import (
     HEADER_BYTES,
     NUMBER,
-    Header,
     RankLost,
     RanksDisagree,
     disagreement,
+    unpacked,
 )
 from syncbn.norm.comm.transports.process_group import Group, bytes_of
 from syncbn.norm.comm.watchdog import Wait, give_up
@@ -81,9 +81,21 @@ class Sockets:
 
     @classmethod
     def over(cls, group: Group, willing: bool = True) -> Self | None:
-        """Connections between all ranks of `group`, None of too many, or where some cannot; a collective."""
-        made = connections(group, willing) if group.world_size <= MESH_RANKS else None
-        return None if made is None else cls(made, group)
+        """Connections between all ranks of `group`, None of too many or where some cannot; a collective."""
+        if group.world_size > MESH_RANKS:
+            return None
+        secret, made = os.urandom(SECRET_BYTES), None
+        with (_listener() if willing else None) or nullcontext() as listener:
+            host, port = listener.getsockname()[:2] if listener else ("", 0)
+            told = group.all_tell(_OFFER.pack(port, host.encode(), secret))
+            offers = [_OFFER.unpack(offer) for offer in told]
+            if listener and all(port for port, _, _ in offers):
+                made = _made(listener, offers, group.rank)
+            agreed = group.all_agree(made is not None)
+        if agreed and made is not None:
+            return cls(made, group)
+        close(made or {})
+        return None
 
     def exchange(self, header: bytes, number: int, payload: Tensor) -> Tensor:
         """See `Transport`. Once a rank is lost or late it stays failed, and the others are told.
@@ -98,7 +110,7 @@ class Sockets:
         try:
             headers, gathered = self._frames(header, number, payload)
         except BaseException as error:
-            self._failure = give_up(self._group, self._group.here(), error)
+            self._failure = give_up(self._group, error)
             self._hang_up()
             raise
         if gathered is None:
@@ -121,7 +133,7 @@ class Sockets:
             if theirs == front:
                 self._receive(rank, rows[rank * size :][: min(size, CHUNK_BYTES)])
             else:
-                announced = Header.unpack(theirs[NUMBER.size :]).payload_bytes
+                announced = unpacked(theirs[NUMBER.size :]).payload_bytes
                 self._receive(rank, bytearray(min(announced, CHUNK_BYTES)))
         if any(theirs != front for theirs in headers):
             return headers, None
@@ -152,7 +164,7 @@ class Sockets:
         """What `move` returns, once the connection to `rank` lets it."""
         moved = self._attempt(rank, move, values)
         if moved is None:
-            with Wait(self._group, *self._group.turn) as wait:
+            with Wait(self._group) as wait:
                 while moved is None:
                     wait.look([rank])
                     moved = self._attempt(rank, move, values)
@@ -187,26 +199,6 @@ class Sockets:
             with suppress(OSError):  # it is closed already
                 connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _AT_ONCE)
         close(self._connections)
-
-
-def connections(group: Group, willing: bool = True) -> Connections | None:
-    """Connections with all other ranks of `group`, None where some rank lacks one or is not willing; a collective."""
-    secret = os.urandom(SECRET_BYTES)
-    listener = _listener() if willing else None
-    made: Connections | None = None
-    try:
-        host, port = listener.getsockname()[:2] if listener else ("", 0)
-        told = group.all_tell(_OFFER.pack(port, host.encode(), secret), _OFFER.size)
-        offers = [_OFFER.unpack(offer) for offer in told]
-        if listener and all(port for port, _, _ in offers):
-            made = _made(listener, offers, group.rank)
-        if group.all_agree(made is not None):
-            return made
-    finally:
-        if listener:
-            listener.close()
-    close(made or {})
-    return None
 
 
 def close(made: Connections) -> None:
