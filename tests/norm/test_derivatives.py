@@ -141,3 +141,28 @@ def test_a_gradient_penalty_is_that_of_one_big_batch(world_size):
     summed = sync.weight.grad.clone()
     dist.all_reduce(summed)
     assert_close(summed, oracle.weight.grad, 1e-9, "weight")
+
+
+@pytest.mark.world_size(1, 2)
+@pytest.mark.parametrize("act", [None, "relu", "silu"])
+def test_what_a_mask_leaves_out_reaches_no_derivative(world_size, act):
+    """NaN there, as in padding that was never written, leaves every gradient of any order as zeros do."""
+    mask = torch.rand(4, 1, 5) > 0.3
+    mask[0, 0, 0] = False
+    values = torch.randn(3, 4, 3, 5, dtype=torch.float64)
+    found = []
+    for filled in (0.0, float("nan")):
+        layer = syncbn.SyncBatchNorm(3, act=act, dtype=torch.float64)
+        x, residual, dy = (v.masked_fill(~mask, filled).requires_grad_() for v in values)
+        operands = (x, residual, layer.weight, layer.bias)
+        y = layer(x, mask, residual)
+        plain = torch.autograd.grad(y, operands, dy, retain_graph=True)
+        batched = torch.autograd.grad(
+            y, operands, dy.expand(2, *dy.shape), retain_graph=True, is_grads_batched=True
+        )
+        first = torch.autograd.grad(y, operands, dy, create_graph=True)
+        total = sum((gradient**2).sum() for gradient in first)
+        second = torch.autograd.grad(total, (*operands, dy), allow_unused=True)
+        found.append([*plain, *batched, *first, *(one for one in second if one is not None)])
+    for got, expected in zip(found[1], found[0], strict=True):
+        assert_close(got, expected, 1e-12)
