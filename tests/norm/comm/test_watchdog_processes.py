@@ -12,7 +12,8 @@ from own_ranks import run_ranks
 from test_watchdog_ranks import WAYS, _gather
 
 import syncbn
-from syncbn.norm.comm.exchange import RankLost, exchange_of
+from syncbn.norm.comm.exchange import exchange_of
+from syncbn.norm.comm.fingerprint import RankLost
 
 pytestmark = pytest.mark.untraced
 each_way = pytest.mark.parametrize("way", WAYS)

@@ -103,7 +103,8 @@ class Group(Members):
 
     def _run(self, collective: Callable[..., dist.Work | None], *values: Tensor) -> None:
         """Run a collective to its end; once one has failed, ranks are out of step."""
-        if values[0].is_cuda:  # nothing waits on the host, and torch tells what failed
+        first = values[0]
+        if first.is_cuda:  # nothing waits on the host, and torch tells what failed
             collective(*values, group=self.process_group)
             return
         if self._failure:
