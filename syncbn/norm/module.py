@@ -237,11 +237,10 @@ class SyncBatchNorm(_BatchNorm):
             return None
         names = ("running_mean", "running_var", "num_batches_tracked")
         mean, var, num_batches_tracked = self._held(self._buffers, *names)
-        uncounted = (
-            num_batches_tracked is None and self.momentum is None
-        )  # then torch moves nothing
-        if mean is None or var is None or uncounted:
+        if mean is None or var is None:
             return None
+        if num_batches_tracked is None and self.momentum is None:
+            return None  # torch moves nothing then
         return Running(mean, var, num_batches_tracked, self.momentum)
 
     def _held(self, held: dict[str, Any], *names: str) -> list[Any]:

@@ -515,10 +515,8 @@ def _settle(
     if status:
         packed = block.packed.unsqueeze(0) if gathered is None else gathered
         check_statistics(packed, block, args)
-    if moved is not None:
-        increment_version(
-            [t for t in moved[:3] if t is not None]
-        )  # what autograd saved of them is stale
+    if moved is not None:  # what autograd saved of them is stale
+        increment_version([t for t in moved[:3] if t is not None])
     elif args.running is not None:
         _ATEN.update(args.running, block)
 

@@ -149,9 +149,8 @@ def _make(spec: str | int, world: ProcessGroup) -> ProcessGroup:
         partition = [list(range(at, at + spec)) for at in range(0, world.size(), spec)]
     own = None
     device = "cuda" if dist.get_backend() == "nccl" else "cpu"
-    timeout = world._get_backend(
-        torch.device(device)
-    ).options._timeout  # the one that the user gave
+    # the one that the user gave: groups made here wait no longer than theirs
+    timeout = world._get_backend(torch.device(device)).options._timeout
     for ranks in partition:
         group = dist.new_group(ranks, timeout=timeout)
         if dist.get_rank() in ranks:

@@ -120,7 +120,7 @@ def forward_pass(
     if call.exchange is not None and DistributedDataParallel._active_ddp_module is not None:
         refuse_ddp_join(call.layer)
     checkpointed = call.checkpointed
-    _check_fit(args, (args.residual,), call.exchange)
+    _check_fit(args, call.exchange)
     known = None if checkpointed is None else checkpointed.known(args.x.shape[1])
     if known is not None:
         return backend.normalize(args, known), known
@@ -154,7 +154,7 @@ def backward_pass(
     needs_x, needs_weight, needs_bias, needs_residual = needs
     if dy.layout is not torch.strided:
         dy = dy.to_dense()
-    _check_fit(args, (dy, args.residual, args.output), call.exchange)
+    _check_fit(args, call.exchange, dy, args.residual, args.output)
     what = call.fingerprint(args.x, True)
     if torch.is_grad_enabled() or is_transformed(dy):
         gradients = differentiable_gradients(dy, args, stats.total, call.exchange, what)
@@ -189,15 +189,13 @@ def backward_pass(
     )
 
 
-def _check_fit(
-    args: NormArgs, like_x: tuple[Tensor | None, ...], exchange: Exchange | None
-) -> None:
+def _check_fit(args: NormArgs, exchange: Exchange | None, *like_x: Tensor | None) -> None:
     """Raise for an operand that lies elsewhere or holds more or fewer values than a pass reads at its address.
 
     Args:
         args: of this pass, with one value per channel in parameters and running statistics.
-        like_x: tensors in the shape of x.
         exchange: whose ranks are told.
+        like_x: tensors in the shape of x, beyond those that the layer has checked when it was called.
     """
     x, running = args.x, (None, None) if args.running is None else args.running[:2]
     device, shape = x.device, x.shape

@@ -58,7 +58,6 @@ def differentiable_gradients(
             z = xhat * scale if bias is None else xhat * scale + bias.view(shape)
             z = z if args.residual is None else z + _masked(args.residual, args.mask)
         dz = dz * ACTIVATIONS[args.act].derivative(z.to(x.dtype))
-    dz = _masked(dz, args.mask)
     mean_dz, mean_dz_xhat = mean_over_ranks(dz, dz * xhat)
     dx = _masked(scale * invstd * (dz - mean_dz - xhat * mean_dz_xhat), args.mask)
     dweight, dbias = (dz * xhat).sum(dims), dz.sum(dims)
