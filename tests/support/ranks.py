@@ -130,7 +130,7 @@ def _attempt(
 if __name__ == "__main__":
     sys.path[:] = sys.argv[2:]
     if os.environ.get("TRITON_INTERPRET") == "1":
-        from interpreter import patch_language_once
+        from triton_interpreter import patch_language_once
 
         patch_language_once()
     _serve(Connection(int(sys.argv[1])))

@@ -54,11 +54,14 @@ def test_a_rank_that_comes_after_another_gave_up_hears_why(kind, error):
         rendezvous._wait_for_all(group)
 
 
-def test_nobody_is_waited_for_when_all_are_there():
+def test_nobody_is_waited_for_when_all_are_there(monkeypatch):
     group = Alone()
     for rank in (0, 1):
         group.store.set(f"syncbn/here/{rank}", "")
+    begun = []
+    monkeypatch.setattr(rendezvous, "Wait", begun.append)
     rendezvous._wait_for_all(group)
+    assert not begun
 
 
 def test_a_transport_that_does_not_exist_is_refused_before_any_rank_is_waited_for(monkeypatch):
