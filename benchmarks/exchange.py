@@ -12,7 +12,8 @@ from torch.distributed import ProcessGroup
 
 from benchmarks.clock import interleaved, say
 from benchmarks.contenders import Run, group_by
-from syncbn.norm.comm.exchange import BACKWARD, Fingerprint, exchange_of
+from syncbn.norm.comm.exchange import exchange_of
+from syncbn.norm.comm.fingerprint import BACKWARD, Fingerprint
 
 BURST = 20
 """Exchanges timed at once."""

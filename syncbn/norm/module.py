@@ -280,10 +280,7 @@ class SyncBatchNorm(_BatchNorm):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "SyncBatchNorm":
         """A copy in the same group: groups are shared, never copied."""
-        for group in (
-            self.process_group,
-            self.__dict__.get(REPLACED, {}).get("process_group"),
-        ):
+        for group in (self.process_group, self.__dict__.get(REPLACED, {}).get("process_group")):
             if isinstance(group, ProcessGroup):
                 memo[id(group)] = group
         duplicate = type(self).__new__(type(self))

@@ -33,7 +33,7 @@ class Moments(NamedTuple):
     M2: Tensor
 
 
-class AnyStatistics(Protocol):
+class Stats(Protocol):
     """The statistics of all ranks, in whatever memory a backend keeps them; see `Statistics`."""
 
     @property

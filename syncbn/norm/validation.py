@@ -77,8 +77,9 @@ def check_operands(
         ValueError: a shape or device that does not fit.
         TypeError: `input` that is not floating point, `mask` that is not bool.
     """
-    if input.dim() < 2:
-        raise ValueError(f"expected input (N, C, *), got {input.dim()}D input")
+    if input.dim() < 2 or not input.shape[1]:
+        shape = tuple(input.shape)
+        raise ValueError(f"expected input (N, C, *), C >= 1, got {input.dim()}D input {shape}")
     if num_features is not None and input.shape[1] != num_features:
         raise ValueError(f"expected {num_features} channels, got {input.shape[1]}")
     if not input.is_floating_point():

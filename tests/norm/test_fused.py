@@ -96,6 +96,20 @@ def test_what_the_mask_leaves_out_has_no_part_in_anything():
     assert not grads[0][~kept].any()
 
 
+@pytest.mark.parametrize("masked", [False, True])
+def test_nan_on_a_rank_alone_reaches_the_statistics_of_its_channel(masked):
+    x = torch.randn(6, 3, 5)
+    x[1, 0, 2] = torch.nan
+    mask = torch.ones(6, 1, 5, dtype=torch.bool) if masked else None
+    mean, var, tracked = torch.zeros(3), torch.ones(3), torch.tensor(0)
+    syncbn.sync_batch_norm(x, mean, var, mask=mask, num_batches_tracked=tracked)
+    oracle = nn.BatchNorm1d(3)
+    oracle(x)
+    assert tracked == 1
+    torch.testing.assert_close(mean, oracle.running_mean, equal_nan=True)
+    torch.testing.assert_close(var, oracle.running_var, equal_nan=True)
+
+
 def test_a_mask_broadcasts_over_positions():
     (x,) = leaves((4, 3, 5))
     mask = torch.tensor([True, True, False, True]).view(4, 1, 1)

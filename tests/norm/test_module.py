@@ -136,6 +136,11 @@ def test_a_layer_that_averages_all_batches_and_counts_none_moves_nothing(act):
     assert layer.running_var.tolist() == [1, 1, 1]
 
 
+def test_an_input_without_channels_is_refused():
+    with pytest.raises(ValueError, match=r"C >= 1, got 3D input \(4, 0, 5\)"):
+        syncbn.sync_batch_norm(torch.zeros(4, 0, 5))
+
+
 def test_the_function_averages_all_batches_only_where_it_can_count_them():
     statistics = (torch.zeros(3), torch.ones(3))
     with pytest.raises(ValueError, match="momentum=None needs num_batches_tracked"):

@@ -18,7 +18,8 @@ from syncbn.config import (
     TrainConfig,
 )
 from syncbn.errors import UsageError
-from syncbn.norm.comm.exchange import BACKWARD, FORWARD, Exchange, Fingerprint, exchange_of
+from syncbn.norm.comm.exchange import Exchange, exchange_of
+from syncbn.norm.comm.fingerprint import BACKWARD, FORWARD, Fingerprint
 from syncbn.probes.oracle import KINDS
 from syncbn.runtime import TorchrunRuntime
 from syncbn.tracking import Untracked, read_journal
@@ -151,17 +152,23 @@ def test_an_observer_is_told_of_each_exchange_and_changes_none(world_size):
     what = Fingerprint("a", 3, torch.float32, needs_grad=True)
     packed, sums = torch.rand(8), torch.rand(2, 3)
     exchange = exchange_of(dist.group.WORLD)
-    expected = [exchange.gather_statistics(packed, what), exchange.gather_sums(sums, what)]
+    expected = [
+        exchange.combine(packed, FORWARD, what),
+        exchange.combine(sums.flatten(), BACKWARD, what),
+    ]
     told = []
     Exchange.observer = lambda *exchanged: told.append(exchanged)
     try:
         assert not exchange.serves_native_calls(
             8
         )  # there it could not be told from the rest of the pass
-        found = [exchange.gather_statistics(packed, what), exchange.gather_sums(sums, what)]
+        found = [
+            exchange.combine(packed, FORWARD, what),
+            exchange.combine(sums.flatten(), BACKWARD, what),
+        ]
     finally:
         Exchange.observer = None
-    exchange.gather_statistics(packed, what)
+    exchange.combine(packed, FORWARD, what)
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
     assert [exchanged[:3] for exchanged in told] == [("a", FORWARD, 32), ("a", BACKWARD, 24)]
     assert all(exchanged[3] > 0 for exchanged in told)

@@ -13,7 +13,7 @@ from torch import Tensor
 from syncbn.norm.backends.activations import ACTIVATIONS
 from syncbn.norm.backends.aten import AtenBackend
 from syncbn.norm.backends.base import Backend, NormArgs, Running
-from syncbn.norm.moments import Moments, Statistics, pack, unpack
+from syncbn.norm.moments import Moments, Statistics, Stats, pack, unpack
 
 TRUTH = AtenBackend()
 ROUNDING = {
@@ -192,7 +192,7 @@ def check_backward(backend: Backend, case: Case, device: str = "cpu") -> None:
 
 
 def check_finish_forward(backend: Backend, case: Case, device: str = "cpu") -> None:
-    """`finish_forward` gives the bits of merge, update and normalize, bits of the derivative included."""
+    """`finish_forward` gives the statistics of a rank without samples, and the bits that `normalize` gives of them."""
     _, args, _ = forward_inputs(case, device)
     args = args._replace(world_size=2)
     backend = serving(backend, args)
@@ -204,8 +204,7 @@ def check_finish_forward(backend: Backend, case: Case, device: str = "cpu") -> N
     other = clones(one)
     bits = _marked(backend, args)
     y, stats = backend.finish_forward(args._replace(running=one, bits=bits), gathered)
-    expected = backend.merge(gathered, args.eps)
-    backend.update(other, expected)
+    expected = merged(backend, gathered, args.eps, other)
     own_bits = _marked(backend, args)
     expected_y = backend.normalize(args._replace(bits=own_bits), expected)
     assert same_bits([y], [expected_y])
@@ -242,14 +241,13 @@ def check_merge(
         M2 = torch.rand(channels, generator=generator, dtype=torch.float64) * count
         ranks.append(pack(Moments(torch.tensor(float(count), dtype=torch.float64), mean, M2)))
     packed = torch.stack(ranks).to(device, dtype)
-    merged = backend.merge(packed, 1e-5)
-    truth = TRUTH.merge(packed.double(), 1e-5)
-    assert merged.total.dtype == torch.float64
-    assert merged.total.shape == ()
-    assert float(merged.total) == sum(counts)
+    stats, truth = merged(backend, packed), merged(TRUTH, packed.double())
+    assert stats.total.dtype == torch.float64
+    assert stats.total.shape == ()
+    assert float(stats.total) == sum(counts)
     for name in ("mean", "var", "invstd"):
-        assert getattr(merged, name).dtype == dtype
-        close(getattr(merged, name), getattr(truth, name), 1e-12 if dtype.itemsize == 8 else 3e-7)
+        assert getattr(stats, name).dtype == dtype
+        close(getattr(stats, name), getattr(truth, name), 1e-12 if dtype.itemsize == 8 else 3e-7)
 
 
 def check_update(
@@ -259,13 +257,13 @@ def check_update(
     generator = torch.Generator().manual_seed(1)
     mean, var, running_mean, running_var = torch.rand(4, 11, generator=generator).to(device)
     count = torch.full((), total, dtype=torch.float64, device=device)
-    stats = Statistics(count, mean, var, torch.rsqrt(var))
+    packed = pack(Moments(count, mean, var * total)).unsqueeze(0)
     for tracked in (torch.full((), 3, device=device), None)[: 1 if momentum is None else 2]:
         ours = Running(running_mean.to(dtype), running_var.to(dtype), tracked, momentum)
         ours, truth = (clones(ours) for _ in range(2))
         versions = [ours.mean._version, ours.var._version]
-        backend.update(ours, stats)
-        TRUTH.update(truth, stats)
+        merged(backend, packed, running=ours)
+        merged(TRUTH, packed, running=truth)
         bound = 1e-12 if dtype == torch.float64 else ROUNDING[dtype]
         close(ours.mean, truth.mean.double(), max(bound, 2e-7))
         close(ours.var, truth.var.double(), max(bound, 2e-7))
@@ -294,6 +292,17 @@ def everything(backend: Backend, case: Case, device: str = "cpu") -> list[Tensor
         backend.finish_backward(dy, args, stats, sums.view(1, -1)),
         backend.grad_residual(dy, args, stats),
     ]
+
+
+def merged(
+    backend: Backend, gathered: Tensor, eps: float = 1e-5, running: Running | None = None
+) -> Stats:
+    """The statistics of packed moments, as a rank without samples finds them; moves `running`."""
+    x = gathered.new_empty(0, gathered.shape[1] // 2 - 1)
+    args = NormArgs(x, eps=eps, running=running, world_size=2)
+    y, stats = serving(backend, args).finish_forward(args, gathered)
+    assert y.shape == x.shape
+    return stats
 
 
 def serving(backend: Backend, args: NormArgs) -> Backend:

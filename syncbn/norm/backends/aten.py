@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from syncbn.norm.backends.activations import ACTIVATIONS, apply_act
-from syncbn.norm.backends.base import Backend, NormArgs, Running
+from syncbn.norm.backends.base import Backend, NormArgs, Running, check_statistics
 from syncbn.norm.moments import (
-    AnyStatistics,
     Moments,
     Statistics,
+    Stats,
     add_rows,
     merge,
     pack,
@@ -40,37 +40,23 @@ class AtenBackend(Backend):
             deviations.masked_fill_(~mask, 0)
         return pack(Moments(count, mean, deviations.square_().sum(_reduced(x))))
 
-    def merge(self, gathered: Tensor, eps: float) -> Statistics:
-        """The statistics of all ranks, merged in float64."""
+    def finish_forward(self, args: NormArgs, gathered: Tensor) -> tuple[Tensor, Stats]:
+        """Merge in float64, update, normalise."""
         total, mean, M2 = merge(*unpack(gathered))
         var = M2 / total.clamp(min=1).to(M2.dtype)
-        return Statistics(total, mean, var, torch.rsqrt(var + eps))
+        stats = Statistics(total, mean, var, torch.rsqrt(var + args.eps))
+        check_statistics(gathered, stats, args)
+        if args.running is not None:
+            update(args.running, stats)
+        return self.normalize(args, stats), stats
 
-    def update(self, running: Running, stats: AnyStatistics) -> None:
-        """Move the running statistics towards those of this batch."""
-        total = stats.total
-        seen = (total > 0).to(torch.float64)
-        if running.num_batches_tracked is not None:
-            running.num_batches_tracked.add_(seen.to(running.num_batches_tracked.dtype))
-        if running.momentum is not None:
-            factor = seen * running.momentum
-        else:
-            assert running.num_batches_tracked is not None, (
-                "momentum=None needs num_batches_tracked"
-            )
-            factor = seen / running.num_batches_tracked.clamp(min=1)
-        unbiased = stats.var * (total / (total - 1).clamp(min=1))
-        for old, new in ((running.mean, stats.mean), (running.var, unbiased)):
-            weight = factor.to(old.dtype)
-            old.mul_(1 - weight).add_(new.to(old.dtype) * weight)
-
-    def normalize(self, args: NormArgs, stats: AnyStatistics) -> Tensor:
+    def normalize(self, args: NormArgs, stats: Stats) -> Tensor:
         """act((x - mean) * invstd * weight + bias + residual)."""
         y = apply_act(args.act, _pre_activation(args, stats))
         return _masked(y, args.mask).to(args.x.dtype)
 
     def local_grad_sums(
-        self, dy: Tensor, args: NormArgs, stats: AnyStatistics, needs_dz: bool = False
+        self, dy: Tensor, args: NormArgs, stats: Stats, needs_dz: bool = False
     ) -> tuple[Tensor, Tensor | None]:
         """Sum of dz, and sum of dz * xhat, per channel."""
         residual_gradient = None
@@ -83,9 +69,7 @@ class AtenBackend(Backend):
         sums = torch.stack([dz.sum(_reduced(x)), centred.sum(_reduced(x)).mul_(stats.invstd)])
         return sums, residual_gradient
 
-    def finish_backward(
-        self, dy: Tensor, args: NormArgs, stats: AnyStatistics, gathered: Tensor
-    ) -> Tensor:
+    def finish_backward(self, dy: Tensor, args: NormArgs, stats: Stats, gathered: Tensor) -> Tensor:
         """Weight * invstd * (dz - mean of dz - xhat * mean of dz * xhat)."""
         x, dz, sums = args.x, _grad_before_act(dy, args, stats), add_rows(gathered)
         mean_dz, mean_dz_xhat = sums.view(2, -1) / stats.total.clamp(min=1).to(sums.dtype)
@@ -95,11 +79,28 @@ class AtenBackend(Backend):
         dx.add_(dz).sub_(_per_channel(mean_dz, x)).mul_(_per_channel(scale, x))
         return _masked(dx, args.mask).to(x.dtype)
 
-    def grad_residual(self, dy: Tensor, args: NormArgs, stats: AnyStatistics) -> Tensor:
+    def grad_residual(self, dy: Tensor, args: NormArgs, stats: Stats) -> Tensor:
         """The gradient of the residual."""
         if args.act is None and args.mask is None:
             return dy
         return _grad_before_act(dy, args, stats).to(dy.dtype)
+
+
+def update(running: Running, stats: Stats) -> None:
+    """Move running statistics, of any kind of tensor, towards those of a batch; an empty one moves nothing."""
+    total, tracked = stats.total, running.num_batches_tracked
+    seen = (total > 0).to(torch.float64)
+    if tracked is not None:
+        tracked.add_(seen.to(tracked.dtype))
+    if running.momentum is not None:
+        factor = seen * running.momentum
+    else:
+        assert tracked is not None, "momentum=None needs num_batches_tracked"
+        factor = seen / tracked.clamp(min=1)
+    unbiased = stats.var * (total / (total - 1).clamp(min=1))
+    for old, new in ((running.mean, stats.mean), (running.var, unbiased)):
+        weight = factor.to(old.dtype)
+        old.mul_(1 - weight).add_(new.to(old.dtype) * weight)
 
 
 def _reduced(x: Tensor) -> list[int]:
@@ -111,7 +112,7 @@ def _per_channel(values: Tensor, x: Tensor) -> Tensor:
     return values.view(1, -1, *(1,) * (x.dim() - 2))
 
 
-def _pre_activation(args: NormArgs, stats: AnyStatistics) -> Tensor:
+def _pre_activation(args: NormArgs, stats: Stats) -> Tensor:
     """z, in the statistics' dtype; the mean goes first, so that a large one cancels exactly."""
     x, weight = args.x, args.weight
     scale = stats.invstd if weight is None else stats.invstd * weight
@@ -121,7 +122,7 @@ def _pre_activation(args: NormArgs, stats: AnyStatistics) -> Tensor:
     return z if args.residual is None else z.add_(args.residual)
 
 
-def _grad_before_act(dy: Tensor, args: NormArgs, stats: AnyStatistics) -> Tensor:
+def _grad_before_act(dy: Tensor, args: NormArgs, stats: Stats) -> Tensor:
     """dz, in the statistics' dtype."""
     dz = dy.to(stats.mean.dtype)
     if args.act is not None:

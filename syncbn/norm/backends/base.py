@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from syncbn.norm.moments import AnyStatistics, Statistics, has_values
+from syncbn.norm.moments import Stats, has_values
 
 _WITH_MEMORY = (Tensor, Parameter)
 """Types of tensors that have memory of their own, where they are no meta tensors; subclasses may have none."""
@@ -89,7 +89,7 @@ class Backend(ABC):
 
     fused = False
     """Whether there are `fused_forward` and `fused_backward`."""
-    fused_forward: Callable[..., tuple[Tensor, AnyStatistics]]
+    fused_forward: Callable[..., tuple[Tensor, Stats]]
     fused_backward: Callable[..., tuple[Tensor, Tensor]]
 
     def for_pass(self, args: NormArgs, exchange: Any) -> "Backend":
@@ -102,19 +102,10 @@ class Backend(ABC):
         """The packed moments (see `syncbn.norm.moments`) of the values where the mask is true, `(2 + 2C,)`."""
 
     @abstractmethod
-    def merge(self, gathered: Tensor, eps: float) -> Statistics:
-        """The statistics of all ranks from their packed moments, `(W, 2 + 2C)`; the same bits on every rank."""
-
-    @abstractmethod
-    def update(self, running: Running, stats: AnyStatistics) -> None:
-        """Move the running statistics towards those of this batch, in place; an empty batch moves nothing."""
-
-    @abstractmethod
-    def normalize(self, args: NormArgs, stats: AnyStatistics) -> Tensor:
-        """act((x - mean) * invstd * weight + bias + residual), and 0 where the mask is false; fills `args.bits`."""
-
-    def finish_forward(self, args: NormArgs, gathered: Tensor) -> tuple[Tensor, AnyStatistics]:
+    def finish_forward(self, args: NormArgs, gathered: Tensor) -> tuple[Tensor, Stats]:
         """The output and the statistics of all ranks, from their packed moments; updates running statistics.
+
+        The statistics have the same bits on every rank. An empty batch on all ranks moves no running statistics.
 
         Args:
             args: of this pass.
@@ -123,15 +114,14 @@ class Backend(ABC):
         Raises:
             NonFiniteStatistics, ValueError: see `check_statistics`; nothing is updated.
         """
-        stats = self.merge(gathered, args.eps)
-        check_statistics(gathered, stats, args)
-        if args.running is not None:
-            self.update(args.running, stats)
-        return self.normalize(args, stats), stats
+
+    @abstractmethod
+    def normalize(self, args: NormArgs, stats: Stats) -> Tensor:
+        """act((x - mean) * invstd * weight + bias + residual), and 0 where the mask is false; fills `args.bits`."""
 
     @abstractmethod
     def local_grad_sums(
-        self, dy: Tensor, args: NormArgs, stats: AnyStatistics, needs_dz: bool = False
+        self, dy: Tensor, args: NormArgs, stats: Stats, needs_dz: bool = False
     ) -> tuple[Tensor, Tensor | None]:
         """Sum of dz and sum of dz * xhat per channel, `(2, C)`; dz = dy * act'(z), 0 outside the mask.
 
@@ -140,9 +130,7 @@ class Backend(ABC):
         """
 
     @abstractmethod
-    def finish_backward(
-        self, dy: Tensor, args: NormArgs, stats: AnyStatistics, gathered: Tensor
-    ) -> Tensor:
+    def finish_backward(self, dy: Tensor, args: NormArgs, stats: Stats, gathered: Tensor) -> Tensor:
         """Dx = weight * invstd * (dz - A / N - xhat * B / N), and 0 outside the mask.
 
         Args:
@@ -153,7 +141,7 @@ class Backend(ABC):
         """
 
     @abstractmethod
-    def grad_residual(self, dy: Tensor, args: NormArgs, stats: AnyStatistics) -> Tensor:
+    def grad_residual(self, dy: Tensor, args: NormArgs, stats: Stats) -> Tensor:
         """The gradient of the residual: dz, in the dtype of dy; dy itself where no act and no mask intervene."""
 
     def empty_bits(self, args: NormArgs) -> Tensor | None:
@@ -175,7 +163,7 @@ def kernels_may_read(x: Tensor, *others: Tensor | None) -> bool:
 
 
 def kernels_may_write(running: Running) -> bool:
-    """Whether kernels may write running statistics at their addresses; `AtenBackend` serves the others."""
+    """Whether kernels may write running statistics at their addresses; `aten.update` moves the others."""
     mean, var, tracked, _ = running
     if not (mean.is_contiguous() and var.is_contiguous() and mean.dtype is var.dtype):
         return False
@@ -187,7 +175,7 @@ def kernels_may_write(running: Running) -> bool:
     return counts and tracked.device == mean.device and kernels_may_read(mean, var, tracked)
 
 
-def check_statistics(gathered: Tensor, stats: AnyStatistics, args: NormArgs) -> None:
+def check_statistics(gathered: Tensor, stats: Stats, args: NormArgs) -> None:
     """Raise where there is nothing to normalise with.
 
     On CUDA a look at values would stall the host, so only a shape that may hold too little is looked at.

@@ -15,7 +15,7 @@ import functools
 import math
 import struct
 from collections.abc import Callable
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,7 +23,7 @@ from torch.autograd.graph import increment_version
 from torch.utils.dlpack import from_dlpack
 
 from syncbn.norm.backends.activations import ACTIVATIONS
-from syncbn.norm.backends.aten import AtenBackend
+from syncbn.norm.backends.aten import AtenBackend, update
 from syncbn.norm.backends.base import (
     Backend,
     NormArgs,
@@ -32,9 +32,10 @@ from syncbn.norm.backends.base import (
     kernels_may_read,
     kernels_may_write,
 )
-from syncbn.norm.comm.exchange import BACKWARD, FORWARD, Exchange, Fingerprint
+from syncbn.norm.comm.exchange import Exchange
+from syncbn.norm.comm.fingerprint import BACKWARD, FORWARD, Fingerprint
 from syncbn.norm.comm.transports.shared_memory import LOOK_NS, Ring
-from syncbn.norm.moments import AnyStatistics, Statistics, stats_dtype
+from syncbn.norm.moments import Statistics, Stats, stats_dtype
 from syncbn.norm.native import library
 
 SMALLEST_KEPT_BYTES = 1 << 18
@@ -49,8 +50,6 @@ _PASS = struct.Struct("8q9P")
 """The arguments of one pass, as in native/kernels; packing is faster than a ctypes.Structure."""
 _FUSED_PASS = struct.Struct("8q9P2P2qdP3Pdq")
 """The same, then what a whole pass needs beside them."""
-_BATCH, _RUNNING = struct.Struct("4P"), struct.Struct("3Pdq")
-"""Statistics of a batch, and running statistics."""
 _NO_RUNNING = (0, 0, 0, 0.0, 0)
 
 
@@ -154,41 +153,15 @@ class CpuFallback(AtenBackend):
         self._run(_MOMENTS, args, geometry, packed)
         return packed
 
-    def merge(self, gathered: Tensor, eps: float) -> Statistics:
-        """The statistics of all ranks, merged in float64."""
-        gathered = gathered.contiguous()
-        ranks, width = gathered.shape
-        channels = (width - 2) // 2
-        total = torch.empty((), dtype=torch.float64, device="cpu")
-        mean, var, invstd = (
-            torch.empty(channels, dtype=gathered.dtype, device="cpu") for _ in range(3)
-        )
-        self._library.syncbn_merge_moments(
-            _DTYPES[gathered.dtype],
-            gathered.data_ptr(),
-            ranks,
-            channels,
-            eps,
-            _BATCH.pack(*(values.data_ptr() for values in (total, mean, var, invstd))),
-        )
-        return Statistics(total, mean, var, invstd)
-
-    def update(self, running: Running, stats: AnyStatistics) -> None:
-        """Move the running statistics towards those of this batch."""
-        if _moved_by_library(running) is None:
-            super().update(running, stats)
-            return
-        total, _, *per_channel = _addresses(stats)
-        self._library.syncbn_update_running_stats(
-            _RUNNING.pack(*_running_words(running)),
-            _DTYPES[stats.mean.dtype],
-            _BATCH.pack(total, *per_channel),
-            running.mean.numel(),
-        )
-        increment_version([t for t in running[:3] if t is not None])
+    def finish_forward(self, args: NormArgs, gathered: Tensor) -> tuple[Tensor, Stats]:
+        """Merge and update in the native call for a batch without samples, then normalise."""
+        nothing = torch.empty((0, args.x.shape[1]), dtype=gathered.dtype, device="cpu")
+        without = args._replace(x=nothing, weight=None, bias=None, residual=None, act=None)
+        _, stats = _unfused().finish_forward(without, gathered)
+        return self.normalize(args, stats), stats
 
     def local_grad_sums(
-        self, dy: Tensor, args: NormArgs, stats: AnyStatistics, needs_dz: bool = False
+        self, dy: Tensor, args: NormArgs, stats: Stats, needs_dz: bool = False
     ) -> tuple[Tensor, Tensor | None]:
         """Sum of dz, and sum of dz * xhat, per channel; by the kernels once dz is there, if only act kept them out."""
         if not needs_dz:
@@ -197,9 +170,7 @@ class CpuFallback(AtenBackend):
         backend = _unfused() if _kernels_serve(args) else super()
         return backend.local_grad_sums(dz, args, stats)[0], dz
 
-    def finish_backward(
-        self, dy: Tensor, args: NormArgs, stats: AnyStatistics, gathered: Tensor
-    ) -> Tensor:
+    def finish_backward(self, dy: Tensor, args: NormArgs, stats: Stats, gathered: Tensor) -> Tensor:
         """dx; by the kernels as in `local_grad_sums`."""
         backend = _unfused() if _kernels_serve(args) else super()
         return backend.finish_backward(dy, args, stats, gathered)
@@ -210,7 +181,7 @@ class CpuFallback(AtenBackend):
         args: NormArgs,
         geometry: Geometry,
         result: Tensor,
-        stats: AnyStatistics | None = None,
+        stats: Stats | None = None,
         dy: Tensor | None = None,
     ) -> None:
         """One pass of the library over x."""
@@ -243,14 +214,14 @@ class CpuBackend(CpuFallback):
         fuses = exchange is None or exchange.serves_native_calls(_stats_bytes(x))
         return _fused() if fuses else self
 
-    def normalize(self, args: NormArgs, stats: AnyStatistics) -> Tensor:
+    def normalize(self, args: NormArgs, stats: Stats) -> Tensor:
         """act((x - mean) * invstd * weight + bias + residual); x is read once."""
         geometry = _geometry(args.x)
         y = _empty(args.x, geometry)
         self._run(_NORMALIZE, args, geometry, y, stats)
         return y
 
-    def finish_forward(self, args: NormArgs, gathered: Tensor) -> tuple[Tensor, AnyStatistics]:
+    def finish_forward(self, args: NormArgs, gathered: Tensor) -> tuple[Tensor, Stats]:
         """Merge, update and normalise in one native call."""
         geometry = _geometry(args.x)
         args, block = _aligned(args, geometry), StatisticsBlock(geometry)
@@ -262,7 +233,7 @@ class CpuBackend(CpuFallback):
         return y, block
 
     def local_grad_sums(
-        self, dy: Tensor, args: NormArgs, stats: AnyStatistics, needs_dz: bool = False
+        self, dy: Tensor, args: NormArgs, stats: Stats, needs_dz: bool = False
     ) -> tuple[Tensor, Tensor | None]:
         """Sum of dz, and sum of dz * xhat, per channel; x and dy are read once."""
         dz = None
@@ -274,9 +245,7 @@ class CpuBackend(CpuFallback):
         self._run(_BACKWARD_SUMS, args, geometry, sums, stats, dy)
         return sums, dz
 
-    def finish_backward(
-        self, dy: Tensor, args: NormArgs, stats: AnyStatistics, gathered: Tensor
-    ) -> Tensor:
+    def finish_backward(self, dy: Tensor, args: NormArgs, stats: Stats, gathered: Tensor) -> Tensor:
         """dx, and the sums of all ranks on the way to it, in one native call."""
         geometry = _geometry(args.x)
         args, dy = _aligned(args, geometry), _like(dy, geometry)
@@ -285,7 +254,7 @@ class CpuBackend(CpuFallback):
         self._library.syncbn_finish_pass(words, gathered.data_ptr(), gathered.stride(0))
         return dx
 
-    def grad_residual(self, dy: Tensor, args: NormArgs, stats: AnyStatistics) -> Tensor:
+    def grad_residual(self, dy: Tensor, args: NormArgs, stats: Stats) -> Tensor:
         """The gradient of the residual; dy itself where no activation intervenes."""
         if args.act is None:
             return dy
@@ -296,7 +265,7 @@ class CpuBackend(CpuFallback):
 
     def fused_forward(
         self, args: NormArgs, exchange: Exchange | None, what: Fingerprint
-    ) -> tuple[Tensor, AnyStatistics]:
+    ) -> tuple[Tensor, Stats]:
         """The output and the statistics of all ranks, in one native call; errors as in `finish_forward`."""
         geometry = _geometry(args.x)
         args, block = _aligned(args, geometry), StatisticsBlock(geometry)
@@ -320,12 +289,7 @@ class CpuBackend(CpuFallback):
         return y, block
 
     def fused_backward(
-        self,
-        dy: Tensor,
-        args: NormArgs,
-        stats: AnyStatistics,
-        exchange: Exchange | None,
-        what: Fingerprint,
+        self, dy: Tensor, args: NormArgs, stats: Stats, exchange: Exchange | None, what: Fingerprint
     ) -> tuple[Tensor, Tensor]:
         """Dx and this rank's `local_grad_sums`, in one native call."""
         geometry = _geometry(args.x)
@@ -440,12 +404,14 @@ def _address(values: Tensor | None) -> int:
     return 0 if values is None else values.data_ptr() or _no_memory(values)
 
 
-def _no_memory(values: Tensor) -> NoReturn:
+def _no_memory(values: Tensor) -> int:
+    if not values.numel():
+        return 0
     shape = tuple(values.shape)
     raise RuntimeError(f"a tensor of shape {shape} has no memory: its storage was resized")
 
 
-def _addresses(stats: AnyStatistics) -> tuple[int, ...]:
+def _addresses(stats: Stats) -> tuple[int, ...]:
     """As of `StatisticsBlock`."""
     if isinstance(stats, StatisticsBlock):
         return stats.addresses
@@ -455,12 +421,7 @@ def _addresses(stats: AnyStatistics) -> tuple[int, ...]:
 
 
 def _pass_words(
-    kind: int,
-    args: NormArgs,
-    geometry: Geometry,
-    dy: int,
-    stats: tuple[int, ...],
-    result: Tensor,
+    kind: int, args: NormArgs, geometry: Geometry, dy: int, stats: tuple[int, ...], result: Tensor
 ) -> tuple[int, ...]:
     """The arguments of one pass, for `_PASS`; addresses are 0 for None."""
     total, _, mean, _, invstd = stats
@@ -492,7 +453,7 @@ def _backward_words(
     dy: Tensor,
     args: NormArgs,
     geometry: Geometry,
-    stats: AnyStatistics,
+    stats: Stats,
     results: tuple[Tensor, Tensor | None],
     ring: int = 0,
     number: int = 0,
@@ -515,10 +476,11 @@ def _settle(
     if status:
         packed = block.packed.unsqueeze(0) if gathered is None else gathered
         check_statistics(packed, block, args)
+        moved = None  # NaN, which a group of one goes on with
     if moved is not None:  # what autograd saved of them is stale
         increment_version([t for t in moved[:3] if t is not None])
     elif args.running is not None:
-        _ATEN.update(args.running, block)
+        update(args.running, block)
 
 
 def _moved_by_library(running: Running | None) -> Running | None:
@@ -570,13 +532,10 @@ def _declared() -> ctypes.CDLL:
     found = library()
     if found is None:
         raise RuntimeError("the native library of syncbn was not built; see syncbn.norm.native")
-    pointer, number, real, flag = ctypes.c_void_p, ctypes.c_int64, ctypes.c_double, ctypes.c_int
+    pointer, number, flag = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
     words = ctypes.c_char_p
     found.syncbn_pass.argtypes = [words]
-    found.syncbn_merge_moments.argtypes = [number, pointer, number, number, real, words]
-    found.syncbn_update_running_stats.argtypes = [words, number, words, number]
-    for name in ("pass", "merge_moments", "update_running_stats"):
-        getattr(found, f"syncbn_{name}").restype = None
+    found.syncbn_pass.restype = None
     found.syncbn_fused_pass.argtypes = [words, words]
     found.syncbn_finish_pass.argtypes = [words, pointer, number]
     found.syncbn_allocate.argtypes = [number, words, flag, number]

@@ -1,5 +1,7 @@
 """The memory format in which kernels read an input."""
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -15,4 +17,4 @@ def memory_format(x: Tensor) -> torch.memory_format:
 
 def channels_adjacent(x: Tensor) -> bool:
     """Whether the channels of a position are adjacent in memory, once `x` `(N, C, *)` is in its memory format."""
-    return x[0, 0].numel() == 1 or memory_format(x) != torch.contiguous_format
+    return math.prod(x.shape[2:]) == 1 or memory_format(x) != torch.contiguous_format

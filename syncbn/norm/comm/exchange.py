@@ -24,14 +24,7 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from syncbn.norm.comm.fingerprint import (
-    BACKWARD,
-    FAILED,
-    FORWARD,
-    Fingerprint,
-    Serials,
-    packed,
-)
+from syncbn.norm.comm.fingerprint import FAILED, FORWARD, Fingerprint, Serials, packed
 from syncbn.norm.comm.groups import GroupSpec, resolve
 from syncbn.norm.comm.rendezvous import connect
 from syncbn.norm.comm.transports import process_group
@@ -65,31 +58,36 @@ class Exchange:
         self._number = 0
         watch()
 
-    def gather_statistics(self, packed: Tensor, what: Fingerprint) -> Tensor:
-        """Packed moments that merge into those of all ranks: every rank's, or one row for all.
+    def combine(self, values: Tensor, direction: int, what: Fingerprint) -> Tensor:
+        """Rows of all ranks' packed moments (FORWARD) or sums: every rank's, `(W, k)`, or one for all, `(1, k)`.
 
         Args:
-            packed: this rank's, `(2 + 2C,)`, see `syncbn.norm.moments`.
+            values: this rank's, `(k,)`.
+            direction: FORWARD or BACKWARD.
             what: see `Fingerprint`.
-
-        Returns:
-            `(W, 2 + 2C)`, or `(1, 2 + 2C)` where they were reduced.
 
         Raises:
             RanksDisagree: on every rank, when any two ranks' headers differ; where a rank does not come.
             RankLost: a rank exited.
         """
-        return self._combine(packed, FORWARD, what)
-
-    def gather_sums(self, sums: Tensor, what: Fingerprint) -> Tensor:
-        """Rows that add up to all ranks' `sums` `(2, C)`: `(W, 2C)`, or `(1, 2C)` where they were reduced.
-
-        For errors see `gather_statistics`.
-        """
-        return self._combine(sums.flatten(), BACKWARD, what)
+        observer = Exchange.observer
+        started = 0.0 if observer is None else time.perf_counter()
+        if not self._is_reduced(values):
+            rows = self.gather(values, direction, what)
+        else:
+            if not values.is_cuda:  # headers are compared, in a gather of their own
+                self.gather(_NOTHING, direction, what)
+            if direction == FORWARD:
+                rows = from_sums(self._group.all_reduce(to_sums(values)))
+            else:
+                rows = self._group.all_reduce(values.to(torch.float64)).unsqueeze(0)
+            rows = rows.to(values.dtype)
+        if observer is not None:
+            observer(what.layer, direction, values.nbytes, time.perf_counter() - started)
+        return rows
 
     def gather(self, values: Tensor, direction: int, what: Fingerprint) -> Tensor:
-        """Every rank's `values` `(k,)` as `(W, k)`, in rank order; for errors see `gather_statistics`."""
+        """Every rank's `values` `(k,)` as `(W, k)`, in rank order; for errors see `combine`."""
         if values.is_cuda:
             return self._group.all_gather(values)
         payload = values.contiguous()
@@ -123,7 +121,7 @@ class Exchange:
     def complete(self, status: int, header: bytes, number: int, own: Tensor) -> Tensor:
         """Every rank's `own` `(k,)` as `(W, k)`, after a native call that returned a `status` other than 0.
 
-        `header` and `number` were announced for it. For errors see `gather_statistics`.
+        `header` and `number` were announced for it. For errors see `combine`.
         """
         assert isinstance(self.transport, SharedMemory), "a native call exchanges through memory"
         return self.transport.complete(status, header, number, own)
@@ -138,24 +136,6 @@ class Exchange:
         if isinstance(self.transport, SharedMemory):
             self.ring_address = self.transport.address
         return self.transport
-
-    def _combine(self, values: Tensor, direction: int, what: Fingerprint) -> Tensor:
-        """All ranks' packed moments (FORWARD) or sums, gathered or reduced."""
-        observer = Exchange.observer
-        started = 0.0 if observer is None else time.perf_counter()
-        if not self._is_reduced(values):
-            rows = self.gather(values, direction, what)
-        else:
-            if not values.is_cuda:  # headers are compared, in a gather of their own
-                self.gather(_NOTHING, direction, what)
-            if direction == FORWARD:
-                rows = from_sums(self._group.all_reduce(to_sums(values)))
-            else:
-                rows = self._group.all_reduce(values.to(torch.float64)).unsqueeze(0)
-            rows = rows.to(values.dtype)
-        if observer is not None:
-            observer(what.layer, direction, values.nbytes, time.perf_counter() - started)
-        return rows
 
     def _is_reduced(self, values: Tensor) -> bool:
         """Whether a reduction moves less than a gather; the same on all ranks that are in the same layer."""

@@ -122,7 +122,7 @@ template <class A> int fused_pass(const FusedPassArgs& args, const char* body) {
 using namespace syncbn;
 
 // The version of these signatures; syncbn/norm/native/__init__.py compares it.
-SYNCBN_API int syncbn_abi() { return 8; }
+SYNCBN_API int syncbn_abi() { return 9; }
 
 // One pass, other than BACKWARD_INPUT, over the whole input.
 SYNCBN_API void syncbn_pass(const PassArgs* args) { FOR_STATISTICS(args->dtype, run)(*args); }
@@ -135,15 +135,4 @@ SYNCBN_API int syncbn_fused_pass(const FusedPassArgs* args, const char* body) {
 // The rest of a pass whose exchange did not complete in the call above, from the gathered rows, `stride` values apart.
 SYNCBN_API int syncbn_finish_pass(const FusedPassArgs* args, const void* gathered, int64_t stride) {
   return FOR_STATISTICS(args->pass.dtype, finish)(*args, gathered, stride);
-}
-
-// The statistics of all ranks, from their packed moments one after the other; `dtype` is that of either.
-SYNCBN_API void syncbn_merge_moments(int64_t dtype, const void* packed, int64_t ranks, int64_t channels, double eps,
-                                     const BatchStats* out) {
-  FOR_STATISTICS(dtype, merge)(packed, 2 + 2 * channels, ranks, channels, eps, *out);
-}
-
-SYNCBN_API void syncbn_update_running_stats(const RunningStats* running, int64_t dtype, const BatchStats* batch,
-                                            int64_t channels) {
-  FOR_STATISTICS(dtype, update)(*running, *batch, channels);
 }

@@ -22,7 +22,7 @@ from syncbn.norm.backends.layout import memory_format
 from syncbn.norm.backends.triton.derivative_bits import unpack_bits
 from syncbn.norm.comm.exchange import Exchange, Fingerprint
 from syncbn.norm.comm.fingerprint import NAMED
-from syncbn.norm.moments import AnyStatistics
+from syncbn.norm.moments import Stats
 from syncbn.norm.ops.collectives import gather_grad_sums, gather_statistics
 from syncbn.norm.ops.double_backward import Gradients, differentiable_gradients
 from syncbn.norm.ops.recompute import Pass, unobserved
@@ -109,12 +109,12 @@ class SyncBatchNormFunction(torch.autograd.Function):
 
 def forward_pass(
     args: NormArgs, backend: Backend, call: Call, needs_grad: bool
-) -> tuple[Tensor, AnyStatistics]:
+) -> tuple[Tensor, Stats]:
     """The output, and the statistics of all ranks; updates running statistics, but in a replay.
 
     Raises:
         NonFiniteStatistics, ValueError: see `check_statistics`; or an operand does not fit x.
-        RanksDisagree, RankLost: see `Exchange.gather_statistics`.
+        RanksDisagree, RankLost: see `Exchange.combine`.
         RuntimeError: inside `DistributedDataParallel.join()`.
     """
     if call.exchange is not None and DistributedDataParallel._active_ddp_module is not None:
@@ -124,11 +124,10 @@ def forward_pass(
     known = None if checkpointed is None else checkpointed.known(args.x.shape[1])
     if known is not None:
         return backend.normalize(args, known), known
+    what = call.fingerprint(args.x, needs_grad)
     if backend.fused:
-        what = call.fingerprint(args.x, needs_grad)
         y, stats = backend.fused_forward(args, call.exchange, what)
     else:
-        what = call.fingerprint(args.x, needs_grad)
         packed = backend.local_stats(args)  # (2 + 2C,)
         gathered = gather_statistics(packed, call.exchange, what)  # (W, 2 + 2C)
         y, stats = backend.finish_forward(args, gathered)
@@ -138,17 +137,12 @@ def forward_pass(
 
 
 def backward_pass(
-    dy: Tensor,
-    args: NormArgs,
-    stats: AnyStatistics,
-    backend: Backend,
-    call: Call,
-    needs: tuple[bool, ...],
+    dy: Tensor, args: NormArgs, stats: Stats, backend: Backend, call: Call, needs: tuple[bool, ...]
 ) -> Gradients:
     """The gradients of x, weight, bias and residual, as far as `needs` asks for them.
 
     Raises:
-        RanksDisagree, RankLost: see `Exchange.gather_sums`.
+        RanksDisagree, RankLost: see `Exchange.combine`.
         ValueError: hooks on gradients or on saved tensors gave one that does not fit x.
     """
     needs_x, needs_weight, needs_bias, needs_residual = needs

@@ -11,7 +11,8 @@ from torch.distributed.distributed_c10d import (
     _resolve_process_group as resolve_process_group,  # pyright: ignore[reportPrivateImportUsage]
 )
 
-from syncbn.norm.comm.exchange import Exchange, Fingerprint, exchange_of
+from syncbn.norm.comm.exchange import Exchange, exchange_of
+from syncbn.norm.comm.fingerprint import BACKWARD, FORWARD, Fingerprint
 from syncbn.norm.moments import add_rows
 
 
@@ -24,11 +25,11 @@ def gather_statistics(packed: Tensor, exchange: Exchange | None, what: Fingerpri
         what: the pass, on which all ranks must agree.
 
     Raises:
-        RanksDisagree, RankLost: see `Exchange.gather_statistics`.
+        RanksDisagree, RankLost: see `Exchange.combine`.
     """
     if exchange is None:
         return packed.unsqueeze(0)
-    return exchange.gather_statistics(packed, what)
+    return exchange.combine(packed, FORWARD, what)
 
 
 def gather_grad_sums(sums: Tensor, exchange: Exchange | None, what: Fingerprint) -> Tensor:
@@ -41,7 +42,7 @@ def gather_grad_sums(sums: Tensor, exchange: Exchange | None, what: Fingerprint)
     """
     if exchange is None:
         return sums.view(1, -1)
-    return exchange.gather_sums(sums, what)
+    return exchange.combine(sums.flatten(), BACKWARD, what)
 
 
 def sum_over_ranks(values: Tensor, exchange: Exchange | None, what: Fingerprint) -> Tensor:
@@ -66,7 +67,7 @@ def _sum_over_ranks(
 ) -> Tensor:
     exchange = exchange_of(resolve_process_group(cast(Any, group)))
     what = Fingerprint(layer, num_channels, dtype, needs_grad, serial)
-    total = add_rows(exchange.gather_sums(values, what)).view_as(values)
+    total = add_rows(gather_grad_sums(values, exchange, what)).view_as(values)
     return total.clone() if total.data_ptr() == values.data_ptr() else total
 
 

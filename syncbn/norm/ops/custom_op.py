@@ -18,7 +18,7 @@ from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from torch.utils.checkpoint import SAC_IGNORED_OPS, CheckpointPolicy
 
 from syncbn.norm.backends import selected
-from syncbn.norm.backends.aten import AtenBackend
+from syncbn.norm.backends.aten import update
 from syncbn.norm.backends.base import NormArgs, Running
 from syncbn.norm.backends.layout import memory_format
 from syncbn.norm.comm.exchange import exchange_for
@@ -49,12 +49,7 @@ def _call(
     if spec == "name":
         spec = resolve_process_group(cast(Any, group_name))
     return Call(
-        exchange_for(spec, x),
-        mask,
-        act or None,
-        eps,
-        layer=layer,
-        checkpointed=checkpointed,
+        exchange_for(spec, x), mask, act or None, eps, layer=layer, checkpointed=checkpointed
     )
 
 
@@ -186,10 +181,7 @@ def _gradients(ctx: Any, dy: Tensor, *_unused: Tensor) -> tuple[Tensor | None, .
     needs = list(ctx.needs_input_grad[:4])
     saved = ctx.saved_tensors
     found = _backward(dy, list(saved[:6]), list(saved[6:]), *ctx.rest, needs)
-    return (
-        *(g if needed else None for g, needed in zip(found, needs, strict=True)),
-        *(None,) * 3,
-    )
+    return (*(g if needed else None for g, needed in zip(found, needs, strict=True)), *(None,) * 3)
 
 
 _forward.register_autograd(_gradients, setup_context=_remember)
@@ -210,5 +202,5 @@ def compiled_batch_norm(args: NormArgs, group: str, running: Running | None) -> 
         *args[:5], args.eps, _settings_text(args, group, needs_grad)
     )
     if running is not None:
-        AtenBackend().update(running, Statistics(counted, mean, var, invstd))
+        update(running, Statistics(counted, mean, var, invstd))
     return y

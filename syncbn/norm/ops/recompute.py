@@ -33,7 +33,7 @@ from torch.utils import checkpoint
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils.checkpoint import _CheckpointFrame, _StopRecomputationError
 
-from syncbn.norm.moments import AnyStatistics
+from syncbn.norm.moments import Stats
 
 _RECORDS, _REPLAY = "_syncbn_records", "_syncbn_replay"
 """Attributes of a region: what its first run recorded; of what replays it: how far it is."""
@@ -54,7 +54,7 @@ class Recorded(NamedTuple):
         statistics: over all ranks, `(C,)` each; None where the pass is torch's own operation.
     """
 
-    statistics: AnyStatistics | None
+    statistics: Stats | None
 
 
 class Pass:
@@ -77,7 +77,7 @@ class Pass:
         """Whether this pass repeats an earlier one."""
         return self.recorded is not None
 
-    def known(self, channels: int) -> AnyStatistics | None:
+    def known(self, channels: int) -> Stats | None:
         """The statistics of the pass that this one repeats; None the first time.
 
         Raises:
@@ -93,7 +93,7 @@ class Pass:
             )
         return statistics
 
-    def record(self, statistics: AnyStatistics | None) -> None:
+    def record(self, statistics: Stats | None) -> None:
         """Keep a first pass's statistics for its replays; every first pass calls this once."""
         self._add(Recorded(statistics))
 

@@ -14,7 +14,7 @@ from syncbn.norm.backends.aten import AtenBackend
 from syncbn.norm.backends.base import NormArgs, Running
 from syncbn.norm.backends.cpu import CpuBackend
 from syncbn.norm.comm.exchange import Fingerprint
-from syncbn.norm.moments import Statistics
+from syncbn.norm.moments import Moments, Statistics, pack
 from syncbn.norm.native import library
 
 if library() is None:
@@ -54,6 +54,10 @@ def level() -> Iterator[None]:
 
 def everything(case: Case) -> list[Tensor]:
     return suite.everything(backend, case)
+
+
+GATHERED = pack(Moments(torch.tensor(2.0, dtype=torch.float64), *torch.ones(2, 3))).unsqueeze(0)
+"""Packed moments of one rank: 2 values per channel, a mean of 1, a variance of 0.5."""
 
 
 def statistics(mean: Tensor, invstd: Tensor, total: float = 2.0) -> Statistics:
@@ -197,8 +201,7 @@ def test_a_residual_of_another_dtype_is_taken():
 def test_running_statistics_made_in_inference_mode_are_moved():
     with torch.inference_mode():
         running = Running(torch.zeros(3), torch.ones(3), None, 0.5)
-        ones = torch.ones(3)
-        backend.update(running, statistics(ones, ones))
+        suite.merged(backend, GATHERED, running=running)
         assert running.mean.tolist() == [0.5] * 3
 
 
@@ -206,8 +209,7 @@ def test_gradients_of_a_batch_that_was_overwritten_are_refused():
     running = Running(torch.zeros(3), torch.ones(3), None, 0.5)
     x = torch.randn(4, 3, requires_grad=True)
     y = torch.nn.functional.batch_norm(x, running.mean, running.var)
-    ones = torch.ones(3)
-    backend.update(running, statistics(ones, ones, 4.0))
+    suite.merged(backend, GATHERED, running=running)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         y.sum().backward()
 
@@ -218,12 +220,16 @@ def test_a_default_device_is_not_that_of_what_the_kernels_need():
     assert isinstance(fused, CpuBackend)
     y, _ = fused.fused_forward(args, None, what)
     with torch.device("meta"):
-        merged = backend.merge(backend.local_stats(args).unsqueeze(0), 1e-5)
-        sums, _ = backend.local_grad_sums(dy, args, merged)
+        unfused = backend.local_stats(args).unsqueeze(0)
+        _, found = backend.finish_forward(args, unfused)
+        sums, _ = backend.local_grad_sums(dy, args, found)
         again, stats = fused.fused_forward(args, None, what)
         gradients = fused.fused_backward(dy, args, stats, None, what)
     assert torch.equal(again, y)
-    assert all(values.is_cpu for values in (sums, *merged, stats.mean, stats.total, *gradients))
+    assert all(
+        values.is_cpu
+        for values in (sums, found.mean, found.total, stats.mean, stats.total, *gradients)
+    )
 
 
 def test_a_pass_that_the_kernels_do_not_serve_is_finished_by_them_once_act_is_undone():

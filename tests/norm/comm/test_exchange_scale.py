@@ -7,7 +7,8 @@ from oracle import assert_close
 
 import syncbn
 from syncbn.norm import moments
-from syncbn.norm.comm.exchange import FORWARD, Fingerprint, exchange_of
+from syncbn.norm.comm.exchange import exchange_of
+from syncbn.norm.comm.fingerprint import BACKWARD, FORWARD, Fingerprint
 from syncbn.norm.comm.transports import process_group as wire
 from syncbn.norm.comm.transports.shared_memory import SharedMemory
 from syncbn.norm.moments import add_rows
@@ -38,7 +39,7 @@ def _what(layer="bn1", dtype=torch.float32, channels=CHANNELS):
 
 
 def _sums(exchange, values, what):
-    return add_rows(exchange.gather_sums(values, what)).view_as(values)
+    return add_rows(exchange.combine(values.flatten(), BACKWARD, what)).view_as(values)
 
 
 def _merged(packed):
@@ -51,7 +52,7 @@ def test_reduced_moments_are_those_of_all_values(world_size, mean):
     with pytest.MonkeyPatch.context() as monkeypatch:
         exchange = exchange_of(_group(monkeypatch))
         own = _packed(_values(dist.get_rank(), mean))
-        reduced = exchange.gather_statistics(own, _what())
+        reduced = exchange.combine(own, FORWARD, _what())
         gathered = exchange.gather(own, FORWARD, _what())
     assert reduced.shape == (1, own.numel())
     assert reduced.dtype == own.dtype
@@ -78,7 +79,7 @@ def test_float64_is_always_gathered(world_size):
     with pytest.MonkeyPatch.context() as monkeypatch:
         exchange = exchange_of(_group(monkeypatch))
         own = _packed(_values(dist.get_rank(), 1e6, torch.float64))
-        gathered = exchange.gather_statistics(own, _what(dtype=torch.float64))
+        gathered = exchange.combine(own, FORWARD, _what(dtype=torch.float64))
     assert torch.equal(gathered[dist.get_rank()], own)
 
 
@@ -92,20 +93,18 @@ def test_shared_memory_gathers_whatever_the_size(world_size):
         exchange.gather(own, FORWARD, _what())
         if type(exchange.transport) is not SharedMemory:
             pytest.skip("the native library is not built: there is no shared memory")
-        assert exchange.gather_statistics(own, _what()).shape[0] == world_size
+        assert exchange.combine(own, FORWARD, _what()).shape[0] == world_size
 
 
 @pytest.mark.world_size(2, 3)
-@pytest.mark.parametrize("what", ["gather_statistics", "gather_sums"])
-def test_ranks_that_disagree_find_out_before_they_reduce(world_size, what):
+@pytest.mark.parametrize("direction", [FORWARD, BACKWARD])
+def test_ranks_that_disagree_find_out_before_they_reduce(world_size, direction):
     with pytest.MonkeyPatch.context() as monkeypatch:
         exchange = exchange_of(_group(monkeypatch))
         own = _what(layer=f"bn{dist.get_rank() == 1}")
-        values = (
-            _packed(_values(0, 0.0)) if what == "gather_statistics" else torch.ones(2, CHANNELS)
-        )
+        values = _packed(_values(0, 0.0)) if direction == FORWARD else torch.ones(2 * CHANNELS)
         with pytest.raises(syncbn.RanksDisagree, match="'bnTrue'"):
-            getattr(exchange, what)(values, own)
+            exchange.combine(values, direction, own)
 
 
 @pytest.mark.world_size(2)
@@ -114,7 +113,7 @@ def test_one_rank_that_would_gather_and_one_that_would_reduce_disagree(world_siz
         exchange = exchange_of(_group(monkeypatch, 600))
         width = [2, 400][dist.get_rank()]
         with pytest.raises(syncbn.RanksDisagree):
-            exchange.gather_sums(torch.ones(2, width), _what(channels=width))
+            exchange.combine(torch.ones(2 * width), BACKWARD, _what(channels=width))
 
 
 def test_first_frames_never_exceed_what_may_be_gathered_nor_fall_below_a_header():

@@ -134,7 +134,7 @@ TRANSPORTS: list[Mutant] = [
         "ranks reduce without comparing headers",
         f"{TESTS}/test_exchange_scale.py::test_ranks_that_disagree_find_out_before_they_reduce",
         file=f"{FILES}/exchange.py",
-        function="Exchange._combine",
+        function="Exchange.combine",
         before="if not values.is_cuda:",
         after="if False:",
     ),

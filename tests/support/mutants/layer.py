@@ -72,16 +72,14 @@ def squares_of_values(original: Any) -> Any:
 
 
 def with_running(change: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    """`AtenBackend.update` of changed running statistics."""
-    return lambda original: lambda self, running, stats: original(self, change(running), stats)
+    """`aten.update` of changed running statistics."""
+    return lambda original: lambda running, stats: original(change(running), stats)
 
 
 def with_total(change: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    """`AtenBackend.update` by statistics of another number of values."""
+    """`aten.update` by statistics of another number of values."""
     return lambda original: (
-        lambda self, running, stats: original(
-            self, running, stats._replace(total=change(stats.total))
-        )
+        lambda running, stats: original(running, stats._replace(total=change(stats.total)))
     )
 
 
@@ -89,9 +87,12 @@ def parameters_reduced_too(original: Any) -> Any:
     def backward_pass(dy: Any, args: Any, stats: Any, backend: Any, call: Any, needs: Any) -> Any:
         import torch
 
+        from syncbn.norm.comm.fingerprint import BACKWARD
+
         dx, dweight, dbias, dz = original(dy, args, stats, backend, call, needs)
         sums = torch.stack([dbias, dweight])
-        rows = call.exchange.gather_sums(sums, call.fingerprint(args.x, True))
+        what = call.fingerprint(args.x, True)
+        rows = call.exchange.combine(sums.flatten(), BACKWARD, what)
         dbias, dweight = rows.sum(0).view_as(sums)
         return dx, dweight, dbias, dz
 
@@ -134,10 +135,10 @@ def evaluation_exchanges(original: Any) -> Any:
 def _exchange_zeros(exchange: Any, layer: str, x: Any) -> None:
     import torch
 
-    from syncbn.norm.comm.fingerprint import Fingerprint
+    from syncbn.norm.comm.fingerprint import FORWARD, Fingerprint
 
     what = Fingerprint(layer, x.shape[1], x.dtype, False)
-    exchange.gather_statistics(torch.zeros(2 + 2 * x.shape[1]), what)
+    exchange.combine(torch.zeros(2 + 2 * x.shape[1]), FORWARD, what)
 
 
 MUTANTS: list[Mutant] = [
@@ -163,22 +164,22 @@ MUTANTS: list[Mutant] = [
     ),
     _of_aten(
         "Bessel's correction with one rank's count",
-        f"{ATEN}.AtenBackend.update",
+        f"{ATEN}.update",
         with_total(lambda total: total / 2),
     ),
     _of_aten(
         "momentum applied once a rank",
-        f"{ATEN}.AtenBackend.update",
+        f"{ATEN}.update",
         with_running(lambda running: running._replace(momentum=1 - (1 - running.momentum) ** 2)),
     ),
     _of_aten(
         "num_batches_tracked not counted",
-        f"{ATEN}.AtenBackend.update",
+        f"{ATEN}.update",
         with_running(lambda running: running._replace(num_batches_tracked=None)),
     ),
     _of_aten(
         "an empty batch counted",
-        f"{ATEN}.AtenBackend.update",
+        f"{ATEN}.update",
         with_total(lambda total: total.clamp(min=1)),
         f"{EQUIVALENCE}::test_a_batch_empty_on_all_ranks_changes_nothing",
     ),

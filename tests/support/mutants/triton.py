@@ -96,7 +96,7 @@ MUTANTS: list[Mutant] = [
         "if tl.program_id(1) == 0:",
         "if tl.program_id(1) >= 0:",
         "running statistics moved by every program",
-        f"{LAUNCHES}::test_what_follows_the_exchange_has_the_bits_of_the_phases",
+        f"{LAUNCHES}::test_what_follows_the_exchange_has_the_bits_of_a_rank_without_samples",
     ),
     _in(
         "reductions",
@@ -151,8 +151,8 @@ MUTANTS: list[Mutant] = [
     _in(
         "backend",
         "TritonBackend.finish_forward",
-        "if x.numel() <= x.shape[1]:",
-        "if x.numel() == 0:",
+        "args.x.numel() > args.x.shape[1]",
+        "args.x.numel() > 0",
         "one value per channel updates before it is refused",
         f"{TRITON}::test_one_value_per_channel_is_refused_before_anything_is_updated",
     ),

@@ -17,8 +17,8 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
+from syncbn.norm.backends import aten
 from syncbn.norm.backends.activations import ACTIVATIONS
-from syncbn.norm.backends.aten import AtenBackend
 from syncbn.norm.backends.base import (
     Backend,
     NormArgs,
@@ -30,7 +30,7 @@ from syncbn.norm.backends.base import (
 from syncbn.norm.backends.triton import derivative_bits, elementwise, reductions, statistics
 from syncbn.norm.backends.triton.launch import launch
 from syncbn.norm.backends.triton.tile_plan import Geometry, geometry_of
-from syncbn.norm.moments import AnyStatistics, Statistics, stats_dtype
+from syncbn.norm.moments import Statistics, Stats, stats_dtype
 
 WARPS = 4
 """Of a program that merges or adds rows, or updates running statistics."""
@@ -44,7 +44,7 @@ RANKS_AT_ONCE = 16
 VALUES_AT_ONCE = 2048
 """Values, over rows and channels, that a merge or an update holds in registers."""
 
-_ATEN = AtenBackend()
+_ATEN = aten.AtenBackend()
 
 
 class TritonBackend(Backend):
@@ -59,8 +59,6 @@ class TritonBackend(Backend):
         """Count, mean and M2 per channel, in one pass and one more launch where programs share a channel."""
         x, num_channels, dtype = args.x, args.x.shape[1], stats_dtype(args.x.dtype)
         width = 2 + 2 * num_channels
-        if x.numel() == 0:
-            return torch.zeros(width, dtype=dtype, device=x.device)
         geometry = geometry_of(x)
         x, plan = _dense(x, geometry), geometry.reduction
         packed = torch.empty(width, dtype=dtype, device=x.device)
@@ -77,36 +75,8 @@ class TritonBackend(Backend):
             launch(reductions.combine_moments_kernel, grid, (rows, packed), sizes, block)
         return packed
 
-    def merge(self, gathered: Tensor, eps: float) -> Statistics:
-        """The statistics of all ranks, merged in float64, in one launch."""
-        gathered = gathered.contiguous()
-        num_rows, num_channels = gathered.shape[0], gathered.shape[1] // 2 - 1
-        stats = _empty_statistics(num_channels, gathered)
-        block, grid = _merge_plan(num_rows, num_channels)
-        numbers = (*_split(eps), num_rows, num_channels)
-        launch(statistics.merge_kernel, grid, (gathered, *stats), numbers, block)
-        return stats
-
-    def update(self, running: Running, stats: AnyStatistics) -> None:
-        """Move the running statistics, in one launch; strided ones are left to ATen."""
-        if not kernels_may_write(running):
-            _ATEN.update(running, stats)
-            return
-        cumulative = running.momentum is None
-        assert not cumulative or running.num_batches_tracked is not None, (
-            "momentum=None needs num_batches_tracked"
-        )
-        num_channels = running.mean.numel()
-        at_once = min(VALUES_AT_ONCE, triton.next_power_of_2(num_channels))
-        tensors = (*running[:3], stats.total, stats.mean, stats.var)
-        numbers = (*_split(running.momentum or 0.0), num_channels)
-        launch(statistics.update_kernel, (1, 1), tensors, numbers, (cumulative, at_once, WARPS))
-        increment_version([t for t in running[:3] if t is not None])
-
-    def normalize(self, args: NormArgs, stats: AnyStatistics) -> Tensor:
+    def normalize(self, args: NormArgs, stats: Stats) -> Tensor:
         """act((x - mean) * invstd * weight + bias + residual); x is read once."""
-        if args.x.numel() == 0:
-            return torch.empty_like(args.x)
         geometry = geometry_of(args.x)
         x, plan = _dense(args.x, geometry), geometry.elementwise
         y = torch.empty_like(x)
@@ -115,34 +85,42 @@ class TritonBackend(Backend):
         launch(elementwise.normalize_kernel, plan.grid, tensors, plan.sizes, statics)
         return y
 
-    def finish_forward(self, args: NormArgs, gathered: Tensor) -> tuple[Tensor, AnyStatistics]:
+    def finish_forward(self, args: NormArgs, gathered: Tensor) -> tuple[Tensor, Stats]:
         """Merge, update and normalise in one launch, where there is certainly enough to normalise with.
 
-        A mask may leave one value per channel, which is known only after the merge: the update is then a launch of its
-        own. The bits are those of the phases in any case.
+        A mask, or few values here, may leave one value per channel, which is known only after the merge: the update is
+        then a launch of its own, to the same bits.
         """
-        x, running = args.x, args.running
-        if x.numel() <= x.shape[1]:
-            return super().finish_forward(args, gathered)
+        running, enough = args.running, args.mask is None and args.x.numel() > args.x.shape[1]
         moved = None
-        if args.mask is None and running is not None and kernels_may_write(running):
+        if enough and running is not None and kernels_may_write(running):
             # momentum=None weighs by a count that other programs must not read before it is stored
             moved = None if running.momentum is None else running
-        y, stats = _merge_and_normalize(args, gathered, moved)
-        if args.mask is not None:
+        geometry = geometry_of(args.x)
+        x, plan, gathered = _dense(args.x, geometry), geometry.elementwise, gathered.contiguous()
+        y, total = torch.empty_like(x), torch.empty((), dtype=torch.float64, device=x.device)
+        stats = Statistics(total, *(gathered.new_empty(x.shape[1]) for _ in range(3)))
+        buffers, momentum = ((None,) * 3, 0.0) if moved is None else (moved[:3], moved[3])
+        affine = (_contiguous_or_none(args.weight), _contiguous_or_none(args.bias))
+        tensors = (gathered, *stats, *buffers, x, *affine, *_forward_operands(args, geometry), y)
+        numbers = (*_split(args.eps), *_split(momentum or 0.0), len(gathered), *plan.sizes)
+        at_once = min(RANKS_AT_ONCE, triton.next_power_of_2(len(gathered)))
+        once = at_once >= len(gathered)
+        statics = (plan.shape, _code(args.act), at_once, once, plan.num_warps)
+        launch(statistics.finish_forward_kernel, plan.grid, tensors, numbers, statics)
+        if moved is not None:
+            increment_version([t for t in moved[:3] if t is not None])
+        if not enough:
             check_statistics(gathered, stats, args)
         if running is not None and moved is None:
-            self.update(running, stats)
+            _update(running, stats)
         return y, stats
 
     def local_grad_sums(
-        self, dy: Tensor, args: NormArgs, stats: AnyStatistics, needs_dz: bool = False
+        self, dy: Tensor, args: NormArgs, stats: Stats, needs_dz: bool = False
     ) -> tuple[Tensor, Tensor | None]:
         """Sum of dz, and sum of dz * xhat, per channel, and dz in the same launch."""
         x, num_channels, dtype = args.x, args.x.shape[1], stats_dtype(args.x.dtype)
-        if x.numel() == 0:
-            sums = torch.zeros((2, num_channels), dtype=dtype, device=x.device)
-            return sums, torch.empty_like(x, dtype=dy.dtype) if needs_dz else None
         geometry = geometry_of(x)
         x, plan = _dense(x, geometry), geometry.reduction
         dz = torch.empty_like(x, dtype=dy.dtype) if needs_dz and _alters_gradient(args) else None
@@ -160,12 +138,8 @@ class TritonBackend(Backend):
             dz = dy
         return sums, dz
 
-    def finish_backward(
-        self, dy: Tensor, args: NormArgs, stats: AnyStatistics, gathered: Tensor
-    ) -> Tensor:
+    def finish_backward(self, dy: Tensor, args: NormArgs, stats: Stats, gathered: Tensor) -> Tensor:
         """Weight * invstd * (dz - mean of dz - xhat * mean of dz * xhat), the ranks' sums added in the same launch."""
-        if args.x.numel() == 0:
-            return torch.empty_like(args.x)
         geometry = geometry_of(args.x)
         x, plan = _dense(args.x, geometry), geometry.elementwise
         dx = torch.empty_like(x)
@@ -176,7 +150,7 @@ class TritonBackend(Backend):
         launch(elementwise.finish_backward_kernel, plan.grid, tensors, numbers, statics)
         return dx
 
-    def grad_residual(self, dy: Tensor, args: NormArgs, stats: AnyStatistics) -> Tensor:
+    def grad_residual(self, dy: Tensor, args: NormArgs, stats: Stats) -> Tensor:
         """The gradient of the residual; a reduction gives it, as few passes need nothing else."""
         if not _alters_gradient(args):
             return dy
@@ -192,31 +166,21 @@ class TritonBackend(Backend):
         return derivative_bits.empty_bits(args.x)
 
 
-def _merge_and_normalize(
-    args: NormArgs, gathered: Tensor, running: Running | None
-) -> tuple[Tensor, Statistics]:
-    """The output and the statistics of all ranks in one launch, which also moves `running`, if there is any."""
-    geometry = geometry_of(args.x)
-    x, plan, gathered = _dense(args.x, geometry), geometry.elementwise, gathered.contiguous()
-    num_rows = len(gathered)
-    y, stats = torch.empty_like(x), _empty_statistics(x.shape[1], gathered)
-    moved, momentum = ((None, None, None), 0.0) if running is None else (running[:3], running[3])
-    affine = (_contiguous_or_none(args.weight), _contiguous_or_none(args.bias))
-    tensors = (gathered, *stats, *moved, x, *affine, *_forward_operands(args, geometry), y)
-    numbers = (*_split(args.eps), *_split(momentum or 0.0), num_rows, *plan.sizes)
-    at_once = min(RANKS_AT_ONCE, triton.next_power_of_2(num_rows))
-    statics = (plan.shape, _code(args.act), at_once, at_once >= num_rows, plan.num_warps)
-    launch(statistics.finish_forward_kernel, plan.grid, tensors, numbers, statics)
-    if running is not None:
-        increment_version([t for t in running[:3] if t is not None])
-    return y, stats
-
-
-def _empty_statistics(num_channels: int, like: Tensor) -> Statistics:
-    """Uninitialised, on the device and in the dtype of packed moments."""
-    total = torch.empty((), dtype=torch.float64, device=like.device)
-    mean, var, invstd = (like.new_empty(num_channels) for _ in range(3))
-    return Statistics(total, mean, var, invstd)
+def _update(running: Running, stats: Stats) -> None:
+    """Move the running statistics, in one launch; strided ones are left to ATen."""
+    if not kernels_may_write(running):
+        aten.update(running, stats)
+        return
+    cumulative = running.momentum is None
+    assert not cumulative or running.num_batches_tracked is not None, (
+        "momentum=None needs num_batches_tracked"
+    )
+    num_channels = running.mean.numel()
+    at_once = min(VALUES_AT_ONCE, triton.next_power_of_2(num_channels))
+    tensors = (*running[:3], stats.total, stats.mean, stats.var)
+    numbers = (*_split(running.momentum or 0.0), num_channels)
+    launch(statistics.update_kernel, (1, 1), tensors, numbers, (cumulative, at_once, WARPS))
+    increment_version([t for t in running[:3] if t is not None])
 
 
 def _alters_gradient(args: NormArgs) -> bool:
@@ -229,14 +193,14 @@ def _forward_operands(args: NormArgs, geometry: Geometry) -> tuple[Tensor | None
 
 
 def _backward_operands(
-    dy: Tensor, x: Tensor, args: NormArgs, stats: AnyStatistics, geometry: Geometry
+    dy: Tensor, x: Tensor, args: NormArgs, stats: Stats, geometry: Geometry
 ) -> tuple[Tensor | None, ...]:
     residual, output = _like(args.residual, geometry), _like(args.output, geometry)
     operands = (_like(dy, geometry), x, *_coefficients(args, stats), residual)
     return *operands, _as_bytes(args.mask), output, args.bits
 
 
-def _coefficients(args: NormArgs, stats: AnyStatistics) -> tuple[Tensor | None, ...]:
+def _coefficients(args: NormArgs, stats: Stats) -> tuple[Tensor | None, ...]:
     coefficients = (stats.mean, stats.invstd, args.weight, args.bias)
     return tuple(map(_contiguous_or_none, coefficients))
 

@@ -96,60 +96,6 @@ def merged(
     return tl.sum(total, 0), mean, M2
 
 
-@triton.jit
-def merge_ranks(
-    packed_ptr: tl.tensor,
-    mean_ptr: tl.tensor,
-    var_ptr: tl.tensor,
-    invstd_ptr: tl.tensor,
-    eps_high: tl.tensor,
-    eps_low: tl.tensor,
-    W: tl.tensor,
-    C: tl.tensor,
-    ROWS: tl.constexpr,
-    K: tl.constexpr,
-    ONCE: tl.constexpr,
-) -> tuple[tl.tensor, tl.tensor, tl.tensor, tl.tensor]:
-    """Total, means, variances and inverse standard deviations of W rows of packed moments.
-
-    The first of the programs that share channels stores all but the total.
-    """
-    channel, valid = program_channels(C, K)
-    total, mean, M2 = merged(packed_ptr, W, C, ROWS, K, ONCE)
-    var = M2 / tl.maximum(total, 1.0)
-    invstd = 1 / tl.sqrt(var + eps_high + eps_low)
-    dtype: tl.constexpr = mean_ptr.dtype.element_ty
-    mean, var, invstd = mean.to(dtype), var.to(dtype), invstd.to(dtype)
-    if tl.program_id(1) == 0:
-        tl.store(mean_ptr + channel, mean, mask=valid)
-        tl.store(var_ptr + channel, var, mask=valid)
-        tl.store(invstd_ptr + channel, invstd, mask=valid)
-    return total, mean, var, invstd
-
-
-@triton.jit(do_not_specialize=SIZES)
-def merge_kernel(
-    packed_ptr: tl.tensor,
-    total_ptr: tl.tensor,
-    mean_ptr: tl.tensor,
-    var_ptr: tl.tensor,
-    invstd_ptr: tl.tensor,
-    eps_high: tl.tensor,
-    eps_low: tl.tensor,
-    W: tl.tensor,
-    C: tl.tensor,
-    ROWS: tl.constexpr,
-    K: tl.constexpr,
-    ONCE: tl.constexpr,
-) -> None:
-    """The statistics of W rows of packed moments."""
-    total, _, _, _ = merge_ranks(
-        packed_ptr, mean_ptr, var_ptr, invstd_ptr, eps_high, eps_low, W, C, ROWS, K, ONCE
-    )
-    if tl.program_id(0) == 0:
-        tl.store(total_ptr, total)
-
-
 @triton.jit(do_not_specialize=SIZES)
 def finish_forward_kernel(
     packed_ptr: tl.tensor,
@@ -181,7 +127,7 @@ def finish_forward_kernel(
     ROWS: tl.constexpr,
     ONCE: tl.constexpr,
 ) -> None:
-    """All that follows the exchange: merge, update the running statistics, normalise, to the bits of the three kernels.
+    """All that follows the exchange: merge, update the running statistics, normalise.
 
     Each program merges the moments of its own channels, which is little work and saves two launches; the first of those
     that share channels stores the statistics.
@@ -189,11 +135,15 @@ def finish_forward_kernel(
     program = this_program(C, S, steps, steps_per_program, SHAPE)
     channel, valid = program.channel, program.valid
     C = program.C
-    K: tl.constexpr = SHAPE.K
-    total, mean, var, invstd = merge_ranks(
-        packed_ptr, mean_ptr, var_ptr, invstd_ptr, eps_high, eps_low, W, C, ROWS, K, ONCE
-    )
+    total, mean, M2 = merged(packed_ptr, W, C, ROWS, SHAPE.K, ONCE)
+    var = M2 / tl.maximum(total, 1.0)
+    invstd = 1 / tl.sqrt(var + eps_high + eps_low)
+    dtype: tl.constexpr = mean_ptr.dtype.element_ty
+    mean, var, invstd = mean.to(dtype), var.to(dtype), invstd.to(dtype)
     if tl.program_id(1) == 0:
+        tl.store(mean_ptr + channel, mean, mask=valid)
+        tl.store(var_ptr + channel, var, mask=valid)
+        tl.store(invstd_ptr + channel, invstd, mask=valid)
         seen = (total > 0).to(tl.float64)
         if tl.program_id(0) == 0:
             tl.store(total_ptr, total)
@@ -205,8 +155,8 @@ def finish_forward_kernel(
             unbiased = var.to(tl.float64) * _bessel(total)
             _move(running_mean_ptr + channel, mean.to(tl.float64), factor, valid)
             _move(running_var_ptr + channel, unbiased, factor, valid)
-    scale = invstd[:, None] * coefficient(weight_ptr, program, 1.0, mean.dtype)
-    bias = coefficient(bias_ptr, program, 0.0, mean.dtype)
+    scale = invstd[:, None] * coefficient(weight_ptr, program, 1.0, dtype)
+    bias = coefficient(bias_ptr, program, 0.0, dtype)
     given = Coefficients(mean[:, None], invstd[:, None], scale, bias)
     normalize_steps(x_ptr, given, residual_ptr, mask_ptr, bits_ptr, y_ptr, program, SHAPE, ACT)
 

@@ -7,7 +7,7 @@ Nothing is tuned while it runs: timing would launch kernels inside a graph captu
 """
 
 import functools
-from math import gcd
+from math import gcd, prod
 from typing import NamedTuple
 
 import torch
@@ -93,7 +93,7 @@ class Geometry(NamedTuple):
 
 
 def geometry_of(x: Tensor) -> Geometry:
-    """The geometry of `x` `(N, C, *)`, which is not empty."""
+    """The geometry of `x` `(N, C, *)`; of an empty one programs have no steps."""
     return _geometry(x.shape, x.stride(), x.itemsize, x.device)
 
 
@@ -104,7 +104,7 @@ def _geometry(
     like = torch.empty_strided(shape, stride, device="meta")
     layout = memory_format(like)
     num_images, num_channels = shape[:2]
-    num_positions = like.numel() // (num_images * num_channels)
+    num_positions = prod(shape[2:])
     channels_last = channels_adjacent(like)
     if channels_last:
         num_images, num_positions = 1, num_images * num_positions
@@ -136,9 +136,9 @@ def tile_plan(
     height, width = _tile_shape(num_channels, num_positions, channels_last, values)
     blocks = triton.cdiv(num_channels, height)
     steps = num_images * triton.cdiv(num_positions, width)
-    steps_per_program = triton.cdiv(steps, max(1, tuning.programs * processors // blocks))
+    steps_per_program = triton.cdiv(max(steps, 1), max(1, tuning.programs * processors // blocks))
     return TilePlan(
-        grid=(blocks, triton.cdiv(steps, steps_per_program)),
+        grid=(blocks, max(1, triton.cdiv(steps, steps_per_program))),
         sizes=(num_channels, num_positions, steps, steps_per_program),
         shape=TileShape(height, width, vector, channels_last),
         num_warps=tuning.num_warps,
@@ -150,6 +150,7 @@ def _tile_shape(
 ) -> tuple[int, int]:
     """Channels and positions of a tile of at most `values`, powers of two."""
     most_channels = triton.next_power_of_2(num_channels)
+    num_positions = max(1, num_positions)
     if channels_last:
         height = min(most_channels, RUN[True])
         return height, min(values // height, triton.next_power_of_2(num_positions))

@@ -74,11 +74,7 @@ def program_channels(C: tl.tensor, K: tl.constexpr) -> tuple[tl.tensor, tl.tenso
 
 @triton.jit
 def this_program(
-    C: tl.tensor,
-    S: tl.tensor,
-    steps: tl.tensor,
-    steps_per_program: tl.tensor,
-    SHAPE: tl.constexpr,
+    C: tl.tensor, S: tl.tensor, steps: tl.tensor, steps_per_program: tl.tensor, SHAPE: tl.constexpr
 ) -> Program:
     """This program's part of a `TilePlan`, from the plan's sizes and its shape."""
     # unchanged, but the compiler sees that VECTOR divides the one that follows itself in memory

@@ -18,13 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from syncbn.norm.comm.fingerprint import (
-    HEADER_BYTES,
-    NUMBER,
-    RankLost,
-    RanksDisagree,
-    disagreement,
-)
+from syncbn.norm.comm.fingerprint import HEADER_BYTES, NUMBER, RankLost, RanksDisagree, disagreement
 from syncbn.norm.comm.groups import Members
 from syncbn.norm.comm.watchdog import Wait, give_up
 

@@ -26,12 +26,7 @@ from typing import Self
 
 from torch import Tensor
 
-from syncbn.norm.comm.fingerprint import (
-    HEADER_BYTES,
-    RankLost,
-    RanksDisagree,
-    disagreement,
-)
+from syncbn.norm.comm.fingerprint import HEADER_BYTES, RankLost, RanksDisagree, disagreement
 from syncbn.norm.comm.processes import machine
 from syncbn.norm.comm.transports.process_group import PAYLOAD_BYTES, Group
 from syncbn.norm.comm.watchdog import Wait, give_up
