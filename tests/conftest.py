@@ -10,6 +10,7 @@ left to them alone is what the gate of `make test` shows.
 
 import functools
 import inspect
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,6 +26,8 @@ settings.load_profile("patient")
 
 _TESTS = Path(__file__).parent
 _LAYER = re.compile(r"^\s*(import syncbn$|from syncbn import|from syncbn\.norm)", re.MULTILINE)
+_PROGRAMS = {"bench", "cluster"}
+"""Fixtures of tests that start programs."""
 _pool = RankPool()
 _interpreter = RankPool(TRITON_INTERPRET="1")
 
@@ -35,6 +38,17 @@ def pytest_configure(config: pytest.Config) -> None:
     )
 
 
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Do not import a module for a part of `make test` that has no test in it: each worker would."""
+    chosen = config.getoption("markexpr")
+    if not collection_path.name.startswith("test_") or collection_path.suffix != ".py":
+        return None
+    if not _is_of_the_layer(collection_path):
+        return chosen.endswith(" and layer") or None
+    all_traced = "untraced" not in collection_path.read_text()
+    return (all_traced and chosen.endswith(" and not layer")) or None
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
@@ -43,6 +57,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for marker in item.iter_markers("slow_if"):
             if marker.args[0](**item.callspec.params):
                 item.add_marker("slow")
+    # a module that starts programs takes up to two minutes: begun last, it would be waited for by the other workers
+    starting = {item.path for item in items if _PROGRAMS & set(getattr(item, "fixturenames", ()))}
+    items.sort(key=lambda item: item.path not in starting)
 
 
 @functools.cache
@@ -85,5 +102,7 @@ def bench(tmp_path: Path) -> Iterator[Bench]:
 @pytest.fixture(scope="session", autouse=True)
 def _rank_pool() -> Iterator[None]:
     yield
-    _pool.close()
-    _interpreter.close()
+    # under coverage ranks end by themselves, to save what they saw; several at once take up to 10 s for it
+    traced = any(name.startswith("COVERAGE_PROCESS") for name in os.environ)
+    _pool.close(kill=not traced)
+    _interpreter.close(kill=not traced)

@@ -28,8 +28,9 @@ GOOD = "def test_one(): pass\ndef test_two(): pass\n"
 
 
 @pytest.fixture
-def part(tmp_path):
-    """A part whose tests are those of `source`."""
+def part(tmp_path, monkeypatch):
+    """A part whose tests are those of `source`, in a pytest without plugins, which take seconds to import."""
+    monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")
 
     def part(name, source):
         folder = tmp_path / name

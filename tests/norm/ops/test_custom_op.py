@@ -106,7 +106,8 @@ def test_inductor_compiles_a_norm_between_transposes(world_size):
     class Sequence(nn.Module):
         def __init__(self):
             super().__init__()
-            self.norm = nn.BatchNorm1d(6)
+            # running statistics would be updated by code that takes a C++ compiler 10 s
+            self.norm = nn.BatchNorm1d(6, track_running_stats=False)
 
         def forward(self, x):
             return self.norm(x.transpose(1, 2)).transpose(1, 2)
