@@ -135,12 +135,12 @@ class Wait:
         self._warned = False
 
     def __enter__(self) -> Self:
-        _watchdog.waits.append(self)
-        watch()
+        self._watched_by = watch()
+        self._watched_by.waits.append(self)
         return self
 
     def __exit__(self, _: object, error: BaseException | None, *__: object) -> None:
-        _watchdog.waits.remove(self)
+        self._watched_by.waits.remove(self)
         if error is not None:
             give_up(self._group, error)
 
@@ -288,6 +288,8 @@ class _Watchdog:
         self._parents: weakref.ref[ProcessGroup] | None = None
         """The default group of the process that this one was forked from, which is not this one's to speak in."""
         self._world: weakref.ref[ProcessGroup] | None = None
+        self._looks_at: weakref.ref[ProcessGroup] | None = None
+        """The default group whose store the thread uses just now."""
         self._store: Store | None = None
         self._rank = self._tick = self._asked = 0
         self._place: object = None
@@ -306,12 +308,21 @@ class _Watchdog:
             self._thread = threading.Thread(target=self._run, name="syncbn-watchdog", daemon=True)
             self._thread.start()
 
-    def stop(self) -> None:
-        """End the thread, which must not run while the interpreter is taken down."""
+    def retire(self) -> None:
+        """Have the thread end after its present look."""
         self._ends = True
         self._wake.set()
+
+    def stop(self) -> None:
+        """End the thread, which must not run while the interpreter is taken down."""
+        self.retire()
         if self._thread is not None:
             self._thread.join(2 * TICK_S)  # it may wait for a store that does not answer
+
+    @property
+    def is_stuck(self) -> bool:
+        """Whether the thread still uses the store of a default group that is gone: it may wait for minutes."""
+        return self._looks_at is not None and self._looks_at() is not _world_group()
 
     def forked(self) -> None:
         """In a forked child: there is no thread, and no wait."""
@@ -336,6 +347,7 @@ class _Watchdog:
                 if not self._has_failed:  # it may fail again every second
                     log.debug("the watchdog could not look", exc_info=True)
                 self._has_failed = True
+            self._looks_at = None
 
     def look(self) -> None:
         """One look: at this rank, and where it waits or was asked, to and from the others."""
@@ -364,6 +376,7 @@ class _Watchdog:
             self._world, self._store, self._rank = weakref.ref(world), None, world.rank()
             self._asked = -1
             self._forget_other_failures(world)
+        self._looks_at = self._world
         return self._store or self._reached()
 
     def _forget_other_failures(self, world: ProcessGroup | None) -> None:
@@ -432,9 +445,9 @@ def _world_group() -> ProcessGroup | None:
 
 
 _watchdog = _Watchdog()
-atexit.register(_watchdog.stop)
+atexit.register(lambda: _watchdog.stop())
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_watchdog.forked)
+    os.register_at_fork(after_in_child=lambda: _watchdog.forked())
 
 
 def give_up(group: Members, error: BaseException) -> str:
@@ -446,6 +459,11 @@ def give_up(group: Members, error: BaseException) -> str:
     return message
 
 
-def watch() -> None:
+def watch() -> _Watchdog:
     """Have this process's watchdog answer for the calling thread, which builds or runs layers."""
+    global _watchdog
+    if _watchdog.is_stuck:
+        _watchdog.retire()
+        _watchdog = _Watchdog()
     _watchdog.start()
+    return _watchdog

@@ -560,6 +560,34 @@ def test_only_a_store_over_tcp_is_kept_and_let_go_of_with_its_group(tmp_path, mo
     assert one._store is None
 
 
+def _in_vain(waits, may_end):
+    waits.set()
+    may_end.wait(60)
+
+
+def test_a_watchdog_that_waits_for_the_store_of_a_group_that_is_gone_is_replaced(monkeypatch):
+    """A clone of a TCPStore whose server ended meanwhile takes some 300 s to fail; so does one of files."""
+    old, new = (Mock(**{"size.return_value": 2, "rank.return_value": 0}) for _ in range(2))
+    waits, may_end = threading.Event(), threading.Event()
+    stuck = _Watchdog()
+    monkeypatch.setattr(stuck, "_reached", lambda: _in_vain(waits, may_end))
+    monkeypatch.setattr(watchdog, "_watchdog", stuck)
+    monkeypatch.setattr(watchdog, "_world_group", lambda: old)
+    stuck.start()
+    stuck._wake.set()
+    assert waits.wait(30)
+    assert watchdog.watch() is stuck, "its group is still there"
+    monkeypatch.setattr(watchdog, "_world_group", lambda: new)
+    monkeypatch.setattr(_Watchdog, "look", lambda self: None)
+    fresh = watchdog.watch()
+    assert fresh is watchdog._watchdog is not stuck
+    assert fresh._thread.is_alive()
+    may_end.set()
+    stuck._thread.join(30)
+    assert not stuck._thread.is_alive()
+    fresh.stop()
+
+
 def test_a_forked_child_does_not_speak_for_its_parent(world, monkeypatch):
     child = _Watchdog()
     child.start()

@@ -4,6 +4,7 @@ import atexit
 import logging
 import os
 import signal
+import threading
 import time
 from contextlib import contextmanager, suppress
 from datetime import timedelta
@@ -11,6 +12,7 @@ from datetime import timedelta
 import pytest
 import torch
 import torch.distributed as dist
+from ranks import TIMEOUT_S
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -172,6 +174,35 @@ def test_a_rank_blocked_in_another_collective_is_named_by_all_that_wait(world_si
             if dist.get_rank() == 1:
                 _ends(group)
             dist.barrier()
+
+
+def _in_vain(waits, may_end):
+    """A store whose server ended: a connection to it is tried for some 300 s."""
+    waits.set()
+    may_end.wait(TIMEOUT_S)
+
+
+@pytest.mark.world_size(2)
+def test_a_rank_is_named_in_a_group_made_anew_while_its_watchdog_waits_for_the_old_store(
+    world_size, way
+):
+    waits, may_end = threading.Event(), threading.Event()
+    store, rank = _store(), dist.get_rank()
+    with _quick(way):
+        old = watchdog.watch()
+        old._reached, old._store = lambda: _in_vain(waits, may_end), None
+        assert waits.wait(TIMEOUT_S)
+        dist.barrier()
+        dist.destroy_process_group()
+        anew = dist.PrefixStore(f"anew {way}", store)
+        dist.init_process_group("gloo", store=anew, rank=rank, world_size=world_size)
+        group = _group(first=False)
+        if rank == 0:
+            _refused(group, "waits for rank 1: it is blocked in barrier")
+        dist.barrier()
+        if rank == 1:
+            _ends(group)
+    may_end.set()
 
 
 def _all_others_have_given_up(name):

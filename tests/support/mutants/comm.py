@@ -184,6 +184,12 @@ LIVENESS: list[Mutant] = [
         by=lambda original: lambda self, group, lost, message: None,
     ),
     Replaced(
+        "a watchdog that waits for the store of a group that is gone stays",
+        f"{WATCHDOG}::test_a_watchdog_that_waits_for_the_store_of_a_group_that_is_gone_is_replaced",
+        aim=f"{COMM}.watchdog._Watchdog.is_stuck",
+        by=lambda original: lambda self: False,
+    ),
+    Replaced(
         "why a rank gave up its first exchange not heard",
         f"{TESTS}/test_rendezvous.py::test_a_rank_that_comes_after_another_gave_up_hears_why",
         aim=f"{COMM}.rendezvous._hear_of_failure",
