@@ -1,7 +1,9 @@
-"""A pool of rank processes that stays up between tests: importing torch once a rank, not once a test."""
+"""A pool of rank processes that stays up between tests: importing torch once a pool, not once a test or rank."""
 
+import contextlib
 import importlib
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -15,6 +17,9 @@ from torch.distributed import TCPStore
 TIMEOUT_S = 300.0
 GLOO_TIMEOUT_S = 120.0
 """Both only bound what hangs: four ranks on a busy machine of two cores take a minute to import torch."""
+MOST_RANKS = 4
+COVERAGE = "COVERAGE_PROCESS_CONFIG"
+"""Where coverage looks whether to trace a process."""
 
 
 class RankFailed(AssertionError):
@@ -22,7 +27,9 @@ class RankFailed(AssertionError):
 
 
 class RankPool:
-    """Up to four processes, each of which can be any rank of a gloo group made for one test.
+    """Processes, each of which can be any rank of a gloo group made for one test.
+
+    They are forks of one that has imported torch: four imports take 9 s of processor time.
 
     Args:
         environment: variables that the processes have beside this one's.
@@ -30,20 +37,24 @@ class RankPool:
 
     def __init__(self, **environment: str) -> None:
         self._environment = environment
-        self._workers: list[tuple[subprocess.Popen[bytes], Connection]] = []
+        self._forks: subprocess.Popen[bytes] | None = None
+        """The process that the ranks are forks of, which ends with the last of them."""
+        self._connections: list[Connection] = []
+        self._pids: list[int] = []
 
     def run(self, module: str, function: str, kwargs: dict[str, Any], world_size: int) -> None:
         """Call `module.function(**kwargs)` on every rank; raise when it fails, dies or hangs on any.
 
         Keyword arguments are plain values: tensors would travel as shared file descriptors.
         """
-        while len(self._workers) < world_size:
-            self._workers.append(_start(self._environment))
+        assert world_size <= MOST_RANKS
+        if self._forks is None:
+            self._start()
         try:
             # of this process, and gone once all ranks have answered: a store of files would have those wait that
             # still look into it then
             store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-            for rank, (_, connection) in enumerate(self._workers[:world_size]):
+            for rank, connection in enumerate(self._connections[:world_size]):
                 connection.send((module, function, kwargs, rank, world_size, store.port))
             failures = self._failures(world_size)
             if failures:
@@ -55,44 +66,71 @@ class RankPool:
     def _failures(self, world_size: int) -> list[str]:
         deadline = time.monotonic() + TIMEOUT_S
         failures = []
-        for rank in range(world_size):
-            process, connection = self._workers[rank]
+        for rank, connection in enumerate(self._connections[:world_size]):
             try:
                 if not connection.poll(max(0.0, deadline - time.monotonic())):
                     failures.append(f"rank {rank} hangs after {TIMEOUT_S:g} s")
                     continue
                 error = connection.recv()
             except EOFError:
-                error = f"died with exit code {process.wait()}"
+                error = "died"
             if error is not None:
                 failures.append(f"rank {rank}: {error}")
         return failures
 
+    def _start(self) -> None:
+        pipes = [Pipe() for _ in range(MOST_RANKS)]
+        theirs = [pipe[1].fileno() for pipe in pipes]
+        environment = os.environ | {"OMP_NUM_THREADS": "1"} | self._environment
+        coverage = environment.pop(COVERAGE, "")
+        command = [sys.executable, __file__, coverage, *map(str, theirs), *sys.path]
+        self._forks = subprocess.Popen(command, pass_fds=theirs, env=environment)
+        for _, their in pipes:
+            their.close()
+        self._connections = [ours for ours, _ in pipes]
+        self._pids = [connection.recv() for connection in self._connections]
+
     def close(self, kill: bool = False) -> None:
         """End the processes: by closing their pipe, or with `kill` at once."""
-        for process, connection in self._workers:
+        for connection in self._connections:
             connection.close()
+        if self._forks is not None:
             if kill:
-                process.kill()
-        for process, _ in self._workers:
+                self._kill()
             try:
-                process.wait(timeout=60)
+                self._forks.wait(timeout=60)
             except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
-        self._workers = []
+                self._kill()
+                self._forks.wait()
+        self._forks, self._connections, self._pids = None, [], []
+
+    def _kill(self) -> None:
+        for pid in self._pids:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
 
 
-def _start(extra: dict[str, str]) -> tuple[subprocess.Popen[bytes], Connection]:
-    ours, theirs = Pipe()
-    command = [sys.executable, __file__, str(theirs.fileno()), *sys.path]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"} | extra
-    process = subprocess.Popen(command, pass_fds=[theirs.fileno()], env=environment)
-    theirs.close()
-    return process, ours
+def _fork(coverage: str, descriptors: list[int]) -> None:
+    """Serve each of `descriptors` in a process of its own, and wait for their ends."""
+    for descriptor in descriptors:
+        if os.fork() == 0:
+            for other in descriptors:
+                if other != descriptor:
+                    os.close(other)
+            if coverage:
+                os.environ[COVERAGE] = coverage
+                importlib.import_module("coverage").process_startup(force=True)
+            _serve(Connection(descriptor))
+            return
+    for descriptor in descriptors:
+        os.close(descriptor)
+    with contextlib.suppress(ChildProcessError):
+        while True:
+            os.wait()
 
 
 def _serve(connection: Connection) -> None:
+    connection.send(os.getpid())
     while True:
         try:
             task = connection.recv()
@@ -127,10 +165,21 @@ def _attempt(
     return None
 
 
-if __name__ == "__main__":
-    sys.path[:] = sys.argv[2:]
+def _main(coverage: str, *rest: str) -> None:
+    descriptors = [int(descriptor) for descriptor in rest[:MOST_RANKS]]
+    sys.path[:] = rest[MOST_RANKS:]
+    for name in (
+        "torch.distributed",
+        "pytest",
+        "hypothesis",
+    ):  # what tests import, but for syncbn, which is traced
+        importlib.import_module(name)
     if os.environ.get("TRITON_INTERPRET") == "1":
         from triton_interpreter import patch_language_once
 
         patch_language_once()
-    _serve(Connection(int(sys.argv[1])))
+    _fork(coverage, descriptors)
+
+
+if __name__ == "__main__":
+    _main(*sys.argv[1:])
