@@ -110,6 +110,13 @@ class RankPool:
                 os.kill(pid, signal.SIGKILL)
 
 
+def start_coverage(config: str) -> None:
+    """Have coverage trace this fork of a process that it does not trace, by its `config`; "" is none."""
+    if config:
+        os.environ[COVERAGE] = config
+        importlib.import_module("coverage").process_startup(force=True)
+
+
 def _fork(coverage: str, descriptors: list[int]) -> None:
     """Serve each of `descriptors` in a process of its own, and wait for their ends."""
     for descriptor in descriptors:
@@ -117,9 +124,7 @@ def _fork(coverage: str, descriptors: list[int]) -> None:
             for other in descriptors:
                 if other != descriptor:
                     os.close(other)
-            if coverage:
-                os.environ[COVERAGE] = coverage
-                importlib.import_module("coverage").process_startup(force=True)
+            start_coverage(coverage)
             _serve(Connection(descriptor))
             return
     for descriptor in descriptors:
