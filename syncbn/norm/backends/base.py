@@ -1,8 +1,8 @@
 """The interface of a backend: one rank's arithmetic of a training pass, in four phases.
 
 A forward pass is `local_stats`, the exchange of what it returns, then `finish_forward`; a backward pass is
-`local_grad_sums`, an exchange, then `finish_backward`. A backend whose `fused` is true also does a whole pass, the
-exchange included, in one native call (`fused_forward`, `fused_backward`), to the same bits.
+`local_grad_sums`, an exchange, then `finish_backward`. A backend whose `fused` is true also does a whole pass, its
+exchange included (`fused_forward`, `fused_backward`), to the same bits.
 
 All backends give the same results within rounding and pass the same tests. No backend waits for a GPU.
 """

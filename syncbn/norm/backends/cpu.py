@@ -3,7 +3,7 @@
 * Each pass reads memory as often as it must and no more. Results have the same bits with any number of threads and
   on any instruction set: sums are cut and ordered by the shape alone.
 * Alone, and among ranks that share memory, a pass is one native call: the steps one by one cost 250 us of Python a
-  layer and training step, more than small layers take. Elsewhere it is two calls with the exchange between them.
+  layer and training step, more than small layers take. Elsewhere a second call follows the exchange.
 * Masks, mixed dtypes and empty batches go to `CpuFallback`, which is ATen but for the per-channel arithmetic.
 * Large results use the memory of the last step's (`native/allocator`): glibc gives large blocks back to the kernel at
   once, and page faults then cost more than the passes over memory (8x64x56x56 in float32, forward and backward: 2.5 ms,
@@ -38,6 +38,9 @@ from syncbn.norm.comm.transports.shared_memory import LOOK_NS, Ring
 from syncbn.norm.moments import Statistics, Stats, stats_dtype
 from syncbn.norm.native import library
 
+_OUR_EXCHANGE = Ring()
+_ELSEWHERE = ctypes.addressof(_OUR_EXCHANGE)
+"""A ring without slots: the library returns before the exchange, which its caller does."""
 SMALLEST_KEPT_BYTES = 1 << 18
 """Below it glibc keeps what is freed, and PyTorch's own allocation is shorter."""
 
@@ -157,7 +160,7 @@ class CpuFallback(AtenBackend):
         """Merge and update in the native call for a batch without samples, then normalise."""
         nothing = torch.empty((0, args.x.shape[1]), dtype=gathered.dtype, device="cpu")
         without = args._replace(x=nothing, weight=None, bias=None, residual=None, act=None)
-        _, stats = _unfused().finish_forward(without, gathered)
+        _, stats = _kernels().finish_forward(without, gathered)
         return self.normalize(args, stats), stats
 
     def local_grad_sums(
@@ -167,12 +170,12 @@ class CpuFallback(AtenBackend):
         if not needs_dz:
             return super().local_grad_sums(dy, args, stats)
         dz, args = self.grad_residual(dy, args, stats), args.before_act()
-        backend = _unfused() if _kernels_serve(args) else super()
+        backend = _kernels() if _kernels_serve(args) else super()
         return backend.local_grad_sums(dz, args, stats)[0], dz
 
     def finish_backward(self, dy: Tensor, args: NormArgs, stats: Stats, gathered: Tensor) -> Tensor:
         """dx; by the kernels as in `local_grad_sums`."""
-        backend = _unfused() if _kernels_serve(args) else super()
+        backend = _kernels() if _kernels_serve(args) else super()
         return backend.finish_backward(dy, args, stats, gathered)
 
     def _run(
@@ -195,24 +198,18 @@ class CpuFallback(AtenBackend):
 class CpuBackend(CpuFallback):
     """Native kernels, for plain CPU tensors of one floating dtype, without a mask; see `for_pass`.
 
-    Args:
-        fused: whether a pass may be one native call.
-
     Raises:
         RuntimeError: there is no native library.
     """
 
-    def __init__(self, fused: bool = False) -> None:
-        super().__init__()
-        self.fused = fused
+    fused = True
 
     def for_pass(self, args: NormArgs, exchange: Exchange | None) -> Backend:
-        """The backend of a pass over these operands and ranks; the same in forward and backward."""
-        x = args.x
-        if not _kernels_serve(args):
-            return _fallback() if kernels_may_read(x) else _ATEN
-        fuses = exchange is None or exchange.serves_native_calls(_stats_bytes(x))
-        return _fused() if fuses else self
+        """The backend of a pass over these operands; the same in forward and backward."""
+        del exchange
+        if _kernels_serve(args):
+            return self
+        return _fallback() if kernels_may_read(args.x) else _ATEN
 
     def normalize(self, args: NormArgs, stats: Stats) -> Tensor:
         """act((x - mean) * invstd * weight + bias + residual); x is read once."""
@@ -225,11 +222,9 @@ class CpuBackend(CpuFallback):
         """Merge, update and normalise in one native call."""
         geometry = _geometry(args.x)
         args, block = _aligned(args, geometry), StatisticsBlock(geometry)
-        y, ring = _empty(args.x, geometry), _rows(len(gathered))
-        moved = _moved_by_library(args.running)
-        words = _forward_words(args, geometry, y, block, moved, ctypes.addressof(ring))
-        status = self._library.syncbn_finish_pass(words, gathered.data_ptr(), gathered.stride(0))
-        _settle(status, gathered, args, block, moved)
+        y, moved = _empty(args.x, geometry), _moved_by_library(args.running)
+        words = _forward_words(args, geometry, y, block, moved, _ELSEWHERE)
+        _settle(self._finish(words, gathered), gathered, args, block, moved)
         return y, block
 
     def local_grad_sums(
@@ -249,9 +244,9 @@ class CpuBackend(CpuFallback):
         """dx, and the sums of all ranks on the way to it, in one native call."""
         geometry = _geometry(args.x)
         args, dy = _aligned(args, geometry), _like(dy, geometry)
-        dx, ring = _empty(args.x, geometry), _rows(len(gathered))
-        words = _backward_words(dy, args, geometry, stats, (dx, None), ctypes.addressof(ring))
-        self._library.syncbn_finish_pass(words, gathered.data_ptr(), gathered.stride(0))
+        dx = _empty(args.x, geometry)
+        words = _backward_words(dy, args, geometry, stats, (dx, None), _ELSEWHERE)
+        self._finish(words, gathered)
         return dx
 
     def grad_residual(self, dy: Tensor, args: NormArgs, stats: Stats) -> Tensor:
@@ -266,50 +261,49 @@ class CpuBackend(CpuFallback):
     def fused_forward(
         self, args: NormArgs, exchange: Exchange | None, what: Fingerprint
     ) -> tuple[Tensor, Stats]:
-        """The output and the statistics of all ranks, in one native call; errors as in `finish_forward`."""
+        """The output and the statistics of all ranks; errors as in `finish_forward`."""
         geometry = _geometry(args.x)
         args, block = _aligned(args, geometry), StatisticsBlock(geometry)
-        y, gathered = _empty(args.x, geometry), None
-        moved = _moved_by_library(args.running)
-        if exchange is None:
-            words = _forward_words(args, geometry, y, block, moved)
-            status = self._library.syncbn_fused_pass(words, b"")
-        else:
-            header, number = exchange.announce(FORWARD, _stats_bytes(args.x), what)
-            words = _forward_words(args, geometry, y, block, moved, exchange.ring_address, number)
-            status = self._library.syncbn_fused_pass(words, header)
+        y, moved, gathered = _empty(args.x, geometry), _moved_by_library(args.running), None
+        ring, header, number = _announced(exchange, FORWARD, _stats_bytes(args.x), what)
+        words = _forward_words(args, geometry, y, block, moved, ring, number)
+        status = self._library.syncbn_fused_pass(words, header)
+        if exchange is not None:
             if status:
-                gathered = exchange.complete(status, header, number, block.packed)
-                status = self._library.syncbn_finish_pass(
-                    words, gathered.data_ptr(), gathered.stride(0)
-                )
+                announced = status, header, number
+                gathered = _gathered(exchange, announced, block.packed, FORWARD, what)
+                status = self._finish(words, gathered)
             if what.serial not in exchange.codes:
                 exchange.finished(what)
         _settle(status, gathered, args, block, moved)
         return y, block
 
     def fused_backward(
-        self, dy: Tensor, args: NormArgs, stats: Stats, exchange: Exchange | None, what: Fingerprint
+        self,
+        dy: Tensor,
+        args: NormArgs,
+        stats: Stats,
+        exchange: Exchange | None,
+        what: Fingerprint,
     ) -> tuple[Tensor, Tensor]:
-        """Dx and this rank's `local_grad_sums`, in one native call."""
+        """Dx and this rank's `local_grad_sums`."""
         geometry = _geometry(args.x)
         args, dy = _aligned(args, geometry), _like(dy, geometry)
         dx = _empty(args.x, geometry)
         sums = torch.empty(2, geometry.num_channels, dtype=geometry.dtype, device="cpu")
-        results = (dx, sums)
-        if exchange is None:
-            self._library.syncbn_fused_pass(
-                _backward_words(dy, args, geometry, stats, results), b""
-            )
-            return results
-        header, number = exchange.announce(BACKWARD, sums.nbytes, what)
-        ring = exchange.ring_address
-        words = _backward_words(dy, args, geometry, stats, results, ring, number)
+        ring, header, number = _announced(exchange, BACKWARD, sums.nbytes, what)
+        words = _backward_words(dy, args, geometry, stats, (dx, sums), ring, number)
         status = self._library.syncbn_fused_pass(words, header)
-        if status:
-            gathered = exchange.complete(status, header, number, sums.view(-1))
-            self._library.syncbn_finish_pass(words, gathered.data_ptr(), gathered.stride(0))
-        return results
+        if status and exchange is not None:
+            announced = status, header, number
+            gathered = _gathered(exchange, announced, sums.view(-1), BACKWARD, what)
+            self._finish(words, gathered)
+        return dx, sums
+
+    def _finish(self, words: bytes, gathered: Tensor) -> int:
+        """The rest of a pass, from the rows of all ranks; returns its status."""
+        rows = (gathered.data_ptr(), len(gathered), gathered.stride(0))
+        return self._library.syncbn_finish_pass(words, *rows)
 
 
 def release_memory() -> int:
@@ -333,19 +327,33 @@ def _fallback() -> CpuFallback:
 
 
 @functools.cache
-def _unfused() -> CpuBackend:
+def _kernels() -> CpuBackend:
     return CpuBackend()
 
 
-@functools.cache
-def _fused() -> CpuBackend:
-    return CpuBackend(fused=True)
+def _announced(
+    exchange: Exchange | None, direction: int, nbytes: int, what: Fingerprint
+) -> tuple[int, bytes, int]:
+    """Ring, header and sequence number of the exchange in a native call, which may do none, or leave it to us."""
+    if exchange is None:
+        return 0, b"", 0
+    if exchange.serves_native_calls(nbytes):
+        return exchange.ring_address, *exchange.announce(direction, nbytes, what)
+    return _ELSEWHERE, b"", 0
 
 
-@functools.cache
-def _rows(num_rows: int) -> Ring:
-    """What the library reads of an exchange that its caller does: the number of rows that come from it."""
-    return Ring(0, num_rows)
+def _gathered(
+    exchange: Exchange,
+    announced: tuple[int, bytes, int],
+    own: Tensor,
+    direction: int,
+    what: Fingerprint,
+) -> Tensor:
+    """Rows of all ranks, of an exchange that a native call did not complete: its status, header and number."""
+    status, header, number = announced
+    if number:
+        return exchange.complete(status, header, number, own)
+    return exchange.combine(own, direction, what)
 
 
 def _kernels_serve(args: NormArgs) -> bool:
@@ -439,7 +447,7 @@ def _forward_words(
     y: Tensor,
     block: StatisticsBlock,
     moved: Running | None,
-    ring: int = 0,
+    ring: int,
     number: int = 0,
 ) -> bytes:
     """A whole forward pass as the library takes it; `ring` is 0 alone."""
@@ -455,7 +463,7 @@ def _backward_words(
     geometry: Geometry,
     stats: Stats,
     results: tuple[Tensor, Tensor | None],
-    ring: int = 0,
+    ring: int,
     number: int = 0,
 ) -> bytes:
     """A whole backward pass as the library takes it; `results` are dx and this rank's sums."""
@@ -537,7 +545,7 @@ def _declared() -> ctypes.CDLL:
     found.syncbn_pass.argtypes = [words]
     found.syncbn_pass.restype = None
     found.syncbn_fused_pass.argtypes = [words, words]
-    found.syncbn_finish_pass.argtypes = [words, pointer, number]
+    found.syncbn_finish_pass.argtypes = [words, pointer, number, number]
     found.syncbn_allocate.argtypes = [number, words, flag, number]
     found.syncbn_allocate.restype = pointer
     return found

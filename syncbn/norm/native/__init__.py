@@ -14,7 +14,7 @@ from pathlib import Path
 from urllib.parse import urlparse
 from urllib.request import url2pathname
 
-ABI = 9
+ABI = 10
 """What `syncbn_abi` of a library built from these sources returns; raised with every change of a signature."""
 
 

@@ -79,20 +79,20 @@ template <class A> int local(const FusedPassArgs& args) {
   return check_and_update<A>(args);
 }
 
-// The rest of a pass after its exchange, from a row of each rank, `stride` values apart: packed moments, or sums, which are
-// added in the order of ranks.
-template <class A> int finish(const FusedPassArgs& args, const void* gathered, int64_t stride) {
+// The rest of a pass after its exchange, from rows that are `stride` values apart: packed moments, or sums, which are added
+// in the order of ranks.
+template <class A> int finish(const FusedPassArgs& args, const void* gathered, int64_t rows, int64_t stride) {
   const A* row = (const A*)gathered;
   const Pass<A> pass(args.pass);
   const Window all = {0, pass.plan.width()};
   if (args.pass.kind == NORMALIZE) {
-    merge<A>(row, stride, args.memory->world_size, args.pass.channels, args.eps, batch_stats(args));
+    merge<A>(row, stride, rows, args.pass.channels, args.eps, batch_stats(args));
     if (const int unusable = check_and_update<A>(args)) return unusable;
     pass.fill(all);
   } else {
     const int64_t count = own_values(args);
     std::vector<A> sums(row, row + count);
-    for (int64_t rank = 1; rank < args.memory->world_size; ++rank) {
+    for (int64_t added = 1; added < rows; ++added) {
       row += stride;
       for (int64_t i = 0; i < count; ++i) sums[i] += row[i];
     }
@@ -113,7 +113,7 @@ template <class A> int fused_pass(const FusedPassArgs& args, const char* body) {
   const int64_t bytes = own_values(args) * int64_t(sizeof(A));
   const Exchanged exchanged = exchange(args.memory, args.sequence, body, args.own, bytes, args.limit_ns);
   if (exchanged.status) return exchanged.status;
-  return finish<A>(args, exchanged.payloads, args.memory->slot_bytes / int64_t(sizeof(A)));
+  return finish<A>(args, exchanged.payloads, args.memory->world_size, args.memory->slot_bytes / int64_t(sizeof(A)));
 }
 
 }  // namespace
@@ -122,7 +122,7 @@ template <class A> int fused_pass(const FusedPassArgs& args, const char* body) {
 using namespace syncbn;
 
 // The version of these signatures; syncbn/norm/native/__init__.py compares it.
-SYNCBN_API int syncbn_abi() { return 9; }
+SYNCBN_API int syncbn_abi() { return 10; }
 
 // One pass, other than BACKWARD_INPUT, over the whole input.
 SYNCBN_API void syncbn_pass(const PassArgs* args) { FOR_STATISTICS(args->dtype, run)(*args); }
@@ -133,6 +133,6 @@ SYNCBN_API int syncbn_fused_pass(const FusedPassArgs* args, const char* body) {
 }
 
 // The rest of a pass whose exchange did not complete in the call above, from the gathered rows, `stride` values apart.
-SYNCBN_API int syncbn_finish_pass(const FusedPassArgs* args, const void* gathered, int64_t stride) {
-  return FOR_STATISTICS(args->pass.dtype, finish)(*args, gathered, stride);
+SYNCBN_API int syncbn_finish_pass(const FusedPassArgs* args, const void* gathered, int64_t rows, int64_t stride) {
+  return FOR_STATISTICS(args->pass.dtype, finish)(*args, gathered, rows, stride);
 }

@@ -20,6 +20,7 @@ from syncbn.norm.backends import faster_alone, selected
 from syncbn.norm.backends.aten import AtenBackend
 from syncbn.norm.backends.base import Backend, NormArgs
 from syncbn.norm.backends.cpu import CpuBackend, CpuFallback
+from syncbn.norm.comm.fingerprint import FORWARD, Fingerprint
 from syncbn.norm.native import library
 
 compiled = pytest.mark.skipif(library() is None, reason="the native library was not built")
@@ -152,16 +153,26 @@ def test_native_code_leaves_to_aten_what_it_has_no_kernels_for():
         assert type(serving(other)) is AtenBackend
 
 
-@compiled
-@pytest.mark.parametrize(("ring", "fused"), [(True, True), (False, False)])
-def test_a_pass_among_ranks_takes_one_call_where_they_share_memory(ring: bool, fused: bool):
-    class Ranks:
-        def serves_native_calls(self, nbytes: int) -> bool:
-            return ring and nbytes == 4 * (2 + 2 * 3)
+WHAT = Fingerprint("bn", 3, torch.float32, True)
 
-    backend = CpuBackend().for_pass(NormArgs(torch.ones(4, 3, 5)), Ranks())
-    assert type(backend) is CpuBackend
-    assert backend.fused == fused
+
+def test_a_pass_among_ranks_takes_one_native_call_where_they_share_memory():
+    class Ranks:
+        ring_address = 64
+
+        def __init__(self, slot_bytes: int) -> None:
+            self.slot_bytes = slot_bytes
+
+        def serves_native_calls(self, nbytes: int) -> bool:
+            return nbytes <= self.slot_bytes
+
+        def announce(self, *what: object) -> tuple[bytes, int]:
+            return repr(what).encode(), 7
+
+    assert native._announced(None, FORWARD, 32, WHAT) == (0, b"", 0)
+    assert native._announced(Ranks(31), FORWARD, 32, WHAT) == (native._ELSEWHERE, b"", 0)
+    header = repr((FORWARD, 32, WHAT)).encode()
+    assert native._announced(Ranks(32), FORWARD, 32, WHAT) == (64, header, 7)
 
 
 def test_triton_leaves_subclasses_and_tensors_without_memory_to_aten():
