@@ -159,9 +159,7 @@ def test_an_observer_is_told_of_each_exchange_and_changes_none(world_size):
     told = []
     Exchange.observer = lambda *exchanged: told.append(exchanged)
     try:
-        assert not exchange.serves_native_calls(
-            8
-        )  # there it could not be told from the rest of the pass
+        assert exchange.announce_native(FORWARD, packed.nbytes, what) == (0, b"", 0)
         found = [
             exchange.combine(packed, FORWARD, what),
             exchange.combine(sums.flatten(), BACKWARD, what),

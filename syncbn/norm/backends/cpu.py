@@ -337,9 +337,8 @@ def _announced(
     """Ring, header and sequence number of the exchange in a native call, which may do none, or leave it to us."""
     if exchange is None:
         return 0, b"", 0
-    if exchange.serves_native_calls(nbytes):
-        return exchange.ring_address, *exchange.announce(direction, nbytes, what)
-    return _ELSEWHERE, b"", 0
+    ring, header, number = exchange.announce_native(direction, nbytes, what)
+    return ring or _ELSEWHERE, header, number
 
 
 def _gathered(

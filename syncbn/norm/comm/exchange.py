@@ -103,12 +103,16 @@ class Exchange:
         with suppress(RuntimeError):  # the caller is about to raise its own, better message
             self.gather(_NOTHING, FAILED, Fingerprint(message, 0, torch.float32, False))
 
-    def serves_native_calls(self, nbytes: int) -> bool:
-        """Whether a native call exchanges `nbytes` by itself, at `ring_address`.
+    def announce_native(
+        self, direction: int, nbytes: int, what: Fingerprint
+    ) -> tuple[int, bytes, int]:
+        """The ring's address, and `announce`, of an exchange that a native call does; zeros where it does none.
 
-        It does once the ranks share memory, if a slot holds that many, and while nobody observes.
+        It does once the ranks share memory, if a slot holds `nbytes`, and while nobody observes.
         """
-        return self.ring_address != 0 and nbytes <= PAYLOAD_BYTES and Exchange.observer is None
+        if self.ring_address == 0 or nbytes > PAYLOAD_BYTES or Exchange.observer is not None:
+            return 0, b"", 0
+        return self.ring_address, *self.announce(direction, nbytes, what)
 
     def announce(self, direction: int, nbytes: int, what: Fingerprint) -> tuple[bytes, int]:
         """The header and sequence number of an exchange of `nbytes`, which must take place next (CPU)."""

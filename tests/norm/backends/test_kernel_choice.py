@@ -156,23 +156,15 @@ def test_native_code_leaves_to_aten_what_it_has_no_kernels_for():
 WHAT = Fingerprint("bn", 3, torch.float32, True)
 
 
-def test_a_pass_among_ranks_takes_one_native_call_where_they_share_memory():
+def test_a_pass_among_ranks_leaves_an_exchange_to_its_caller_where_they_share_no_memory():
     class Ranks:
-        ring_address = 64
+        def __init__(self, ring: int) -> None:
+            self.announce_native = lambda *what: (ring, repr(what).encode(), 7)
 
-        def __init__(self, slot_bytes: int) -> None:
-            self.slot_bytes = slot_bytes
-
-        def serves_native_calls(self, nbytes: int) -> bool:
-            return nbytes <= self.slot_bytes
-
-        def announce(self, *what: object) -> tuple[bytes, int]:
-            return repr(what).encode(), 7
-
-    assert native._announced(None, FORWARD, 32, WHAT) == (0, b"", 0)
-    assert native._announced(Ranks(31), FORWARD, 32, WHAT) == (native._ELSEWHERE, b"", 0)
     header = repr((FORWARD, 32, WHAT)).encode()
-    assert native._announced(Ranks(32), FORWARD, 32, WHAT) == (64, header, 7)
+    assert native._announced(None, FORWARD, 32, WHAT) == (0, b"", 0)
+    assert native._announced(Ranks(0), FORWARD, 32, WHAT) == (native._ELSEWHERE, header, 7)
+    assert native._announced(Ranks(64), FORWARD, 32, WHAT) == (64, header, 7)
 
 
 def test_triton_leaves_subclasses_and_tensors_without_memory_to_aten():
