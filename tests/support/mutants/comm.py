@@ -185,7 +185,7 @@ LIVENESS: list[Mutant] = [
     ),
     Replaced(
         "a watchdog that waits for the store of a group that is gone stays",
-        f"{WATCHDOG}::test_a_watchdog_that_waits_for_the_store_of_a_group_that_is_gone_is_replaced",
+        f"{TESTS}/test_watchdog_thread.py::test_a_watchdog_that_waits_for_the_store_of_a_group_that_is_gone_is_replaced",
         aim=f"{COMM}.watchdog._Watchdog.is_stuck",
         by=lambda original: lambda self: False,
     ),
