@@ -74,22 +74,17 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
     """Stop coverage, where there is any, in this process and those it starts, while a test runs that is not traced."""
+    traced = Coverage.current()
     everything = os.environ.get("SYNCBN_TRACED") == "all"
-    if everything or item.get_closest_marker("layer") is not None:
+    if traced is None or everything or item.get_closest_marker("layer") is not None:
         return (yield)
-    stopped = []
-    while (
-        tracing := Coverage.current()
-    ) is not None:  # a worker has two: of its start, and of pytest-cov
-        tracing.stop()
-        stopped.append(tracing)
     with pytest.MonkeyPatch.context() as environment:
         environment.delenv(COVERAGE, raising=False)
+        traced.stop()
         try:
             return (yield)
         finally:
-            for tracing in reversed(stopped):
-                tracing.start()
+            traced.start()
 
 
 @pytest.hookimpl(tryfirst=True)
