@@ -46,7 +46,7 @@ test-all: $(STAMP) ## Run all tests; those that need a GPU skip where there is n
 	@$(BIN)/python -m pytest
 
 coverage: $(STAMP) ## Run the tests of `make test`, then list the lines of the whole package that they left out
-	@SYNCBN_TRACED=all $(BIN)/python -m pytest $(PYTEST_OPTIONS) -m "not gpu and not slow" --cov --cov-report=
+	@$(BIN)/python -m pytest $(PYTEST_OPTIONS) -m "not gpu and not slow" --cov --cov-report=
 	@$(BIN)/coverage report --skip-covered --show-missing
 
 bench: $(STAMP) ## Measure the layer against its peers, 10 minutes on 2 quiet cores; rewrites docs/performance.md

@@ -1,11 +1,11 @@
-"""Markers for tests that run in processes of their own, and which tests coverage traces.
+"""Markers for tests that run in processes of their own.
 
 `world_size`: one test function, run plainly in each rank of a gloo group. `triton_interpreter`: run where Triton's
 kernels run on the CPU, which is settled once a process, by its environment; both may be asked for. `layer`: given to
-every test that may run a line of the layer, by the place, the name or the imports of its module; these alone are traced
-where coverage is asked for, unless SYNCBN_TRACED=all is set. It costs half their time again, and up to three times as
-much where most of the work is done by Python code of others, such as Triton's interpreter and torch's compiler:
-`untraced` tests are not traced either. That no line is left to them alone is what the gate of `make test` shows.
+every test that may run a line of the layer, by the place, the name or the imports of its module; these alone are run
+under coverage. It costs half their time again, and up to three times as much where most of the work is done by Python
+code of others, such as Triton's interpreter and torch's compiler: `untraced` tests run without it. That no line is
+left to them alone is what the gate of `make test` shows.
 """
 
 import functools
@@ -16,10 +16,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from coverage import Coverage
 from hypothesis import HealthCheck, settings
 from programs import Bench
-from ranks import COVERAGE, RankPool
+from ranks import RankPool
 
 # A busy machine is slow, not wrong.
 settings.register_profile("patient", deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -29,18 +28,25 @@ _TESTS = Path(__file__).parent
 _LAYER = re.compile(r"^\s*(import syncbn$|from syncbn import|from syncbn\.norm)", re.MULTILINE)
 _PROGRAMS = {"bench", "cluster"}
 """Fixtures of tests that start programs."""
-_INTERPRETED = {"TRITON_INTERPRET": "1"}
-_pools = {
-    (interpreted, traced): RankPool(**(_INTERPRETED if interpreted else {}))
-    for interpreted in (False, True)
-    for traced in (False, True)
-}
+_pool = RankPool()
+_interpreter = RankPool(TRITON_INTERPRET="1")
 
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line(
         "markers", "triton_interpreter: run this test where Triton's kernels run on the CPU"
     )
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Do not import a module for a part of `make test` that has no test in it: each worker would."""
+    chosen = config.getoption("markexpr")
+    if not collection_path.name.startswith("test_") or collection_path.suffix != ".py":
+        return None
+    if not _is_of_the_layer(collection_path):
+        return chosen.endswith(" and layer") or None
+    all_traced = "untraced" not in collection_path.read_text()
+    return (all_traced and chosen.endswith(" and not layer")) or None
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -58,7 +64,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @functools.cache
 def _is_of_the_layer(module: Path) -> bool:
-    if module.relative_to(_TESTS).parts[0] == "norm" or module.stem.endswith("_on_ranks"):
+    if module.relative_to(_TESTS).parts[0] in ("dist", "norm") or module.stem.endswith("_on_ranks"):
         return True
     return _LAYER.search(module.read_text()) is not None
 
@@ -71,22 +77,6 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         )
 
 
-@pytest.hookimpl(wrapper=True)
-def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
-    """Stop coverage, where there is any, in this process and those it starts, while a test runs that is not traced."""
-    traced = Coverage.current()
-    everything = os.environ.get("SYNCBN_TRACED") == "all"
-    if traced is None or everything or item.get_closest_marker("layer") is not None:
-        return (yield)
-    with pytest.MonkeyPatch.context() as environment:
-        environment.delenv(COVERAGE, raising=False)
-        traced.stop()
-        try:
-            return (yield)
-        finally:
-            traced.start()
-
-
 @pytest.hookimpl(tryfirst=True)
 def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
     interpreted = pyfuncitem.get_closest_marker("triton_interpreter") is not None
@@ -96,7 +86,7 @@ def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
     kwargs = {name: pyfuncitem.funcargs[name] for name in names}
     callspec = getattr(pyfuncitem, "callspec", None)
     world_size = 1 if callspec is None else callspec.params.get("world_size", 1)
-    pool = _pools[interpreted, COVERAGE in os.environ]
+    pool = _interpreter if interpreted else _pool
     pool.run(pyfuncitem.module.__name__, pyfuncitem.originalname, kwargs, world_size)
     return True
 
@@ -112,6 +102,7 @@ def bench(tmp_path: Path) -> Iterator[Bench]:
 @pytest.fixture(scope="session", autouse=True)
 def _rank_pool() -> Iterator[None]:
     yield
-    for (_, traced), pool in _pools.items():
-        # traced ranks end by themselves, to save what they saw; several at once take up to 10 s for it
-        pool.close(kill=not traced)
+    # under coverage ranks end by themselves, to save what they saw; several at once take up to 10 s for it
+    traced = any(name.startswith("COVERAGE_PROCESS") for name in os.environ)
+    _pool.close(kill=not traced)
+    _interpreter.close(kill=not traced)

@@ -1,8 +1,8 @@
-"""What `make test` runs: the tests, those of the layer under coverage, then its gate of 100 %.
+"""What `make test` runs: the tests of the layer under coverage, its gate of 100 %, then all other tests.
 
-Every part runs, also after one that failed. The last line counts the tests: `N passed, N failed, N skipped`; an error
-in a fixture, or while tests are collected, counts as failed. The exit status is 0 where every part succeeded, 1
-otherwise.
+Every part runs, also after one that failed. The last line counts the tests of all parts: `N passed, N failed,
+N skipped`; an error in a fixture, or while tests are collected, counts as failed. The exit status is 0 where every part
+succeeded, 1 otherwise.
 
     python tests/support/run_parts.py --numprocesses 2      options are pytest's
 """
@@ -41,11 +41,13 @@ class Counts(NamedTuple):
 
 def parts_of(options: Sequence[str]) -> list[Part]:
     """The parts of `make test`; `options` go to pytest."""
-    tests = (*PYTEST, *options, "-m", CHOSEN, "--cov", "--cov-report=")
+    layer = (*PYTEST, *options, "-m", f"{CHOSEN} and layer", "--cov", "--cov-report=")
     gate = ("report", "--include", "syncbn/norm/*", "--skip-covered", "--show-missing")
+    others = (*PYTEST, *options, "-m", f"{CHOSEN} and not layer")
     return [
-        Part("tests", tests),
+        Part("tests of the layer", layer),
         Part("coverage of the layer", (*COVERAGE, *gate, "--fail-under", "100"), is_pytest=False),
+        Part("other tests", others),
     ]
 
 
