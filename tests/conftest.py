@@ -64,7 +64,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @functools.cache
 def _is_of_the_layer(module: Path) -> bool:
-    if module.relative_to(_TESTS).parts[0] in ("dist", "norm") or module.stem.endswith("_on_ranks"):
+    if module.relative_to(_TESTS).parts[0] == "norm" or module.stem.endswith("_on_ranks"):
         return True
     return _LAYER.search(module.read_text()) is not None
 
