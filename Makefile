@@ -5,7 +5,7 @@ PYTHON ?= python3
 PORT ?= 5000
 BIN = .venv/bin
 STAMP = .venv/.installed
-PYTEST_OPTIONS = --numprocesses 3 --dist loadscope --no-loadscope-reorder
+PYTEST_OPTIONS = --numprocesses 3 --dist loadscope
 
 .PHONY: help setup demo studies studies-fast ui test test-all coverage bench lint lock
 .DEFAULT_GOAL := help

@@ -26,8 +26,6 @@ settings.load_profile("patient")
 
 _TESTS = Path(__file__).parent
 _LAYER = re.compile(r"^\s*(import syncbn$|from syncbn import|from syncbn\.norm)", re.MULTILINE)
-_PROGRAMS = {"bench", "cluster"}
-"""Fixtures of tests that start programs."""
 _pool = RankPool()
 _interpreter = RankPool(TRITON_INTERPRET="1")
 
@@ -57,9 +55,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for marker in item.iter_markers("slow_if"):
             if marker.args[0](**item.callspec.params):
                 item.add_marker("slow")
-    # a module that starts programs takes up to two minutes: begun last, it would be waited for by the other workers
-    starting = {item.path for item in items if _PROGRAMS & set(getattr(item, "fixturenames", ()))}
-    items.sort(key=lambda item: item.path not in starting)
 
 
 @functools.cache
