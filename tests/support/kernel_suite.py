@@ -6,6 +6,7 @@ strategy here, so that all backends are given the same inputs. The truth is comp
 
 from typing import NamedTuple
 
+import pytest
 import torch
 from hypothesis import strategies as st
 from torch import Tensor
@@ -262,6 +263,12 @@ def check_update(
         ours = Running(running_mean.to(dtype), running_var.to(dtype), tracked, momentum)
         ours, truth = (clones(ours) for _ in range(2))
         versions = [ours.mean._version, ours.var._version]
+        if total == 1:  # refused, and nothing moves
+            with pytest.raises(ValueError, match="more than 1 value per channel"):
+                merged(backend, packed, running=ours)
+            assert same_bits(list(ours[:2]), list(truth[:2]))
+            assert ours.num_batches_tracked == truth.num_batches_tracked
+            continue
         merged(backend, packed, running=ours)
         merged(TRUTH, packed, running=truth)
         bound = 1e-12 if dtype == torch.float64 else ROUNDING[dtype]

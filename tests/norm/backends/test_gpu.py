@@ -69,7 +69,7 @@ def test_moments_of_ranks_merge(counts: list[int], dtype: torch.dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("momentum", [0.1, None])
 def test_running_statistics_move(momentum: float | None, dtype: torch.dtype):
-    for total in (0.0, 2.0, 1e6):
+    for total in (0.0, 1.0, 1e6):
         suite.check_update(backend(), total, momentum, dtype, "cuda")
 
 

@@ -70,7 +70,7 @@ def test_moments_of_ranks_merge(backend: Backend, counts: list[int], dtype: torc
 @each
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("momentum", [0.1, 1.0, 0.0, None])
-@pytest.mark.parametrize("total", [0.0, 2.0, 3.0, 1e6])
+@pytest.mark.parametrize("total", [0.0, 1.0, 2.0, 1e6])
 def test_running_statistics_move(
     backend: Backend, total: float, momentum: float | None, dtype: torch.dtype
 ):

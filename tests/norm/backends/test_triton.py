@@ -220,7 +220,7 @@ def test_moments_of_ranks_merge(counts, dtype):
 @interpreted
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("momentum", [0.1, 1.0, 0.0, None])
-@pytest.mark.parametrize("total", [0.0, 2.0, 3.0, 1e6])
+@pytest.mark.parametrize("total", [0.0, 1.0, 2.0, 1e6])
 def test_running_statistics_move(total, momentum, dtype):
     suite.check_update(backend(), total, momentum, dtype)
 
