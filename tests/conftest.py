@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, settings
 from programs import Bench
-from ranks import RankPool
+from ranks import COVERAGE, RankPool
 
 # A busy machine is slow, not wrong.
 settings.register_profile("patient", deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -98,6 +98,6 @@ def bench(tmp_path: Path) -> Iterator[Bench]:
 def _rank_pool() -> Iterator[None]:
     yield
     # under coverage ranks end by themselves, to save what they saw; several at once take up to 10 s for it
-    traced = any(name.startswith("COVERAGE_PROCESS") for name in os.environ)
+    traced = COVERAGE in os.environ
     _pool.close(kill=not traced)
     _interpreter.close(kill=not traced)

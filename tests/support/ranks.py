@@ -173,11 +173,8 @@ def _attempt(
 def _main(coverage: str, *rest: str) -> None:
     descriptors = [int(descriptor) for descriptor in rest[:MOST_RANKS]]
     sys.path[:] = rest[MOST_RANKS:]
-    for name in (
-        "torch.distributed",
-        "pytest",
-        "hypothesis",
-    ):  # what tests import, but for syncbn, which is traced
+    # what tests import, but for syncbn, whose imports are traced
+    for name in ("torch.distributed", "pytest", "hypothesis"):
         importlib.import_module(name)
     if os.environ.get("TRITON_INTERPRET") == "1":
         from triton_interpreter import patch_language_once

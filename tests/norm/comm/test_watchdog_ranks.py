@@ -274,7 +274,7 @@ def test_a_rank_that_destroyed_its_group_is_named(world_size):
 
 
 @pytest.mark.world_size(2)
-@pytest.mark.untraced  # coverage's lock may be held by the watchdog's thread at the fork, for ever in the child
+@pytest.mark.untraced  # a child may inherit coverage's lock, held by the watchdog's thread, and never get it
 @pytest.mark.skipif("shared" not in WAYS, reason="the native library is not built")
 def test_a_forked_child_that_ends_does_not_speak_for_its_parent(world_size):
     with _quick("shared"):
