@@ -126,7 +126,7 @@ def _fork(coverage: str, descriptors: list[int]) -> None:
                     os.close(other)
             start_coverage(coverage)
             _serve(Connection(descriptor))
-            return
+            os._exit(0)  # coverage saves first; to take the interpreter down is 1 s of work a rank
     for descriptor in descriptors:
         os.close(descriptor)
     with contextlib.suppress(ChildProcessError):
@@ -173,8 +173,8 @@ def _attempt(
 def _main(coverage: str, *rest: str) -> None:
     descriptors = [int(descriptor) for descriptor in rest[:MOST_RANKS]]
     sys.path[:] = rest[MOST_RANKS:]
-    # what tests import, but for syncbn, whose imports are traced
-    for name in ("torch.distributed", "pytest", "hypothesis"):
+    # what tests import, but for syncbn, whose imports are traced; torch's optimizers and DDP import the compiler
+    for name in ("torch.distributed", "torch._dynamo", "pytest", "hypothesis"):
         importlib.import_module(name)
     if os.environ.get("TRITON_INTERPRET") == "1":
         from triton_interpreter import patch_language_once

@@ -1,4 +1,7 @@
-"""What `make test` runs: the tests of the layer under coverage, its gate of 100 %, then all other tests.
+"""What `make test` runs: the tests of the layer under coverage and its gate of 100 %, beside them all other tests.
+
+The layer's tests wait for each other's ranks, and for clocks, about half of their time; the others fill it. Their
+output comes after that of the layer's.
 
 Every part runs, also after one that failed. The last line counts the tests of all parts: `N passed, N failed,
 N skipped`; an error in a fixture, or while tests are collected, counts as failed. The exit status is 0 where every part
@@ -11,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 from xml.etree import ElementTree
@@ -39,34 +43,69 @@ class Counts(NamedTuple):
         return f"{self.passed} passed, {self.failed} failed, {self.skipped} skipped"
 
 
-def parts_of(options: Sequence[str]) -> list[Part]:
-    """The parts of `make test`; `options` go to pytest."""
+class Outcome(NamedTuple):
+    """How a part ended; `counts` is None where it has no tests."""
+
+    name: str
+    status: int
+    counts: Counts | None
+
+
+def parts_of(options: Sequence[str]) -> list[list[Part]]:
+    """The parts of `make test`, those of a list one after the other; `options` go to pytest."""
     layer = (*PYTEST, *options, "-m", f"{CHOSEN} and layer", "--cov", "--cov-report=")
     gate = ("report", "--include", "syncbn/norm/*", "--skip-covered", "--show-missing")
     others = (*PYTEST, *options, "-m", f"{CHOSEN} and not layer")
     return [
-        Part("tests of the layer", layer),
-        Part("coverage of the layer", (*COVERAGE, *gate, "--fail-under", "100"), is_pytest=False),
-        Part("other tests", others),
+        [
+            Part("tests of the layer", layer),
+            Part(
+                "coverage of the layer", (*COVERAGE, *gate, "--fail-under", "100"), is_pytest=False
+            ),
+        ],
+        [Part("other tests", others)],
     ]
 
 
-def run(parts: Sequence[Part]) -> int:
-    """Run each of `parts`, name those that failed, and print the counts of all; returns the exit status."""
-    all_counts, failures = [], []
-    with tempfile.TemporaryDirectory() as folder:
-        for number, part in enumerate(parts):
-            report = Path(folder) / f"{number}.xml"
-            options = [f"--junitxml={report}"] if part.is_pytest else []
-            status = subprocess.run([*part.command, *options], check=False).returncode
-            if status != 0:
-                failures.append(f"{part.name} (exit status {status})")
-            if part.is_pytest:
-                all_counts.append(counts_of(report, status))
+def run(lists: Sequence[Sequence[Part]]) -> int:
+    """Run `lists` beside each other, name the parts that failed, and print the counts of all.
+
+    Args:
+        lists: of parts that run one after the other; those of the first print as they go.
+
+    Returns:
+        The exit status.
+    """
+    with tempfile.TemporaryDirectory() as temporary, ThreadPoolExecutor() as pool:
+        folder = Path(temporary)
+        logs = [folder / f"{number}.log" for number in range(1, len(lists))]
+        beside = [
+            pool.submit(_run_list, parts, log) for parts, log in zip(lists[1:], logs, strict=True)
+        ]
+        outcomes = _run_list(lists[0], folder / "0.log", shown=True)
+        for future, log in zip(beside, logs, strict=True):
+            outcomes += future.result()
+            print(log.read_text(), end="")
+    failures = [f"{name} (exit status {status})" for name, status, _ in outcomes if status != 0]
     if failures:
         print(f"failed: {', '.join(failures)}")
-    print(Counts(*(sum(column) for column in zip(*all_counts, strict=True))), flush=True)
+    counts = [counts for _, _, counts in outcomes if counts is not None]
+    print(Counts(*(sum(column) for column in zip(*counts, strict=True))), flush=True)
     return 1 if failures else 0
+
+
+def _run_list(parts: Sequence[Part], log: Path, shown: bool = False) -> list[Outcome]:
+    """Run `parts` one after the other, their output in `log` unless it is `shown`."""
+    outcomes = []
+    with log.open("w") as file:
+        for number, part in enumerate(parts):
+            report = log.with_suffix(f".{number}.xml")
+            options = [f"--junitxml={report}"] if part.is_pytest else []
+            output = {} if shown else {"stdout": file, "stderr": subprocess.STDOUT}
+            status = subprocess.run([*part.command, *options], check=False, **output).returncode
+            counts = counts_of(report, status) if part.is_pytest else None
+            outcomes.append(Outcome(part.name, status, counts))
+    return outcomes
 
 
 def counts_of(report: Path, status: int) -> Counts:

@@ -25,6 +25,9 @@ from syncbn.norm.comm.transports import shared_memory as shared
 
 WAYS = ["gloo", "sockets"] + ["shared"] * (shared._native() is not None)
 HERE = r"rank {} is in the forward of SyncBatchNorm 'bn' .sequence number \d, 3 channels, float32. "
+LOOK_S = 0.15
+"""How often is looked: a process that is given no processor for three times as long seems to be blocked."""
+SLOW_S = 10 * LOOK_S
 
 
 @pytest.fixture(params=WAYS)
@@ -34,14 +37,14 @@ def way(request):
 
 @contextmanager
 def _quick(way, slow_s=1e9):
-    """Watchdogs, and ranks that wait, that look every 50 ms, and groups that use one transport."""
+    """Watchdogs, and ranks that wait, that look every `LOOK_S`, and groups that use one transport."""
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setenv("SYNCBN_EXCHANGE", way)
-        monkeypatch.setattr(watchdog, "TICK_S", 0.05)
-        monkeypatch.setattr(watchdog, "ASK_S", 0.05)
+        monkeypatch.setattr(watchdog, "TICK_S", LOOK_S)
+        monkeypatch.setattr(watchdog, "ASK_S", LOOK_S)
         monkeypatch.setattr(watchdog, "SLOW_S", slow_s)
-        monkeypatch.setattr(process_group, "_LOOK", timedelta(seconds=0.05))
-        monkeypatch.setattr(sockets, "_LOOK_S", 0.05)
+        monkeypatch.setattr(process_group, "_LOOK", timedelta(seconds=LOOK_S))
+        monkeypatch.setattr(sockets, "_LOOK_S", LOOK_S)
         watchdog.watch()  # as a rank does that builds a layer
         yield
 
@@ -86,7 +89,7 @@ def test_a_rank_in_eval_mode_is_waited_for_its_backward_passes_included(world_si
             for x in (torch.randn(4, 3, requires_grad=True) for _ in range(5)):
                 layer(x)
                 torch.autograd.grad(layer(x).sum(), x)
-            time.sleep(0.5)
+            time.sleep(SLOW_S)
             layer.train()
         layer(torch.randn(4, 3, requires_grad=True)).square().sum().backward()
 
@@ -97,7 +100,7 @@ def test_a_rank_that_is_slow_is_waited_for_and_mentioned(world_size, way):
     handler = logging.Handler()
     handler.emit = lambda record: _note(said, record, f"mentioned {way}")
     watchdog.log.addHandler(handler)
-    with _quick(way, slow_s=0.5):
+    with _quick(way, slow_s=SLOW_S):
         group, rank = _group(first=False), dist.get_rank()
         if rank == 1:
             _store().wait([f"mentioned {way}"])
@@ -118,7 +121,7 @@ def test_a_rank_that_waits_elsewhere_for_a_slow_third_is_waited_for(world_size, 
         rank = dist.get_rank()
         pairs = [_group(first=False, ranks=ranks) for ranks in ([0, 1], [1, 2])]
         if rank == 2:
-            time.sleep(0.5)
+            time.sleep(SLOW_S)
         for group in reversed(pairs):
             if isinstance(group, dist.ProcessGroup):
                 dist.barrier(group) if group is pairs[1] else _gather(group)
@@ -131,7 +134,7 @@ def test_a_rank_that_collects_from_a_slow_third_is_waited_for_by_those_that_have
     with _quick(way):
         group, rank = _group(first=False), dist.get_rank()
         if rank == 2:
-            time.sleep(0.5)
+            time.sleep(SLOW_S)
         parts = [torch.zeros(1) for _ in range(3)] if rank == 1 else None
         dist.gather(torch.ones(1), parts, dst=1)
         _gather(group)
@@ -286,7 +289,7 @@ def test_a_forked_child_that_ends_does_not_speak_for_its_parent(world_size):
                 atexit._run_exitfuncs()
                 os._exit(0)
             os.waitpid(child, 0)
-            time.sleep(0.5)
+            time.sleep(SLOW_S)
         _gather(group)
 
 
