@@ -47,6 +47,7 @@ def _run(cfg: Config) -> None:
 
 
 def _summaries(cfg: Config) -> dict[str, dict]:
+    dist.barrier()  # rank 0 writes them
     folders = [trial.config.folder for trial in trials(cfg)]
     return {
         folder.name: json.loads((folder / "summary.json").read_text())
@@ -101,7 +102,6 @@ def test_synchronised_runs_of_one_process_share_a_pool_and_wait_for_nobody(world
     arms = {"sync": ["norm=sync"], "group": ["norm=sync_group", "norm.group_size=1"]}
     cfg = _study(tmp_path, 1, arms | {"local": ["norm=local"]})
     _run(cfg)
-    dist.barrier()
     assert set(_summaries(cfg)) == {"sync-0", "group-0", "local-0"}
     errors = {name: found["final"]["test_loss"] for name, found in _summaries(cfg).items()}
     assert errors["sync-0"] == pytest.approx(errors["local-0"], rel=1e-5)
