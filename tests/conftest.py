@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import HealthCheck, settings
 from programs import Bench
 from ranks import COVERAGE, RankPool
@@ -23,6 +24,8 @@ from ranks import COVERAGE, RankPool
 # A busy machine is slow, not wrong.
 settings.register_profile("patient", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("patient")
+# Several processes share the cores, and torch's threads would wait for each other at work; training sets it too.
+torch.set_num_threads(1)
 
 _TESTS = Path(__file__).parent
 _LAYER = re.compile(r"^\s*(import syncbn$|from syncbn import|from syncbn\.norm)", re.MULTILINE)
