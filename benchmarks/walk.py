@@ -17,7 +17,7 @@ import torch.distributed as dist
 import syncbn
 from syncbn.norm import module
 
-ROOM = Path(module.__file__).parent
+PACKAGE = Path(module.__file__).parent
 
 
 class Walk:
@@ -48,7 +48,7 @@ class Walk:
     def _trace(self, frame: FrameType, event: str, argument: object) -> Any:
         del argument
         file = Path(frame.f_code.co_filename)
-        if ROOM not in file.parents:
+        if PACKAGE not in file.parents:
             return None
         if event == "call":
             self._note(file)
@@ -58,13 +58,13 @@ class Walk:
         return self._trace
 
     def _come_back(self, frame: FrameType | None) -> None:
-        while frame is not None and ROOM not in Path(frame.f_code.co_filename).parents:
+        while frame is not None and PACKAGE not in Path(frame.f_code.co_filename).parents:
             frame = frame.f_back
         if frame is not None:
             self._note(Path(frame.f_code.co_filename))
 
     def _note(self, file: Path) -> None:
-        name = str(file.relative_to(ROOM))
+        name = str(file.relative_to(PACKAGE))
         if not self.stops or self.stops[-1] != name:
             self.stops.append(name)
 

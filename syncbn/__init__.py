@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from syncbn.norm import (
         Conversion,
         NonFiniteStatistics,
+        RankLost,
         RanksDisagree,
         SyncBatchNorm,
         convert_sync_batchnorm,
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Conversion",
     "NonFiniteStatistics",
+    "RankLost",
     "RanksDisagree",
     "SyncBatchNorm",
     "convert_sync_batchnorm",

@@ -5,7 +5,7 @@ arithmetic, `moments` merges ranks, and `comm` alone talks to other ranks.
 """
 
 from syncbn.norm.backends.cpu import release_memory
-from syncbn.norm.comm.fingerprint import RanksDisagree
+from syncbn.norm.comm.fingerprint import RankLost, RanksDisagree
 from syncbn.norm.convert import Conversion, convert_sync_batchnorm, revert_sync_batchnorm
 from syncbn.norm.ddp import ddp_buffers_to_ignore
 from syncbn.norm.functional import NonFiniteStatistics, sync_batch_norm
@@ -16,6 +16,7 @@ from syncbn.norm.uneven_inputs import in_lockstep, join
 __all__ = [
     "Conversion",
     "NonFiniteStatistics",
+    "RankLost",
     "RanksDisagree",
     "SyncBatchNorm",
     "convert_sync_batchnorm",

@@ -1,12 +1,14 @@
 """`sync_batch_norm`: batch normalisation with the moments of all ranks of a group, as one function."""
 
+import torch
 from torch import Tensor
 
 from syncbn.norm.backends.activations import check_act
-from syncbn.norm.backends.base import NonFiniteStatistics, Running
+from syncbn.norm.backends.base import NonFiniteStatistics, NormArgs, Running
 from syncbn.norm.comm.exchange import exchange_for
 from syncbn.norm.comm.groups import GroupSpec
 from syncbn.norm.ops.autograd import Call, SyncBatchNormFunction
+from syncbn.norm.ops.custom_op import compiled_batch_norm, group_text
 from syncbn.norm.ops.recompute import current
 from syncbn.norm.validation import (
     check_operands,
@@ -66,10 +68,11 @@ def sync_batch_norm(
         TypeError: an input that is not floating point, an argument of the wrong type.
         NonFiniteStatistics: NaN, infinite or too large values on any rank of a CPU group (on CUDA, and in a group
             of one, they pass through, as in torch).
-        RanksDisagree: the ranks are not all in the same layer (CPU groups).
+        RanksDisagree: the ranks are not all in the same layer, or one cannot come any more (CPU groups).
+        RankLost: a rank exited (CPU groups).
     """
     process_group = checked_group(process_group)
-    exchange = exchange_for(process_group, input)
+    exchange = None if torch.compiler.is_compiling() else exchange_for(process_group, input)
     try:
         check_act(act)
         eps, momentum = checked_eps(eps), checked_momentum(momentum)
@@ -83,5 +86,8 @@ def sync_batch_norm(
     if running_mean is not None and running_var is not None:
         running = Running(running_mean, running_var, num_batches_tracked, momentum)
     kept = None if mask is None else fitted(mask, input)
+    if torch.compiler.is_compiling():
+        args = NormArgs(input, weight, bias, residual, kept, act, eps, layer=name)
+        return compiled_batch_norm(args, group_text(process_group), running)
     call = Call(exchange, kept, act, eps, running, name, checkpointed=current())
     return SyncBatchNormFunction.apply(input, weight, bias, residual, call)

@@ -83,6 +83,37 @@ def test_compiled_without_a_graph_break_it_gives_the_eager_numbers(world_size, g
 
 
 @pytest.mark.untraced
+@pytest.mark.world_size(1, 2)
+@pytest.mark.parametrize("momentum", [0.3, None])
+def test_the_function_compiles_to_the_same_numbers(world_size, momentum):
+    torch.manual_seed(2)
+    whole = torch.randn(6, 3, 5), torch.randn(6, 3, 5)
+    x, residual = (
+        own_part(one, SIZES if world_size == 2 else [6]).requires_grad_() for one in whole
+    )
+    weight, bias = torch.rand(3, requires_grad=True), torch.rand(3, requires_grad=True)
+    mask = torch.rand(len(x), 1, 5) > 0.3
+    dy = torch.randn_like(x)
+    results = []
+    for function in (torch.compile(_masked, fullgraph=True, backend="aot_eager"), _masked):
+        running = torch.zeros(3), torch.ones(3), torch.tensor(0)
+        for _ in range(2):
+            y = function(x, residual, weight, bias, mask, running, momentum)
+        gradients = torch.autograd.grad(y, (x, residual, weight, bias), dy)
+        results.append((y, *gradients, *running))
+    for mine, expected in zip(*results, strict=True):
+        assert_close(mine, expected, 1e-5)
+
+
+def _masked(x, residual, weight, bias, mask, running, momentum):
+    mean, var, num_batches_tracked = running
+    return syncbn.sync_batch_norm(
+        x, mean, var, weight, bias, residual=residual, mask=mask, act="relu",
+        momentum=momentum, num_batches_tracked=num_batches_tracked, name="bn",
+    )  # fmt: skip
+
+
+@pytest.mark.untraced
 @pytest.mark.world_size(2)
 @pytest.mark.parametrize("act", [None, "relu", "silu"])
 def test_a_fused_and_masked_layer_compiles_to_the_same_numbers(world_size, act):

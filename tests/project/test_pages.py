@@ -1,4 +1,4 @@
-"""Pages of the documentation say what is there: the behaviour page names tests, the architecture page every room."""
+"""Pages of the documentation say what is there: the behaviour page names tests, the architecture page every package."""
 
 import re
 import tomllib
@@ -26,22 +26,22 @@ def test_every_topic_of_the_behaviour_page_ends_with_files_that_hold_tests(topic
         assert "\ndef test_" in (ROOT / path[1]).read_text(), path[1]
 
 
-def _rooms() -> set[str]:
+def _packages_and_modules() -> set[str]:
     packages = {
         path.parent for path in ROOT.glob("syncbn/*/**/*") if path.suffix in (".py", ".cpp")
     }
     modules = [path for folder in FOLDERS for path in (ROOT / folder).glob("*.py")]
-    rooms = {f"{path.relative_to(ROOT).as_posix()}/" for path in packages}
-    return rooms | {m.relative_to(ROOT).as_posix() for m in modules if m.name != "__init__.py"}
+    found = {f"{path.relative_to(ROOT).as_posix()}/" for path in packages}
+    return found | {m.relative_to(ROOT).as_posix() for m in modules if m.name != "__init__.py"}
 
 
-def test_the_architecture_page_names_every_room_and_none_that_is_not_there() -> None:
+def test_the_architecture_page_names_every_package_and_none_that_is_not_there() -> None:
     named = set(re.findall(r"`(syncbn/[\w/.]*)`", ARCHITECTURE))
-    assert _rooms() - named == set()
+    assert _packages_and_modules() - named == set()
     assert [path for path in named if not (ROOT / path).exists()] == []
 
 
-def test_the_architecture_page_shows_the_floors_that_the_linter_checks() -> None:
+def test_the_architecture_page_shows_the_layers_that_the_linter_checks() -> None:
     contracts = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]
     for container in ("syncbn", "syncbn.norm"):
         (layers,) = (

@@ -153,7 +153,7 @@ def test_every_public_name_is_documented() -> None:
                 assert ast.get_docstring(node), f"{module}: {node.name}"
 
 
-def test_nobody_imports_from_a_floor_above() -> None:
+def test_nobody_imports_from_a_layer_above() -> None:
     linter = Path(sys.executable).with_name("lint-imports")
     done = subprocess.run([str(linter), "--no-cache"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout

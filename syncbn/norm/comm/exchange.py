@@ -27,8 +27,8 @@ from torch.distributed import ProcessGroup
 from syncbn.norm.comm.fingerprint import FAILED, FORWARD, Fingerprint, Serials, packed
 from syncbn.norm.comm.groups import GroupSpec, resolve
 from syncbn.norm.comm.rendezvous import connect
-from syncbn.norm.comm.transports import process_group
-from syncbn.norm.comm.transports.process_group import PAYLOAD_BYTES, Group, Transport
+from syncbn.norm.comm.transports import Transport, process_group
+from syncbn.norm.comm.transports.process_group import PAYLOAD_BYTES, Group
 from syncbn.norm.comm.transports.shared_memory import SharedMemory
 from syncbn.norm.comm.watchdog import watch
 from syncbn.norm.moments import from_sums, has_values, to_sums

@@ -15,7 +15,8 @@ import torch.distributed as dist
 
 from syncbn.norm.comm.fingerprint import RankLost, RanksDisagree
 from syncbn.norm.comm.processes import Process
-from syncbn.norm.comm.transports.process_group import Group, Transport
+from syncbn.norm.comm.transports import Transport
+from syncbn.norm.comm.transports.process_group import Group
 from syncbn.norm.comm.transports.shared_memory import SharedMemory
 from syncbn.norm.comm.transports.sockets import MESH_RANKS, Sockets
 from syncbn.norm.comm.watchdog import Wait

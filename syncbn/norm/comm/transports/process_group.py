@@ -11,7 +11,6 @@ import re
 from collections.abc import Callable
 from contextlib import suppress
 from datetime import timedelta
-from typing import Protocol
 
 import torch
 import torch.distributed as dist
@@ -34,19 +33,6 @@ _LOOK = timedelta(seconds=1)
 _LATE = re.compile("timed out|timeout", re.IGNORECASE)
 _LOST = re.compile("connection (closed|reset)|broken pipe|socket closed", re.IGNORECASE)
 """What gloo says of a rank that did not come in time, and of one that closed its connection."""
-
-
-class Transport(Protocol):
-    """Carries every rank's values to every rank, one exchange at a time."""
-
-    def exchange(self, header: bytes, number: int, payload: Tensor) -> Tensor:
-        """Every rank's `payload` `(k,)` as `(W, k)` in rank order, after comparing headers and sequence numbers.
-
-        Raises:
-            RanksDisagree: on every rank where they differ; or where a rank does not come.
-            RankLost: a rank exited.
-        """
-        ...
 
 
 class Group(Members):
