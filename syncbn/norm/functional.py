@@ -2,10 +2,12 @@
 
 import torch
 from torch import Tensor
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 from syncbn.norm.backends.activations import check_act
 from syncbn.norm.backends.base import NonFiniteStatistics, NormArgs, Running
 from syncbn.norm.comm.exchange import exchange_for
+from syncbn.norm.comm.fingerprint import NAMED
 from syncbn.norm.comm.groups import GroupSpec
 from syncbn.norm.ops.autograd import Call, SyncBatchNormFunction
 from syncbn.norm.ops.custom_op import compiled_batch_norm, group_text
@@ -63,8 +65,8 @@ def sync_batch_norm(
         The normalised values in the shape, dtype and memory format of `input`.
 
     Raises:
-        ValueError: an argument out of range, shapes or devices that do not fit; one value per channel over all ranks;
-            a group that does not contain this rank.
+        ValueError: an argument out of range, shapes or devices that do not fit, one running statistic without the
+            other; one value per channel over all ranks; a group that does not contain this rank.
         TypeError: an input that is not floating point, an argument of the wrong type.
         NonFiniteStatistics: NaN, infinite or too large values on any rank of a CPU group (on CUDA, and in a group
             of one, they pass through, as in torch).
@@ -72,11 +74,14 @@ def sync_batch_norm(
         RankLost: a rank exited (CPU groups).
     """
     process_group = checked_group(process_group)
-    exchange = None if torch.compiler.is_compiling() else exchange_for(process_group, input)
+    traced = torch.compiler.is_compiling() or get_proxy_mode() is not None
+    exchange = None if traced else exchange_for(process_group, input)
     try:
         check_act(act)
         eps, momentum = checked_eps(eps), checked_momentum(momentum)
         check_operands(input, None, mask, residual)
+        if (running_mean is None) != (running_var is None):
+            raise ValueError("running_mean and running_var: give both or neither")
         if momentum is None and running_mean is not None and num_batches_tracked is None:
             raise ValueError("momentum=None needs num_batches_tracked")
     except (TypeError, ValueError) as error:
@@ -86,8 +91,9 @@ def sync_batch_norm(
     if running_mean is not None and running_var is not None:
         running = Running(running_mean, running_var, num_batches_tracked, momentum)
     kept = None if mask is None else fitted(mask, input)
-    if torch.compiler.is_compiling():
+    if traced:
         args = NormArgs(input, weight, bias, residual, kept, act, eps, layer=name)
         return compiled_batch_norm(args, group_text(process_group), running)
-    call = Call(exchange, kept, act, eps, running, name, checkpointed=current())
+    checkpointed, grad_enabled = current(), torch.is_grad_enabled()
+    call = Call(exchange, kept, act, eps, running, name, NAMED, checkpointed, grad_enabled)
     return SyncBatchNormFunction.apply(input, weight, bias, residual, call)

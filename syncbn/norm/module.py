@@ -12,8 +12,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch._C._functorch import peek_interpreter_stack
+from torch.autograd import forward_ad
 from torch.distributed import GroupMember, ProcessGroup
 from torch.fx import Proxy, Tracer
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from torch.jit import is_scripting  # pyright: ignore[reportPrivateImportUsage]
 from torch.nn.functional import batch_norm
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -110,12 +112,14 @@ class SyncBatchNorm(_BatchNorm):
         self.layer_name = ""  # what error messages call it; conversion sets its name in the model
         if act is not None:
             self.act = act
-        watch()
+        watch(runs=False)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """The state of a pickled or copied layer; the process that has it answers for this rank."""
+        """The state of a pickled or copied layer, which is built here and now."""
         super().__setstate__(state)
-        watch()
+        if "_serial" in state:
+            self._serial = next(_serials)
+        watch(runs=False)
 
     def _call_impl(self, *args: Any, **kwargs: Any) -> Any:
         """Appear to `torch.fx` as one `call_module` node, as torch.nn.SyncBatchNorm does.
@@ -152,6 +156,13 @@ class SyncBatchNorm(_BatchNorm):
     def _evaluate(self, input: Tensor, mask: Tensor | None, residual: Tensor | None) -> Tensor:
         if not is_scripting():
             self._check_input(input, mask, residual)
+        # outside a mask may be NaN: its gradient is 0, and 0 times NaN would reach the parameters
+        if mask is not None:
+            input = input.masked_fill(~mask, 0.0)
+            residual = None if residual is None else residual.masked_fill(~mask, 0.0)
+        if mask is not None and self.running_mean is None:
+            y = _batch_norm_of_kept(input, mask, self.weight, self.bias, self.eps)
+            return self._fused(y, mask, residual)
         y = batch_norm(
             input,
             self.running_mean,
@@ -162,6 +173,10 @@ class SyncBatchNorm(_BatchNorm):
             momentum=0.0,
             eps=self.eps,
         )
+        return self._fused(y, mask, residual)
+
+    def _fused(self, y: Tensor, mask: Tensor | None, residual: Tensor | None) -> Tensor:
+        """What follows the normalisation, one operation after another."""
         if residual is not None:
             y = y + residual
         y = apply_act(self._activation(), y)
@@ -169,17 +184,19 @@ class SyncBatchNorm(_BatchNorm):
 
     @torch.jit.unused
     def _train(self, input: Tensor, mask: Tensor | None, residual: Tensor | None) -> Tensor:
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or get_proxy_mode() is not None:  # as for make_fx
             return self._train_compiled(input, mask, residual)
         exchange = exchange_for(self.process_group, input)
         self._check_input(input, mask, residual, exchange)
         if exchange is None and self._torch_serves(input, mask, residual):
             return self._train_unfused(input, residual)
         if peek_interpreter_stack() is not None:
-            raise RuntimeError(
+            message = (
                 f"{self._title()}: torch.func transforms (vmap, grad, jvp, ...) do not pass through a training layer "
                 "that exchanges statistics or takes a mask; torch.autograd and eval mode do"
             )
+            tell_ranks(exchange, input, message)
+            raise RuntimeError(message)
         call = Call(
             exchange,
             None if mask is None else fitted(mask, input),
@@ -189,22 +206,24 @@ class SyncBatchNorm(_BatchNorm):
             self._title(),
             NAMED if self.layer_name else self._serial,
             current(),
+            torch.is_grad_enabled(),
         )
         weight, bias = self._held(self._parameters, "weight", "bias")
         return SyncBatchNormFunction.apply(input, weight, bias, residual, call)
 
     def _torch_serves(self, input: Tensor, mask: Tensor | None, residual: Tensor | None) -> bool:
         """Whether torch's own operations serve a group of one: no kernel of ours is faster, or a transform runs."""
-        if mask is None and peek_interpreter_stack() is not None:
+        if mask is None and (
+            peek_interpreter_stack() is not None or forward_ad._current_level >= 0
+        ):
             return True
-        plain = mask is None and residual is None and self._activation() is None
-        too_few = input.numel() <= input.shape[1]  # torch's own error, or its way with nothing
-        return plain and (too_few or not backends.faster_alone(input))
+        plain = mask is None and residual is None and self._activation() is None and input.numel()
+        one_value = input.numel() == input.shape[1]  # torch's own error
+        return bool(plain) and (one_value or not backends.faster_alone(input))
 
     def _train_unfused(self, input: Tensor, residual: Tensor | None) -> Tensor:
         """Torch's batch norm, then what is fused, one operation after another."""
-        y = self._torch_batch_norm(input, current())
-        return apply_act(self._activation(), y if residual is None else y + residual)
+        return self._fused(self._torch_batch_norm(input, current()), None, residual)
 
     def _torch_batch_norm(self, input: Tensor, checkpointed: Pass | None) -> Tensor:
         """Torch's batch norm; a replay runs the same operations, and what it counts is undone."""
@@ -220,10 +239,8 @@ class SyncBatchNorm(_BatchNorm):
         self, input: Tensor, mask: Tensor | None, residual: Tensor | None
     ) -> Tensor:
         self._check_input(input, mask, residual)
-        alone = not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1)
-        if alone and mask is None:
-            y = super().forward(input)
-            return apply_act(self._activation(), y if residual is None else y + residual)
+        if _is_alone() and mask is None:
+            return self._fused(super().forward(input), None, residual)
         fused = (None if mask is None else fitted(mask, input), self._activation(), self.eps)
         args = NormArgs(input, self.weight, self.bias, residual, *fused, layer=self._title())
         return compiled_batch_norm(args, group_text(self.process_group), self._running())
@@ -296,3 +313,28 @@ class SyncBatchNorm(_BatchNorm):
         from syncbn.norm.convert import convert_sync_batchnorm
 
         return convert_sync_batchnorm(module, process_group)
+
+
+def _is_alone() -> bool:
+    """Whether there is no other rank, in a form whose change a compiler notices."""
+    alone = not dist.is_available() or dist.distributed_c10d._world.default_pg is None
+    return alone or dist.get_world_size() == 1
+
+
+def _batch_norm_of_kept(
+    x: Tensor, mask: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> Tensor:
+    """Batch norm of `x`, which is 0 outside `mask`, with the moments of what lies inside."""
+    dims = [0] + list(range(2, x.dim()))  # noqa: RUF005 - as TorchScript reads it
+    kept = torch.ones_like(x[:, :1]).float().masked_fill(~mask, 0.0)
+    count = kept.sum()
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    mean = wide.sum(dims, keepdim=True) / count
+    centred = (wide - mean) * kept
+    y = centred * torch.rsqrt(centred.square().sum(dims, keepdim=True) / count + eps)
+    shape = [1, -1] + [1] * (x.dim() - 2)
+    if weight is not None:
+        y = y * weight.view(shape)
+    if bias is not None:
+        y = y + bias.view(shape)
+    return y.to(x.dtype)

@@ -94,7 +94,7 @@ def merge(counts: Tensor, means: Tensor, M2s: Tensor) -> Moments:
 
     Args:
         counts: `(W,)`; a set may be empty.
-        means: `(W, C)`; ignored where the count is 0.
+        means: `(W, C)`; any finite values where the count is 0.
         M2s: `(W, C)`.
 
     Returns:

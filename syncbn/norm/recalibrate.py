@@ -98,7 +98,7 @@ def _observed(
         x = named.get("input", next(iter(named.values())))
         mask = named.get("mask") if isinstance(layer, SyncBatchNorm) else None
         args = NormArgs(x, mask=None if mask is None else fitted(mask, x))
-        packed = selected(x.device.type).for_pass(args, None).local_stats(args)
+        packed = selected(x.device.type).for_pass(args).local_stats(args)
         own[layer] = merge(*unpack(torch.stack([pack(own[layer]), packed.to(torch.float64)])))
 
     hooks = [layer.register_forward_pre_hook(collect, with_kwargs=True) for layer in layers]

@@ -75,7 +75,7 @@ def check_operands(
 
     Raises:
         ValueError: a shape or device that does not fit.
-        TypeError: `input` that is not floating point, `mask` that is not bool.
+        TypeError: `input` that is not floating point, `mask` that is not bool, a sparse `input` or `residual`.
     """
     if input.dim() < 2 or not input.shape[1]:
         shape = tuple(input.shape)
@@ -84,12 +84,16 @@ def check_operands(
         raise ValueError(f"expected {num_features} channels, got {input.shape[1]}")
     if not input.is_floating_point():
         raise TypeError(f"expected floating-point input, got {input.dtype}")
+    if input.layout is not torch.strided:
+        raise TypeError(f"expected a dense input, got one of {input.layout}")
     if residual is not None:
         _check_device("residual", residual, input)
         if residual.shape != input.shape:
             raise ValueError(
                 f"expected a residual of shape {tuple(input.shape)}, got {tuple(residual.shape)}"
             )
+        if residual.layout is not torch.strided:
+            raise TypeError(f"expected a dense residual, got one of {residual.layout}")
     if mask is not None:
         _check_mask(mask, input)
 

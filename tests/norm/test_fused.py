@@ -138,6 +138,7 @@ def test_evaluation_does_the_same_with_running_statistics(act):
         ({"mask": torch.ones(4, 1, dtype=torch.bool)}, ValueError, r"got \(4, 1\)"),
         ({"mask": torch.ones(4, 1, 5)}, TypeError, "torch.bool, got torch.float32"),
         ({"residual": torch.ones(4, 3)}, ValueError, r"residual of shape \(4, 3, 5\)"),
+        ({"residual": torch.ones(4, 3, 5).to_sparse()}, TypeError, "expected a dense residual"),
         ({"residual": torch.ones(4, 3, 5, device="meta")}, ValueError, "residual on cpu, got meta"),
         ({"mask": torch.ones(4, 1, 5, device="meta") > 0}, ValueError, "mask on cpu, got meta"),
     ],
@@ -188,3 +189,36 @@ def test_gradients_are_the_same_whichever_of_them_are_wanted(act, wanted):
     gradients = torch.autograd.grad(y, [some[n] for n in wanted], dy)
     for n, gradient in zip(wanted, gradients, strict=True):
         assert_close(gradient, expected[n], 1e-12)
+
+
+@pytest.mark.parametrize("act", ACTS)
+@pytest.mark.parametrize("with_residual", [False, True], ids=["plain", "residual"])
+def test_what_a_mask_leaves_out_in_evaluation_may_be_nan(act, with_residual):
+    layer = syncbn.SyncBatchNorm(3, act=act).eval()
+    x, residual = torch.randn(2, 4, 3, 5)
+    mask = torch.rand(4, 1, 5) > 0.5
+    results = []
+    for left_out in (0.0, torch.nan):
+        operands = [t.masked_fill(~mask, left_out).requires_grad_() for t in (x, residual)]
+        inputs = [operands[0], *layer.parameters()] + operands[1:] * with_residual
+        y = layer(operands[0], mask, operands[1] if with_residual else None)
+        results.append((y, *torch.autograd.grad(y.square().sum(), inputs)))
+    for mine, expected in zip(results[1], results[0], strict=True):
+        assert torch.equal(mine, expected)
+
+
+@pytest.mark.parametrize("act", [None, "relu"])
+def test_evaluation_without_running_statistics_normalises_with_what_a_mask_keeps(act):
+    layer = syncbn.SyncBatchNorm(3, act=act, track_running_stats=False)
+    with torch.no_grad():
+        layer.weight.uniform_(0.5, 1.5)
+        layer.bias.normal_()
+    x, mask = torch.randn(4, 3, 5), torch.rand(4, 1, 5) > 0.3
+    x = x.masked_fill(~mask, torch.nan)
+    results = []
+    for training in (True, False):
+        leaf = x.clone().requires_grad_()
+        y = layer.train(training)(leaf, mask)
+        results.append((y, *torch.autograd.grad(y.pow(3).sum(), [leaf, *layer.parameters()])))
+    for mine, expected in zip(results[1], results[0], strict=True):
+        assert_close(mine, expected, 1e-5)

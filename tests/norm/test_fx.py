@@ -1,4 +1,4 @@
-"""torch.fx takes the layer as it takes torch.nn.SyncBatchNorm: one `call_module` node, whatever traces the model."""
+"""What traces models takes the layer as it takes torch's: torch.fx as one `call_module` node, make_fx as operators."""
 
 import copy
 
@@ -12,7 +12,9 @@ from timm.models import FeatureGraphNet
 from torch import fx, nn
 from torch.ao.quantization import get_default_qat_qconfig_mapping
 from torch.ao.quantization.quantize_fx import convert_fx, fuse_fx, prepare_fx, prepare_qat_fx
+from torch.autograd import forward_ad
 from torch.fx.experimental.optimization import fuse
+from torch.fx.experimental.proxy_tensor import make_fx
 from torchvision.models.feature_extraction import create_feature_extractor, get_graph_node_names
 
 import syncbn
@@ -201,3 +203,35 @@ def test_a_traced_model_is_synchronised(world_size):
     traced = fx.symbolic_trace(syncbn.convert_sync_batchnorm(copy.deepcopy(oracle)))
     whole = torch.randn(6, 3, 5, 5, dtype=torch.float64)
     assert_close(traced(own_part(whole, (2, 4))), own_part(oracle(whole), (2, 4)), 1e-10)
+
+
+SIZES = pytest.mark.parametrize("size", [2, 2**16], ids=["small", "large"])
+
+
+@SIZES
+def test_forward_mode_derivatives_are_those_of_torch_whatever_the_size(size):
+    ours, theirs = syncbn.SyncBatchNorm(3), nn.BatchNorm2d(3)
+    x, tangent = torch.randn(2, 4, 3, size, 2)
+    with forward_ad.dual_level():
+        duals = [
+            forward_ad.unpack_dual(layer(forward_ad.make_dual(x, tangent)))
+            for layer in (ours, theirs)
+        ]
+    assert_close(duals[0].tangent, duals[1].tangent, 1e-5)
+
+
+@SIZES
+@pytest.mark.parametrize("call", ["layer", "fused", "masked", "function"])
+def test_what_make_fx_traces_gives_the_numbers_of_other_inputs(size, call):
+    layer = syncbn.SyncBatchNorm(
+        3, act="relu" if call == "fused" else None, track_running_stats=False
+    )
+    mask = torch.arange(4 * size).view(4, 1, size) % 3 > 0
+
+    def run(x):
+        if call == "function":
+            return syncbn.sync_batch_norm(x, weight=layer.weight, act="relu")
+        return layer(x, mask if call == "masked" else None)
+
+    x, other = torch.randn(2, 4, 3, size)
+    assert_close(make_fx(run)(x)(other), run(other), 1e-5)

@@ -273,3 +273,19 @@ def test_a_large_input_alone_gives_what_torchs_batch_norm_gives():
     ours, theirs = syncbn.SyncBatchNorm(64), torch.nn.BatchNorm2d(64)
     torch.testing.assert_close(ours(x), theirs(x), rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(ours.running_var, theirs.running_var, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("act", [None, "relu"])
+def test_a_batch_without_samples_changes_nothing_alone(act):
+    layer = syncbn.SyncBatchNorm(3, act=act)
+    layer(torch.randn(4, 3, 2))
+    before = {name: buffer.clone() for name, buffer in layer.named_buffers()}
+    assert layer(torch.empty(0, 3, 2)).shape == (0, 3, 2)
+    for name, buffer in layer.named_buffers():
+        assert torch.equal(buffer, before[name]), name
+
+
+@pytest.mark.parametrize("given", list(STATISTICS))
+def test_one_running_statistic_without_the_other_is_refused(given):
+    with pytest.raises(ValueError, match="give both or neither"):
+        syncbn.sync_batch_norm(torch.randn(4, 3), **{given: STATISTICS[given].clone()})

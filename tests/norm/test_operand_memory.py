@@ -182,3 +182,35 @@ def test_running_statistics_of_inference_mode_are_moved_by_torch():
     twin(x)
     for name in STATISTICS:
         assert_close(getattr(layer, name), getattr(twin, name), 1e-6)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [torch.Tensor.bfloat16, torch.Tensor.double, _negated],
+    ids=["half", "double", "negated"],
+)
+@pytest.mark.parametrize(("act", "saved"), [("relu", "output"), ("silu", "residual")])
+def test_what_backward_needs_beside_x_counts_with_its_values_when_a_hook_changed_it(
+    change, act, saved
+):
+    def pack(values):
+        return values, values.dim() == 4 and values.data_ptr() != x.data_ptr()
+
+    def unpack(packed):
+        values, is_changed = packed
+        return change(values) if is_changed else values
+
+    x, residual, dy = torch.randn(3, *SHAPE)
+    x, layer = x.clone(), _layer(act)
+    expected = _pass(copy.deepcopy(layer), x, residual, dy)
+    with saved_tensors_hooks(pack, unpack):
+        got = _pass(layer, x, residual, dy)
+    for mine, wanted in zip(got[1:5], expected[1:5], strict=True):
+        assert_close(mine, wanted, 0.03 if change is torch.Tensor.bfloat16 else 1e-5)
+
+
+@pytest.mark.parametrize("with_mask", [False, True], ids=["whole", "masked"])
+def test_a_weight_that_is_no_vector_is_refused_before_it_is_used(with_mask):
+    mask = torch.ones(4, 1, dtype=torch.bool) if with_mask else None
+    with pytest.raises(ValueError, match=r"each of 3 channels on cpu, got \(3, 1\)"):
+        syncbn.sync_batch_norm(torch.randn(4, 3), weight=torch.randn(3, 1), mask=mask)

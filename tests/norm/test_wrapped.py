@@ -158,3 +158,21 @@ def test_a_mask_that_keeps_nothing_of_one_rank_leaves_the_others_statistics(worl
     y = syncbn.sync_batch_norm(own_part(whole, SIZES), mask=own_part(mask, SIZES))
     expected = F.batch_norm(whole[:2], None, None, training=True)
     assert_close(y, expected if dist.get_rank() == 0 else torch.zeros_like(y), 1e-12)
+
+
+@pytest.mark.untraced
+@pytest.mark.world_size(2)
+def test_a_layer_compiled_before_there_are_ranks_is_synchronised_once_there_are(world_size):
+    store, rank = dist.distributed_c10d._get_default_store(), dist.get_rank()
+    dist.destroy_process_group()
+    layer = syncbn.SyncBatchNorm(3)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    x = torch.randn(4, 3, 5) + rank
+    compiled(x)
+    layer.reset_running_stats()
+    anew = dist.PrefixStore("anew", store)
+    dist.init_process_group("gloo", store=anew, rank=rank, world_size=world_size)
+    compiled(x)
+    means = [torch.empty(3) for _ in range(world_size)]
+    dist.all_gather(means, layer.running_mean)
+    assert torch.equal(*means)

@@ -314,7 +314,7 @@ def merged(
 
 def serving(backend: Backend, args: NormArgs) -> Backend:
     """The backend that `backend` chooses for a pass of this rank alone."""
-    return backend.for_pass(args, None)
+    return backend.for_pass(args)
 
 
 def same_bits(one: list[Tensor], other: list[Tensor]) -> bool:

@@ -10,7 +10,7 @@ All backends give the same results within rounding and pass the same tests. No b
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -92,9 +92,9 @@ class Backend(ABC):
     fused_forward: Callable[..., tuple[Tensor, Stats]]
     fused_backward: Callable[..., tuple[Tensor, Tensor]]
 
-    def for_pass(self, args: NormArgs, exchange: Any) -> "Backend":
-        """The backend that serves a pass over these operands among the ranks of `exchange`; the same in backward."""
-        del args, exchange
+    def for_pass(self, args: NormArgs) -> "Backend":
+        """The backend that serves a pass over these operands; the same in backward, unless hooks changed them."""
+        del args
         return self
 
     @abstractmethod

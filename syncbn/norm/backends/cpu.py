@@ -204,9 +204,8 @@ class CpuBackend(CpuFallback):
 
     fused = True
 
-    def for_pass(self, args: NormArgs, exchange: Exchange | None) -> Backend:
-        """The backend of a pass over these operands; the same in forward and backward."""
-        del exchange
+    def for_pass(self, args: NormArgs) -> Backend:
+        """See `Backend`."""
         if _kernels_serve(args):
             return self
         return _fallback() if kernels_may_read(args.x) else _ATEN
@@ -223,7 +222,8 @@ class CpuBackend(CpuFallback):
         geometry = _geometry(args.x)
         args, block = _aligned(args, geometry), StatisticsBlock(geometry)
         y, moved = _empty(args.x, geometry), _moved_by_library(args.running)
-        words = _forward_words(args, geometry, y, block, moved, _ELSEWHERE)
+        ring = 0 if args.world_size == 1 else _ELSEWHERE
+        words = _forward_words(args, geometry, y, block, moved, ring)
         _settle(self._finish(words, gathered), gathered, args, block, moved)
         return y, block
 
@@ -357,12 +357,12 @@ def _gathered(
 
 def _kernels_serve(args: NormArgs) -> bool:
     """Whether the kernels serve a pass over these operands."""
-    x, residual = args.x, args.residual
-    if args.mask is not None or not kernels_may_read(*args[:4]) or not _has_kernels(x):
+    x, third = args.x, args.residual if args.output is None else args.output
+    if args.mask is not None or not kernels_may_read(*args[:3], third) or not _has_kernels(x):
         return False
     if args.act == "silu" and x.dtype is torch.float64:
         return False
-    return residual is None or residual.dtype is x.dtype
+    return third is None or third.dtype is x.dtype
 
 
 def _has_kernels(x: Tensor) -> bool:
@@ -483,7 +483,6 @@ def _settle(
     if status:
         packed = block.packed.unsqueeze(0) if gathered is None else gathered
         check_statistics(packed, block, args)
-        moved = None  # NaN, which a group of one goes on with
     if moved is not None:  # what autograd saved of them is stale
         increment_version([t for t in moved[:3] if t is not None])
     elif args.running is not None:

@@ -14,13 +14,16 @@ Decisions:
 * On CUDA the values alone are exchanged, at their exact size: comparing headers on the host would stall it.
 """
 
+import os
 import time
 import weakref
 from collections.abc import Callable
 from contextlib import suppress
+from threading import get_ident
 from typing import ClassVar
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
@@ -56,6 +59,8 @@ class Exchange:
         self.codes = self._serials.codes
         """Of the layers whose exchanges took place, by serial number: a look-up costs less than a call."""
         self._number = 0
+        self._thread = 0
+        """That exchanged last, which is the one that the watchdog must look at."""
         watch()
 
     def combine(self, values: Tensor, direction: int, what: Fingerprint) -> Tensor:
@@ -120,6 +125,9 @@ class Exchange:
         if code is None:
             code = self._serials.code(what.serial)
         self._number += 1
+        if self._thread != get_ident():
+            self._thread = get_ident()
+            watch()
         return packed(direction, code, nbytes, what), self._number
 
     def complete(self, status: int, header: bytes, number: int, own: Tensor) -> Tensor:
@@ -155,12 +163,36 @@ class Exchange:
 _exchanges: weakref.WeakKeyDictionary[ProcessGroup, Exchange] = weakref.WeakKeyDictionary()
 
 
+_parents: weakref.ref[ProcessGroup] | None = None
+"""The default group of the process that this one was forked from, in which this one is no rank."""
+
+
 def exchange_of(group: ProcessGroup) -> Exchange:
-    """The one `Exchange` of `group` in this process."""
+    """The one `Exchange` of `group` in this process.
+
+    Raises:
+        RuntimeError: the process was forked from a rank of `group`.
+    """
     exchange = _exchanges.get(group)
     if exchange is None:
+        if _parents is not None and _parents() is dist.group.WORLD:
+            raise RuntimeError(
+                "this process was forked from a rank and is none itself: it cannot exchange statistics in its parent's "
+                "process group; evaluate here, or start the process without fork"
+            )
         exchange = _exchanges[group] = Exchange(group)
     return exchange
+
+
+def _forked() -> None:
+    global _parents
+    _exchanges.clear()
+    world = dist.group.WORLD if dist.is_initialized() else None
+    _parents = None if world is None else weakref.ref(world)
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forked)
 
 
 def exchange_for(spec: GroupSpec, x: Tensor) -> Exchange | None:

@@ -105,10 +105,10 @@ def resolve(spec: GroupSpec) -> ProcessGroup | None:
     if not dist.is_available() or spec == 1:
         return None
     world = dist.group.WORLD  # None before it is initialised
-    if spec is None or world is None:
-        return world
     if isinstance(spec, ProcessGroup):
         return _alive(spec)
+    if spec is None or world is None:
+        return world
     if _excludes_this_rank(spec):
         raise ValueError(
             f"process_group does not contain rank {dist.get_rank()}, which cannot train a layer of that group"

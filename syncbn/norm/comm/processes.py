@@ -7,7 +7,7 @@ import socket
 import sys
 import threading
 import time
-from itertools import takewhile
+from itertools import dropwhile, takewhile
 from pathlib import Path
 from types import FrameType
 from typing import NamedTuple
@@ -20,9 +20,12 @@ _COLLECTIVES = (
     "torch.distributed.distributed_c10d",
     "torch.distributed.c10d_logger",  # the wrapper around each of them
     "torch.distributed.utils",
+    "torch.distributed._functional_collectives",
     "torch.nn.parallel.distributed",
 )
 """Modules of torch whose functions block for other ranks and for nothing else."""
+_OPERATORS = "torch._ops"
+"""That of the frames around an operator, such as one that waits for a functional collective."""
 _SYMMETRIC = ("all_", "barrier", "monitored_barrier", "new_group", "reduce_scatter", "split_group")
 """How the names of collectives begin that no rank leaves before every rank has entered them."""
 
@@ -148,7 +151,8 @@ def activity(frame: FrameType) -> Activity:
     if frame.f_code.co_name == "_engine_run_backward":
         text = f"is blocked in a backward pass, as in a reduction of gradients, {at}"
         return Activity(text, _of_backward())
-    inside = list(takewhile(lambda one: _module(one) in _COLLECTIVES, _outwards(frame)))
+    frames = dropwhile(lambda one: _module(one) == _OPERATORS, _outwards(frame))
+    inside = list(takewhile(lambda one: _module(one) in _COLLECTIVES, frames))
     functions = [one.f_code.co_name for one in inside if _module(one) != _COLLECTIVES[1]]
     if functions:
         text = f"is blocked in {functions[-1]} of torch.distributed, {at}"

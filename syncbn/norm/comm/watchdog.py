@@ -301,9 +301,10 @@ class _Watchdog:
         """The default group that they belong to: groups of a later one may have the same names."""
         self._unposted = self._has_failed = False
 
-    def start(self) -> None:
-        """Watch the calling thread, in a thread of its own."""
-        self._model = Thread()
+    def start(self, runs: bool = True) -> None:
+        """Watch the calling thread, in a thread of its own; unless it `runs` layers, only where no other is watched."""
+        if runs or self._model is None or self._model.frame() is None:
+            self._model = Thread()
         if self._thread is None:
             self._thread = threading.Thread(target=self._run, name="syncbn-watchdog", daemon=True)
             self._thread.start()
@@ -459,11 +460,11 @@ def give_up(group: Members, error: BaseException) -> str:
     return message
 
 
-def watch() -> _Watchdog:
-    """Have this process's watchdog answer for the calling thread, which builds or runs layers."""
+def watch(runs: bool = True) -> _Watchdog:
+    """Have this process's watchdog answer for the calling thread, which runs layers, or builds or copies one."""
     global _watchdog
     if _watchdog.is_stuck:
         _watchdog.retire()
         _watchdog = _Watchdog()
-    _watchdog.start()
+    _watchdog.start(runs)
     return _watchdog

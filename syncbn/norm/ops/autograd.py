@@ -42,6 +42,7 @@ class Call(NamedTuple):
         layer: what error messages call the layer.
         serial: of a layer without a name of its own, when it was built; see `Fingerprint`.
         checkpointed: this pass in its checkpointed region; None where it lies in none.
+        grad_enabled: whether the caller records gradients; inside a Function nothing does.
     """
 
     exchange: Exchange | None = None
@@ -52,6 +53,7 @@ class Call(NamedTuple):
     layer: str = ""
     serial: int = NAMED
     checkpointed: Pass | None = None
+    grad_enabled: bool = True
 
     def args(
         self, x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None
@@ -80,12 +82,14 @@ class SyncBatchNormFunction(torch.autograd.Function):
     ) -> Tensor:
         """Normalise; keep what backward needs and no more."""
         args = call.args(x, weight, bias, residual)
-        backend = selected(x.device.type).for_pass(args, call.exchange)
+        backend = selected(x.device.type).for_pass(args)
         # selective checkpointing observes operations, and wants the same ones in a replay
         with nullcontext() if call.checkpointed is None else unobserved():
-            if residual is not None and any(ctx.needs_input_grad):
+            if residual is not None and call.grad_enabled and any(ctx.needs_input_grad):
                 args = args._replace(bits=backend.empty_bits(args))
-            y, stats = forward_pass(args, backend, call, ctx.needs_input_grad[0])
+            y, stats = forward_pass(
+                args, backend, call, call.grad_enabled and ctx.needs_input_grad[0]
+            )
         ctx.call, ctx.backend, ctx.stats = call, backend, stats
         if (
             args.bits is not None
@@ -154,8 +158,12 @@ def backward_pass(
         gradients = differentiable_gradients(dy, args, stats.total, call.exchange, what)
         dx, dweight, dbias, dz = (g if n else None for g, n in zip(gradients, needs, strict=True))
         return dx, dweight, dbias, dz
-    if dy.dtype is not args.x.dtype or not kernels_may_read(dy, args.x):
-        # hooks give these, and kernels read one dtype
+    third = args.residual if args.output is None else args.output
+    same = dy.dtype is args.x.dtype
+    if backend.fused and third is not None:
+        same = same and third.dtype is args.x.dtype
+    if not same or not kernels_may_read(dy, *args[:3], third):
+        # hooks give such, and kernels in C++ read one dtype
         backend = AtenBackend()
         if args.bits is not None:
             args = args._replace(output=unpack_bits(args.bits, args.x), bits=None)
@@ -196,10 +204,10 @@ def _check_fit(args: NormArgs, exchange: Exchange | None, *like_x: Tensor | None
     for values in like_x:
         if values is not None and (values.shape != shape or values.device != device):
             _refuse(values, f"shape {tuple(shape)}", args, exchange)
-    num_channels = shape[1]
+    per_channel = shape[1:2]
     for values in (args.weight, args.bias, *running):
-        if values is not None and (values.numel() != num_channels or values.device != device):
-            _refuse(values, f"one value for each of {num_channels} channels", args, exchange)
+        if values is not None and (values.shape != per_channel or values.device != device):
+            _refuse(values, f"one value for each of {shape[1]} channels", args, exchange)
 
 
 def _refuse(values: Tensor, expected: str, args: NormArgs, exchange: Exchange | None) -> NoReturn:

@@ -66,7 +66,7 @@ def _forward(
     """y, the statistics it was normalised with, and the number of values that count, which is 0 in a replay."""
     call = _call(x, mask, eps, settings, current())
     args = call.args(x, weight, bias, residual)
-    backend = selected(x.device.type).for_pass(args, call.exchange)
+    backend = selected(x.device.type).for_pass(args)
     y, stats = forward_pass(args, backend, call, settings.split("\n")[1] == "grad")
     # an operator's results share memory with nothing, and a backend may keep all statistics in one tensor
     mean, var, invstd = (values.clone() for values in (stats.mean, stats.var, stats.invstd))
@@ -108,7 +108,7 @@ def _backward(
     assert x is not None
     call = _call(x, mask, eps, settings)
     args = call.args(x, weight, bias, residual)._replace(output=output)
-    backend = selected(x.device.type).for_pass(args, call.exchange)
+    backend = selected(x.device.type).for_pass(args)
     found = backward_pass(dy, args, Statistics(*stats), backend, call, tuple(needs))
     dx, dweight, dbias, dz = (_nothing(x) if gradient is None else gradient for gradient in found)
     dx = _as_traced(dx, x) if needs[0] else dx

@@ -173,6 +173,20 @@ def strided(kind: str) -> Tensor:
     return torch.randn(1, 5, 1, 1).expand(4, 5, 6, 7)
 
 
+@pytest.mark.parametrize("act", [None, "relu"])
+def test_alone_nan_goes_through_the_phases_as_in_aten(act: str | None):
+    x = torch.randn(4, 3, 5)
+    x[1, 2, 3] = torch.nan
+    found = []
+    for backend in (CpuBackend(), AtenBackend()):
+        running = Running(torch.zeros(3), torch.ones(3), torch.tensor(0), 0.1)
+        args = NormArgs(x, act=act, running=running)
+        y, _ = backend.finish_forward(args, backend.local_stats(args).unsqueeze(0))
+        found.append((y, *running[:3]))
+    for ours, expected in zip(*found, strict=True):
+        torch.testing.assert_close(ours, expected, equal_nan=True)
+
+
 @pytest.mark.parametrize("kind", ["sliced", "channels last, sliced", "permuted", "expanded"])
 def test_any_strides_are_taken(kind: str):
     x = strided(kind)

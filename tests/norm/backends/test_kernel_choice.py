@@ -124,7 +124,7 @@ class Special(torch.Tensor):
 def serving(x: torch.Tensor, backend: Backend | None = None, **more: object) -> Backend:
     """The backend of a pass of this rank alone."""
     backend = CpuBackend() if backend is None else backend
-    return backend.for_pass(NormArgs(x, **more), None)
+    return backend.for_pass(NormArgs(x, **more))
 
 
 @compiled
@@ -253,5 +253,5 @@ def test_a_bare_checkout_has_no_installed_package(monkeypatch: pytest.MonkeyPatc
 def test_operands_of_another_class_keep_a_pass_from_the_kernels(name: str):
     x = torch.ones(4, 3, 5)
     other = (x if name == "residual" else x[0, :, 0]).as_subclass(Special)
-    backend = CpuBackend().for_pass(NormArgs(x, **{name: other}), None)
+    backend = CpuBackend().for_pass(NormArgs(x, **{name: other}))
     assert type(backend) is CpuFallback

@@ -55,9 +55,12 @@ def test_another_layer_order_names_both_layers_and_ranks(world_size):
 
 
 @pytest.mark.world_size(2)
-def test_gradients_wanted_on_one_rank_only(world_size):
-    x = torch.randn(4, 3, requires_grad=dist.get_rank() == 0)
-    _refused_on_every_rank(syncbn.SyncBatchNorm(3), x, "no gradient")
+@pytest.mark.parametrize("by", ["input", "mode"])
+def test_gradients_wanted_on_one_rank_only(world_size, by):
+    wanted = dist.get_rank() == 0
+    x = torch.randn(4, 3, requires_grad=wanted or by == "mode")
+    with torch.set_grad_enabled(wanted or by == "input"):
+        _refused_on_every_rank(syncbn.SyncBatchNorm(3), x, "no gradient")
 
 
 @pytest.mark.world_size(2)
@@ -75,15 +78,16 @@ def test_forward_on_one_rank_and_backward_on_the_other(world_size):
 
 @pytest.mark.world_size(2)
 @pytest.mark.parametrize(
-    ("shape", "dtype", "error"),
+    ("shape", "dtype", "layout", "error"),
     [
-        ((4,), "float32", "got 1D input"),
-        ((4, 5), "float32", "expected 3 channels, got 5"),
-        ((4, 3), "int64", "floating-point input"),
+        ((4,), "float32", "strided", "got 1D input"),
+        ((4, 5), "float32", "strided", "expected 3 channels, got 5"),
+        ((4, 3), "int64", "strided", "floating-point input"),
+        ((4, 3), "float32", "sparse_coo", "expected a dense input"),
     ],
 )
-def test_bad_input_on_one_rank_is_reported_on_all(world_size, shape, dtype, error):
-    bad = torch.zeros(shape, dtype=getattr(torch, dtype))
+def test_bad_input_on_one_rank_is_reported_on_all(world_size, shape, dtype, layout, error):
+    bad = torch.zeros(shape, dtype=getattr(torch, dtype), layout=getattr(torch, layout))
     layer = syncbn.SyncBatchNorm(3)
     if dist.get_rank() == 0:
         _refused_on_every_rank(layer, bad, error, (ValueError, TypeError))
@@ -92,6 +96,17 @@ def test_bad_input_on_one_rank_is_reported_on_all(world_size, shape, dtype, erro
             layer, torch.randn(4, 3), f"rank 0 failed in SyncBatchNorm.3.: .*{error}"
         )
     assert torch.equal(layer.running_mean, torch.zeros(3))
+
+
+@pytest.mark.world_size(2)
+def test_a_transform_on_one_rank_is_reported_on_all(world_size):
+    layer, x = syncbn.SyncBatchNorm(3), torch.randn(4, 3)
+    if dist.get_rank() == 0:
+        with pytest.raises(RuntimeError, match=r"torch\.func transforms"):
+            torch.func.vmap(layer)(torch.randn(2, 4, 3))
+        layer(x)
+    else:
+        _refused_on_every_rank(layer, x, "rank 0 failed in SyncBatchNorm.3.: torch.func transforms")
 
 
 @pytest.mark.world_size(2, 3)

@@ -1,8 +1,12 @@
 """Layers that nobody named are told apart by the order in which they were built and used."""
 
+import copy
+import pickle
+
 import pytest
 import torch
 import torch.distributed as dist
+from torch import nn
 
 import syncbn
 from syncbn.norm.comm.exchange import FORWARD, Fingerprint, exchange_of
@@ -56,3 +60,17 @@ def test_a_rank_that_failed_is_not_behind_afterwards(world_size):
 )
 def test_ranks_that_built_more_layers_agree(world_size, serials):
     _use(_group(), *serials[dist.get_rank()])
+
+
+@pytest.mark.world_size(2)
+@pytest.mark.parametrize("moved", ["unpickled", "copied"])
+def test_layers_that_one_rank_built_and_the_other_was_given_agree(world_size, moved):
+    backbone = nn.Sequential(syncbn.SyncBatchNorm(2), syncbn.SyncBatchNorm(2))
+    if dist.get_rank() == 1:
+        backbone = (
+            copy.deepcopy(backbone) if moved == "copied" else pickle.loads(pickle.dumps(backbone))
+        )
+    model = nn.Sequential(backbone, syncbn.SyncBatchNorm(2))
+    for _ in range(2):
+        model(torch.randn(4, 2)).square().sum().backward()
+    dist.barrier()

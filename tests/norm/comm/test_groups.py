@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import weakref
 from unittest import mock
 
 import pytest
@@ -12,7 +13,8 @@ from torch import nn
 
 import syncbn
 from syncbn.norm import backends as kernels
-from syncbn.norm.comm import groups, processes
+from syncbn.norm.comm import exchange, groups, processes
+from syncbn.norm.comm.exchange import exchange_of
 from syncbn.norm.comm.groups import Members, resolve
 
 
@@ -158,3 +160,19 @@ def test_a_world_of_one_is_plain_batch_norm_to_the_bit(world_size):
     assert torch.equal(ours.running_var, theirs.running_var)
     with pytest.raises(ValueError, match="expected 3 channels, got 4"):
         ours(torch.randn(2, 4))
+
+
+@pytest.mark.world_size(2)
+def test_a_fork_of_a_rank_exchanges_in_none_of_its_groups_and_in_its_own(world_size):
+    groups = [dist.group.WORLD, dist.new_group()]
+    exchange_of(groups[0])
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(exchange, "_exchanges", weakref.WeakKeyDictionary())
+        monkeypatch.setattr(exchange, "_parents", None)
+        exchange_of(groups[0])
+        exchange._forked()
+        for group in groups:
+            with pytest.raises(RuntimeError, match="was forked from a rank and is none itself"):
+                exchange_of(group)
+        monkeypatch.setattr(exchange, "_parents", lambda: None)  # that group was left for another
+        assert exchange_of(groups[1]).world_size == world_size

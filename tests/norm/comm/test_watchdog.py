@@ -308,7 +308,7 @@ def test_a_broken_connection_is_explained_by_a_rank_that_says_why_it_gave_up(mon
 )
 def test_a_rank_that_gives_up_tells_the_others(monkeypatch, error, told):
     own = _Watchdog()
-    monkeypatch.setattr(own, "start", lambda: None)
+    monkeypatch.setattr(own, "start", lambda _: None)
     monkeypatch.setattr(watchdog, "_watchdog", own)
     wait = _wait()
     monkeypatch.setattr(wait, "look", Mock(side_effect=error))

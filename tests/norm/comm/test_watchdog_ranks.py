@@ -1,6 +1,7 @@
 """Ranks that do not come to an exchange, by every transport: which are waited for, which are named, and by whom."""
 
 import atexit
+import copy
 import logging
 import os
 import signal
@@ -12,6 +13,7 @@ from datetime import timedelta
 import pytest
 import torch
 import torch.distributed as dist
+import torch.distributed._functional_collectives as functional
 from ranks import TIMEOUT_S
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -148,11 +150,16 @@ def _ddp():
     return DistributedDataParallel(nn.Linear(3, 3))
 
 
+def _reduced():
+    return functional.all_reduce(torch.ones(3), "sum", dist.group.WORLD)
+
+
 ELSEWHERE = {
     "barrier": (lambda _: dist.barrier(), "barrier of torch.distributed"),
     "all_reduce": (lambda _: dist.all_reduce(torch.ones(3)), "all_reduce of torch.distributed"),
     "started": (lambda _: dist.all_reduce(torch.ones(3), async_op=True).wait(), "a collective"),
     "broadcast": (lambda _: dist.broadcast(torch.ones(3), 0), "broadcast of torch.distributed"),
+    "functional": (lambda _: _reduced().sum().item(), "unwrap of torch.distributed"),
     "backward": (lambda model: model(torch.ones(2, 3)).sum().backward(), "a backward pass"),
 }
 
@@ -291,6 +298,74 @@ def test_a_forked_child_that_ends_does_not_speak_for_its_parent(world_size):
             os.waitpid(child, 0)
             time.sleep(SLOW_S)
         _gather(group)
+
+
+@pytest.mark.world_size(2)
+@pytest.mark.untraced  # as above
+def test_a_forked_child_that_trains_is_refused_and_its_parent_goes_on(world_size, way):
+    with _quick(way):
+        group = _group(first=False)
+        if dist.get_rank():
+            child = os.fork()
+            if child == 0:
+                layer = syncbn.SyncBatchNorm(3, process_group=group)
+                layer.eval()(torch.randn(4, 3))
+                try:
+                    layer.train()(torch.randn(4, 3))
+                except RuntimeError as error:
+                    os._exit(7 if "forked from a rank" in str(error) else 1)
+                os._exit(2)
+            assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+        _gather(group)
+
+
+@pytest.mark.world_size(2)
+def test_a_thread_that_copies_a_model_and_saves_it_is_not_taken_for_the_one_that_trains(
+    world_size, way
+):
+    with _quick(way):
+        group, rank, saves = _group(first=False), dist.get_rank(), dist.new_group()
+        model = syncbn.SyncBatchNorm(3, process_group=group)
+        copied = threading.Event()
+
+        def save():
+            copy.deepcopy(model)
+            copied.set()
+            if rank == 1:
+                dist.barrier(saves)
+
+        thread = threading.Thread(target=save)
+        thread.start()
+        assert copied.wait(TIMEOUT_S)
+        if rank == 1:
+            time.sleep(SLOW_S)  # longer than it takes to find a rank blocked
+        _gather(group)
+        if rank == 0:
+            dist.barrier(saves)
+        thread.join()
+
+
+@pytest.mark.world_size(2)
+def test_a_rank_that_trains_in_another_thread_than_before_is_named_by_what_it_does_there(
+    world_size, way
+):
+    with _quick(way):
+        group, rank = _group(first=False), dist.get_rank()
+        thread = threading.Thread(target=_blocked if rank else _gather, args=(group,))
+        thread.start()
+        if rank == 0:
+            thread.join()
+            _refused(group, "waits for rank 1: it is blocked in barrier")
+            dist.barrier()
+        thread.join()
+        if rank == 1:
+            _ends(group)
+        dist.barrier()
+
+
+def _blocked(group):
+    _gather(group)
+    dist.barrier()
 
 
 @pytest.mark.world_size(2, 3)

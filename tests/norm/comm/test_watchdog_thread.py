@@ -28,7 +28,7 @@ class Two(_Watchdog):
     def _reach(self):
         return self._store
 
-    def start(self):
+    def start(self, runs):
         pass
 
 

@@ -50,9 +50,8 @@ _ATEN = aten.AtenBackend()
 class TritonBackend(Backend):
     """`Backend` in Triton."""
 
-    def for_pass(self, args: NormArgs, exchange: object) -> Backend:
-        """The backend of a pass: ATen where an operand is not what kernels can read."""
-        del exchange
+    def for_pass(self, args: NormArgs) -> Backend:
+        """ATen where an operand is not what kernels can read."""
         return self if kernels_may_read(*args[:4]) else _ATEN
 
     def local_stats(self, args: NormArgs) -> Tensor:

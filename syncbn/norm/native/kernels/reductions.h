@@ -1,8 +1,8 @@
 // Sums over planes and columns, in lanes, block by block: a block's float32 lanes are added up in float64.
 //
 // A block's moments are those of the deviations from a shift, the mean of the block's first values. One pass is then
-// exact: at least 1/64 of the block's values determine the shift, so its distance to the block's mean is at most 8 standard
-// deviations of the block, whatever the values. Blocks merge as ranks do (Chan, Golub & LeVeque 1983).
+// exact: at least 1/124 of the block's values determine the shift (16 of 64 rows of 31), so its distance to the block's mean
+// is at most 11.1 standard deviations of the block, whatever the values. Blocks merge as ranks do (Chan, Golub & LeVeque 1983).
 #pragma once
 
 #include "operations.h"
