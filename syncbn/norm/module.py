@@ -11,11 +11,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch._C import _get_dispatch_mode, _TorchDispatchModeKey
 from torch._C._functorch import peek_interpreter_stack
 from torch.autograd import forward_ad
 from torch.distributed import GroupMember, ProcessGroup
 from torch.fx import Proxy, Tracer
-from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from torch.jit import is_scripting  # pyright: ignore[reportPrivateImportUsage]
 from torch.nn.functional import batch_norm
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -44,6 +44,8 @@ ORIGINAL_CLASS = "_syncbn_original_class"
 REPLACED = "_syncbn_replaced"
 """Attributes of a converted layer: its former class, and the values of attributes that the conversion hid."""
 
+_PROXY = _TorchDispatchModeKey.PROXY
+"""The mode of a tracer such as make_fx, which sees the registered operators, and no call of a kernel."""
 _serials = itertools.count()
 """When each layer was built: tells layers without names apart."""
 
@@ -158,11 +160,11 @@ class SyncBatchNorm(_BatchNorm):
             self._check_input(input, mask, residual)
         # outside a mask may be NaN: its gradient is 0, and 0 times NaN would reach the parameters
         if mask is not None:
-            input = input.masked_fill(~mask, 0.0)
             residual = None if residual is None else residual.masked_fill(~mask, 0.0)
-        if mask is not None and self.running_mean is None:
-            y = _batch_norm_of_kept(input, mask, self.weight, self.bias, self.eps)
-            return self._fused(y, mask, residual)
+            if self.running_mean is None:
+                y = _batch_norm_of_kept(input, mask, self.weight, self.bias, self.eps)
+                return self._fused(y, mask, residual)
+            input = input.masked_fill(~mask, 0.0)
         y = batch_norm(
             input,
             self.running_mean,
@@ -184,7 +186,7 @@ class SyncBatchNorm(_BatchNorm):
 
     @torch.jit.unused
     def _train(self, input: Tensor, mask: Tensor | None, residual: Tensor | None) -> Tensor:
-        if torch.compiler.is_compiling() or get_proxy_mode() is not None:  # as for make_fx
+        if torch.compiler.is_compiling() or _get_dispatch_mode(_PROXY) is not None:
             return self._train_compiled(input, mask, residual)
         exchange = exchange_for(self.process_group, input)
         self._check_input(input, mask, residual, exchange)
@@ -324,17 +326,7 @@ def _is_alone() -> bool:
 def _batch_norm_of_kept(
     x: Tensor, mask: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
 ) -> Tensor:
-    """Batch norm of `x`, which is 0 outside `mask`, with the moments of what lies inside."""
-    dims = [0] + list(range(2, x.dim()))  # noqa: RUF005 - as TorchScript reads it
-    kept = torch.ones_like(x[:, :1]).float().masked_fill(~mask, 0.0)
-    count = kept.sum()
-    wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    mean = wide.sum(dims, keepdim=True) / count
-    centred = (wide - mean) * kept
-    y = centred * torch.rsqrt(centred.square().sum(dims, keepdim=True) / count + eps)
-    shape = [1, -1] + [1] * (x.dim() - 2)
-    if weight is not None:
-        y = y * weight.view(shape)
-    if bias is not None:
-        y = y + bias.view(shape)
-    return y.to(x.dtype)
+    """Batch norm of what lies inside `mask`, with its own moments; 0 outside."""
+    kept = mask.expand_as(x[:, :1]).squeeze(1)
+    y = batch_norm(x.movedim(1, -1)[kept], None, None, weight, bias, training=True, eps=eps)
+    return torch.zeros_like(x).movedim(1, -1).index_put((kept,), y).movedim(-1, 1)

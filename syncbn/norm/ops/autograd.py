@@ -204,10 +204,12 @@ def _check_fit(args: NormArgs, exchange: Exchange | None, *like_x: Tensor | None
     for values in like_x:
         if values is not None and (values.shape != shape or values.device != device):
             _refuse(values, f"shape {tuple(shape)}", args, exchange)
-    per_channel = shape[1:2]
+    num_channels = shape[1]
     for values in (args.weight, args.bias, *running):
-        if values is not None and (values.shape != per_channel or values.device != device):
-            _refuse(values, f"one value for each of {shape[1]} channels", args, exchange)
+        if values is None:
+            continue
+        if values.numel() != num_channels or values.dim() != 1 or values.device != device:
+            _refuse(values, f"one value for each of {num_channels} channels", args, exchange)
 
 
 def _refuse(values: Tensor, expected: str, args: NormArgs, exchange: Exchange | None) -> NoReturn:
