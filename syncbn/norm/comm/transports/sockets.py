@@ -30,7 +30,6 @@ from torch import Tensor
 from syncbn.norm.comm.fingerprint import (
     HEADER_BYTES,
     NUMBER,
-    RankLost,
     RanksDisagree,
     disagreement,
     unpacked,
@@ -186,12 +185,11 @@ class Sockets:
                 f"{here} and cannot use its socket to rank {other}: {error}"
             ) from error
 
-    def _lost(self, rank: int, why: str) -> RankLost:
-        """The error of a connection to `rank` that is closed."""
-        return RankLost(
-            f"{self._group.here()} and waits for rank {self._group.ranks[rank]}: "
-            f"it exited, failed or left its process group ({why})"
-        )
+    def _lost(self, rank: int, why: str) -> RuntimeError:
+        """The error of a connection to `rank` that is closed; what that rank said, if it gave up."""
+        with Wait(self._group) as wait:
+            wait.missing = [self._group.ranks[rank]]
+            return wait.lost(why)
 
     def _hang_up(self) -> None:
         """Have all others raise, now or when they come: what was sent to them is no longer to be taken."""
