@@ -83,7 +83,7 @@ def convert_sync_batchnorm(
     if not isinstance(module, nn.Module):
         raise TypeError(f"module={type(module).__name__} is not allowed: a torch.nn.Module")
     process_group = checked_group(process_group)
-    watch()
+    watch(runs=False)
     layers = {name: m for name, m in module.named_modules() if _keeps_statistics(m)}
     conversions = [_conversion(name, layer) for name, layer in layers.items()]
     local = [c for c in conversions if c.local]

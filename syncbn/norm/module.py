@@ -219,9 +219,11 @@ class SyncBatchNorm(_BatchNorm):
             peek_interpreter_stack() is not None or forward_ad._current_level >= 0
         ):
             return True
-        plain = mask is None and residual is None and self._activation() is None and input.numel()
+        if input.numel() == 0:  # torch counts a batch without samples
+            return False
+        plain = mask is None and residual is None and self._activation() is None
         one_value = input.numel() == input.shape[1]  # torch's own error
-        return bool(plain) and (one_value or not backends.faster_alone(input))
+        return plain and (one_value or not backends.faster_alone(input))
 
     def _train_unfused(self, input: Tensor, residual: Tensor | None) -> Tensor:
         """Torch's batch norm, then what is fused, one operation after another."""

@@ -91,9 +91,8 @@ class SyncBatchNormFunction(torch.autograd.Function):
                 args, backend, call, call.grad_enabled and ctx.needs_input_grad[0]
             )
         ctx.call, ctx.backend, ctx.stats = call, backend, stats
-        if (
-            args.bits is not None
-        ):  # their order follows x's, which hooks on saved tensors may change
+        if args.bits is not None:
+            # their order follows x's, which hooks on saved tensors may change
             ctx.memory_format = memory_format(x)
         ctx.save_for_backward(x, weight, bias, *kept_for_backward(args, y), args.bits)
         return y
@@ -158,12 +157,11 @@ def backward_pass(
         gradients = differentiable_gradients(dy, args, stats.total, call.exchange, what)
         dx, dweight, dbias, dz = (g if n else None for g, n in zip(gradients, needs, strict=True))
         return dx, dweight, dbias, dz
+    # hooks may have changed what comes back, and kernels in C++ read one dtype
     third = args.residual if args.output is None else args.output
-    same = dy.dtype is args.x.dtype
-    if backend.fused and third is not None:
-        same = same and third.dtype is args.x.dtype
+    dtype = args.x.dtype
+    same = dy.dtype is dtype and (third is None or third.dtype is dtype or not backend.fused)
     if not same or not kernels_may_read(dy, *args[:3], third):
-        # hooks give such, and kernels in C++ read one dtype
         backend = AtenBackend()
         if args.bits is not None:
             args = args._replace(output=unpack_bits(args.bits, args.x), bits=None)

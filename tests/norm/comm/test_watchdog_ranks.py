@@ -320,7 +320,7 @@ def test_a_forked_child_that_trains_is_refused_and_its_parent_goes_on(world_size
 
 
 @pytest.mark.world_size(2)
-def test_a_thread_that_copies_a_model_and_saves_it_is_not_taken_for_the_one_that_trains(
+def test_a_thread_that_copies_and_converts_models_and_saves_is_not_taken_for_the_one_that_trains(
     world_size, way
 ):
     with _quick(way):
@@ -330,6 +330,7 @@ def test_a_thread_that_copies_a_model_and_saves_it_is_not_taken_for_the_one_that
 
         def save():
             copy.deepcopy(model)
+            syncbn.convert_sync_batchnorm(nn.BatchNorm1d(3))
             copied.set()
             if rank == 1:
                 dist.barrier(saves)
