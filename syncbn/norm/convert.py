@@ -133,22 +133,13 @@ class SyncBatchNormAct(SyncBatchNorm):
 
 
 class _LeftAlone(Exception):
-    """Why a norm layer has no synchronised class.
-
-    Args:
-        reason: for the user.
-        local: as in `Conversion`.
-    """
-
-    def __init__(self, reason: str, local: bool = True) -> None:
-        super().__init__(reason)
-        self.local = local
+    """Why a norm layer has no synchronised class, for the user."""
 
 
 def _keeps_statistics(layer: nn.Module) -> bool:
     """Whether `layer` is a batch norm, or keeps running statistics as one does."""
     if isinstance(layer, torch.jit.ScriptModule):
-        return "BatchNorm" in layer.original_name
+        return "BatchNorm" in _class_name(layer)
     kept = {"running_mean", "running_var"} <= layer._buffers.keys()
     return isinstance(layer, _BatchNorm) or (kept and not isinstance(layer, _InstanceNorm))
 
@@ -162,18 +153,25 @@ def _conversion(name: str, layer: nn.Module) -> Conversion:
     try:
         _synchronised_class(layer)
     except _LeftAlone as reason:
-        return Conversion(name, type(layer), str(reason), reason.local)
+        if _class_name(layer).startswith("Frozen"):  # by convention the name of such classes
+            return Conversion(name, type(layer), "has fixed statistics: nothing to synchronise")
+        return Conversion(name, type(layer), str(reason), local=True)
     return Conversion(name, type(layer))
+
+
+def _class_name(layer: nn.Module) -> str:
+    return (
+        layer.original_name if isinstance(layer, torch.jit.ScriptModule) else type(layer).__name__
+    )
 
 
 def _synchronised_class(layer: nn.Module) -> type[SyncBatchNorm]:
     """The class that `layer` gets; raises `_LeftAlone` where it gets none."""
+    name = _class_name(layer)
     if isinstance(layer, torch.jit.ScriptModule):
-        name = layer.original_name
-        raise _left_alone(name, f"{name} is compiled by torch.jit: convert the model before it is")
-    name = type(layer).__name__
+        raise _LeftAlone(f"{name} is compiled by torch.jit: convert the model before it is")
     if not isinstance(layer, _BatchNorm):
-        raise _left_alone(name, f"{name} keeps running statistics in a class of its own")
+        raise _LeftAlone(f"{name} keeps running statistics in a class of its own")
     cls = parametrize.type_before_parametrizations(layer)
     if issubclass(cls, SyncBatchNorm):
         return cls
@@ -190,13 +188,6 @@ def _synchronised_class(layer: nn.Module) -> type[SyncBatchNorm]:
     return found
 
 
-def _left_alone(class_name: str, reason: str) -> _LeftAlone:
-    """The error for a class that torch does not know; classes with fixed statistics go by a name of this form."""
-    if class_name.startswith("Frozen"):
-        return _LeftAlone("has fixed statistics: nothing to synchronise", local=False)
-    return _LeftAlone(reason)
-
-
 @functools.cache
 def _counterpart(cls: type[nn.Module]) -> type[SyncBatchNorm]:
     """The synchronised class for layers of class `cls`; raises `_LeftAlone` where their forward is not torch's."""
@@ -205,9 +196,8 @@ def _counterpart(cls: type[nn.Module]) -> type[SyncBatchNorm]:
     if cls.__name__ in _TIMMS and cls.__module__.split(".")[0] == "timm":
         return SyncBatchNormAct
     if cls.forward is not _BatchNorm.forward:
-        name = cls.__name__
-        reason = f"{name} has a forward of its own, whose behaviour a conversion could change"
-        raise _left_alone(name, reason)
+        own = "has a forward of its own, whose behaviour a conversion could change"
+        raise _LeftAlone(f"{cls.__name__} {own}")
     return _with_methods_of(cls)
 
 

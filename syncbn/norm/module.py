@@ -6,6 +6,7 @@ CPU. With one rank, or none, and in eval mode, it does exactly what torch's Batc
 
 import copy
 import itertools
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -29,7 +30,7 @@ from syncbn.norm.comm.groups import GroupSpec
 from syncbn.norm.comm.watchdog import watch
 from syncbn.norm.ops.autograd import Call, SyncBatchNormFunction
 from syncbn.norm.ops.custom_op import compiled_batch_norm, group_text
-from syncbn.norm.ops.recompute import Pass, current, unchanged
+from syncbn.norm.ops.recompute import current, unchanged
 from syncbn.norm.validation import (
     check_operands,
     checked_eps,
@@ -226,18 +227,15 @@ class SyncBatchNorm(_BatchNorm):
         return plain and (one_value or not backends.faster_alone(input))
 
     def _train_unfused(self, input: Tensor, residual: Tensor | None) -> Tensor:
-        """Torch's batch norm, then what is fused, one operation after another."""
-        return self._fused(self._torch_batch_norm(input, current()), None, residual)
-
-    def _torch_batch_norm(self, input: Tensor, checkpointed: Pass | None) -> Tensor:
-        """Torch's batch norm; a replay runs the same operations, and what it counts is undone."""
-        if checkpointed is None:
-            return super().forward(input)
-        if not checkpointed.replaying:
+        """Torch's batch norm, then what is fused; a replay runs the same operations, and what it counts is undone."""
+        checkpointed, kept = current(), ()
+        if checkpointed is not None and checkpointed.replaying:
+            kept = self.running_mean, self.running_var, self.num_batches_tracked
+        elif checkpointed is not None:
             checkpointed.record(None)
-            return super().forward(input)
-        with unchanged(self.running_mean, self.running_var, self.num_batches_tracked):
-            return super().forward(input)
+        with unchanged(*kept) if kept else nullcontext():
+            y = super().forward(input)
+        return self._fused(y, None, residual)
 
     def _train_compiled(
         self, input: Tensor, mask: Tensor | None, residual: Tensor | None

@@ -18,8 +18,9 @@ from syncbn.config import (
     TrainConfig,
 )
 from syncbn.errors import UsageError
-from syncbn.norm.comm.exchange import Exchange, exchange_of
+from syncbn.norm.comm.exchange import NO_TURN, Exchange, exchange_of
 from syncbn.norm.comm.fingerprint import BACKWARD, FORWARD, Fingerprint
+from syncbn.norm.comm.transports.shared_memory import ELSEWHERE
 from syncbn.probes.oracle import KINDS
 from syncbn.runtime import TorchrunRuntime
 from syncbn.tracking import Untracked, read_journal
@@ -159,7 +160,7 @@ def test_an_observer_is_told_of_each_exchange_and_changes_none(world_size):
     told = []
     Exchange.observer = lambda *exchanged: told.append(exchanged)
     try:
-        assert exchange.announce_native(FORWARD, packed.nbytes, what) == (0, b"", 0)
+        assert exchange.announce_native(FORWARD, packed.nbytes, what) == (ELSEWHERE, NO_TURN)
         found = [
             exchange.combine(packed, FORWARD, what),
             exchange.combine(sums.flatten(), BACKWARD, what),

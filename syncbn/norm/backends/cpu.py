@@ -32,19 +32,17 @@ from syncbn.norm.backends.base import (
     kernels_may_read,
     kernels_may_write,
 )
-from syncbn.norm.comm.exchange import Exchange
+from syncbn.norm.comm.exchange import NO_TURN, Exchange
 from syncbn.norm.comm.fingerprint import BACKWARD, FORWARD, Fingerprint
-from syncbn.norm.comm.transports.shared_memory import LOOK_NS, Ring
+from syncbn.norm.comm.transports.shared_memory import ELSEWHERE, LOOK_NS
 from syncbn.norm.moments import Statistics, Stats, stats_dtype
 from syncbn.norm.native import library
 
-_OUR_EXCHANGE = Ring()
-_ELSEWHERE = ctypes.addressof(_OUR_EXCHANGE)
-"""A ring without slots: the library returns before the exchange, which its caller does."""
 SMALLEST_KEPT_BYTES = 1 << 18
 """Below it glibc keeps what is freed, and PyTorch's own allocation is shorter."""
 
 _DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
+_EMPTY = {d: torch.empty(0, dtype=d, device="cpu") for d in (torch.float32, torch.float64)}
 _CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 _MOMENTS, _NORMALIZE, _BACKWARD_SUMS, _BACKWARD_INPUT, _BACKWARD_RESIDUAL = range(5)
 _NOTHING, _RESIDUAL, _OUTPUT = range(3)
@@ -64,12 +62,16 @@ class Geometry(NamedTuple):
         words: dtype, samples, channels and values per channel, as the library takes them.
         num_channels: C.
         dtype: of the statistics.
+        moments_bytes: of one rank's packed moments.
+        empty: a tensor of that dtype, of which new ones are made at two thirds of the cost.
     """
 
     memory_format: torch.memory_format
     words: tuple[int, int, int, int]
     num_channels: int
     dtype: torch.dtype
+    moments_bytes: int
+    empty: Tensor
 
 
 @functools.lru_cache(maxsize=4096)
@@ -83,8 +85,9 @@ def geometry_of(shape: torch.Size, stride: tuple[int, ...], dtype: torch.dtype) 
         samples, size = samples * size, 1
     else:
         memory_format = torch.contiguous_format
-    words = (_DTYPES[dtype], samples, channels, size)
-    return Geometry(memory_format, words, channels, stats_dtype(dtype))
+    words, kept = (_DTYPES[dtype], samples, channels, size), stats_dtype(dtype)
+    moments_bytes = (2 + 2 * channels) * kept.itemsize
+    return Geometry(memory_format, words, channels, kept, moments_bytes, _EMPTY[kept])
 
 
 class StatisticsBlock:
@@ -96,20 +99,16 @@ class StatisticsBlock:
         geometry: of the pass.
     """
 
-    __slots__ = ("__weakref__", "_num_channels", "_values")
+    __slots__ = ("__weakref__", "_num_channels", "_values", "addresses")
 
     def __init__(self, geometry: Geometry) -> None:
-        self._num_channels = geometry.num_channels
-        size = 8 // geometry.dtype.itemsize + 2 + 5 * geometry.num_channels
-        self._values = torch.empty(size, dtype=geometry.dtype, device="cpu")
-
-    @property
-    def addresses(self) -> tuple[int, int, int, int, int]:
+        self._num_channels, item = geometry.num_channels, geometry.dtype.itemsize
+        size = 8 // item + 2 + 5 * geometry.num_channels
+        self._values = geometry.empty.new_empty(size)
+        total, row = self._values.data_ptr(), geometry.num_channels * item
+        mean = total + 8 + geometry.moments_bytes
+        self.addresses = total, total + 8, mean, mean + row, mean + 2 * row
         """Of the total, the packed moments, mean, var and invstd."""
-        total, item = self._values.data_ptr(), self._values.itemsize
-        row = self._num_channels * item
-        mean = total + 8 + 2 * item + 2 * row
-        return total, total + 8, mean, mean + row, mean + 2 * row
 
     @property
     def packed(self) -> Tensor:
@@ -145,14 +144,17 @@ class CpuFallback(AtenBackend):
     """ATen over the input, native code per channel: for CPU passes that the kernels do not serve."""
 
     def __init__(self) -> None:
-        self._library = _declared()
+        found = library()
+        if found is None:
+            raise RuntimeError("the native library of syncbn was not built; see syncbn.norm.native")
+        self._library = found
 
     def local_stats(self, args: NormArgs) -> Tensor:
         """Count, mean and M2 per channel; x is read once where there is no mask."""
         if args.mask is not None or not _has_kernels(args.x):
             return super().local_stats(args)
         geometry = _geometry(args.x)
-        packed = torch.empty(2 + 2 * geometry.num_channels, dtype=geometry.dtype, device="cpu")
+        packed = geometry.empty.new_empty(2 + 2 * geometry.num_channels)
         self._run(_MOMENTS, args, geometry, packed)
         return packed
 
@@ -222,7 +224,7 @@ class CpuBackend(CpuFallback):
         geometry = _geometry(args.x)
         args, block = _aligned(args, geometry), StatisticsBlock(geometry)
         y, moved = _empty(args.x, geometry), _moved_by_library(args.running)
-        ring = 0 if args.world_size == 1 else _ELSEWHERE
+        ring = 0 if args.world_size == 1 else ELSEWHERE
         words = _forward_words(args, geometry, y, block, moved, ring)
         _settle(self._finish(words, gathered), gathered, args, block, moved)
         return y, block
@@ -236,7 +238,7 @@ class CpuBackend(CpuFallback):
             dy = dz = self.grad_residual(dy, args, stats)
             args = args.before_act()
         geometry = _geometry(args.x)
-        sums = torch.empty(2, geometry.num_channels, dtype=geometry.dtype, device="cpu")
+        sums = geometry.empty.new_empty(2, geometry.num_channels)
         self._run(_BACKWARD_SUMS, args, geometry, sums, stats, dy)
         return sums, dz
 
@@ -245,7 +247,7 @@ class CpuBackend(CpuFallback):
         geometry = _geometry(args.x)
         args, dy = _aligned(args, geometry), _like(dy, geometry)
         dx = _empty(args.x, geometry)
-        words = _backward_words(dy, args, geometry, stats, (dx, None), _ELSEWHERE)
+        words = _backward_words(dy, args, geometry, stats, (dx, None), ELSEWHERE)
         self._finish(words, gathered)
         return dx
 
@@ -265,16 +267,17 @@ class CpuBackend(CpuFallback):
         geometry = _geometry(args.x)
         args, block = _aligned(args, geometry), StatisticsBlock(geometry)
         y, moved, gathered = _empty(args.x, geometry), _moved_by_library(args.running), None
-        ring, header, number = _announced(exchange, FORWARD, _stats_bytes(args.x), what)
-        words = _forward_words(args, geometry, y, block, moved, ring, number)
-        status = self._library.syncbn_fused_pass(words, header)
+        ring, turn = 0, NO_TURN
+        if exchange is not None:
+            ring, turn = exchange.announce_native(FORWARD, geometry.moments_bytes, what)
+        words = _forward_words(args, geometry, y, block, moved, ring, turn[1])
+        status = self._library.syncbn_fused_pass(words, turn[0])
         if exchange is not None:
             if status:
-                announced = status, header, number
-                gathered = _gathered(exchange, announced, block.packed, FORWARD, what)
+                gathered = exchange.complete(block.packed, FORWARD, what, status, turn)
                 status = self._finish(words, gathered)
-            if what.serial not in exchange.codes:
-                exchange.finished(what)
+            if what.serial not in exchange.serials.codes:
+                exchange.serials.keep(what.serial)
         _settle(status, gathered, args, block, moved)
         return y, block
 
@@ -290,13 +293,14 @@ class CpuBackend(CpuFallback):
         geometry = _geometry(args.x)
         args, dy = _aligned(args, geometry), _like(dy, geometry)
         dx = _empty(args.x, geometry)
-        sums = torch.empty(2, geometry.num_channels, dtype=geometry.dtype, device="cpu")
-        ring, header, number = _announced(exchange, BACKWARD, sums.nbytes, what)
-        words = _backward_words(dy, args, geometry, stats, (dx, sums), ring, number)
-        status = self._library.syncbn_fused_pass(words, header)
+        sums = geometry.empty.new_empty(2, geometry.num_channels)
+        ring, turn = 0, NO_TURN
+        if exchange is not None:
+            ring, turn = exchange.announce_native(BACKWARD, sums.nbytes, what)
+        words = _backward_words(dy, args, geometry, stats, (dx, sums), ring, turn[1])
+        status = self._library.syncbn_fused_pass(words, turn[0])
         if status and exchange is not None:
-            announced = status, header, number
-            gathered = _gathered(exchange, announced, sums.view(-1), BACKWARD, what)
+            gathered = exchange.complete(sums.view(-1), BACKWARD, what, status, turn)
             self._finish(words, gathered)
         return dx, sums
 
@@ -312,47 +316,13 @@ def release_memory() -> int:
     Only a process that has trained, goes on, and is short of memory needs it.
     """
     found = library()
-    if found is None:
-        return 0
-    found.syncbn_release_memory.restype = ctypes.c_int64
-    return found.syncbn_release_memory()
+    return 0 if found is None else found.syncbn_release_memory()
 
 
 _ATEN = AtenBackend()
 
 
-@functools.cache
-def _fallback() -> CpuFallback:
-    return CpuFallback()
-
-
-@functools.cache
-def _kernels() -> CpuBackend:
-    return CpuBackend()
-
-
-def _announced(
-    exchange: Exchange | None, direction: int, nbytes: int, what: Fingerprint
-) -> tuple[int, bytes, int]:
-    """Ring, header and sequence number of the exchange in a native call, which may do none, or leave it to us."""
-    if exchange is None:
-        return 0, b"", 0
-    ring, header, number = exchange.announce_native(direction, nbytes, what)
-    return ring or _ELSEWHERE, header, number
-
-
-def _gathered(
-    exchange: Exchange,
-    announced: tuple[int, bytes, int],
-    own: Tensor,
-    direction: int,
-    what: Fingerprint,
-) -> Tensor:
-    """Rows of all ranks, of an exchange that a native call did not complete: its status, header and number."""
-    status, header, number = announced
-    if number:
-        return exchange.complete(status, header, number, own)
-    return exchange.combine(own, direction, what)
+_fallback, _kernels = functools.cache(CpuFallback), functools.cache(CpuBackend)
 
 
 def _kernels_serve(args: NormArgs) -> bool:
@@ -367,11 +337,6 @@ def _kernels_serve(args: NormArgs) -> bool:
 
 def _has_kernels(x: Tensor) -> bool:
     return x.dtype in _DTYPES and x.numel() > 0
-
-
-def _stats_bytes(x: Tensor) -> int:
-    """Of packed moments, the most that a pass sends."""
-    return (2 + 2 * x.shape[1]) * (8 if x.dtype is torch.float64 else 4)
 
 
 def _geometry(x: Tensor) -> Geometry:
@@ -484,7 +449,8 @@ def _settle(
         packed = block.packed.unsqueeze(0) if gathered is None else gathered
         check_statistics(packed, block, args)
     if moved is not None:  # what autograd saved of them is stale
-        increment_version([t for t in moved[:3] if t is not None])
+        mean, var, tracked, _ = moved
+        increment_version((mean, var) if tracked is None else (mean, var, tracked))
     elif args.running is not None:
         update(args.running, block)
 
@@ -529,21 +495,6 @@ def _allocator() -> tuple[Callable[..., int | None], Callable[..., Any]]:
     capsule = ctypes.pythonapi.PyCapsule_New
     capsule.argtypes = [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p]
     capsule.restype = ctypes.py_object
-    return _declared().syncbn_allocate, capsule
-
-
-@functools.cache
-def _declared() -> ctypes.CDLL:
-    """The library with the types of its functions' arguments."""
     found = library()
-    if found is None:
-        raise RuntimeError("the native library of syncbn was not built; see syncbn.norm.native")
-    pointer, number, flag = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
-    words = ctypes.c_char_p
-    found.syncbn_pass.argtypes = [words]
-    found.syncbn_pass.restype = None
-    found.syncbn_fused_pass.argtypes = [words, words]
-    found.syncbn_finish_pass.argtypes = [words, pointer, number, number]
-    found.syncbn_allocate.argtypes = [number, words, flag, number]
-    found.syncbn_allocate.restype = pointer
-    return found
+    assert found is not None, "a backend has it"
+    return found.syncbn_allocate, capsule

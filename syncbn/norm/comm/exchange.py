@@ -23,20 +23,22 @@ from threading import get_ident
 from typing import ClassVar
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from syncbn.norm.comm.fingerprint import FAILED, FORWARD, Fingerprint, Serials, packed
-from syncbn.norm.comm.groups import GroupSpec, resolve
+from syncbn.norm.comm.groups import GroupSpec, in_parents_group, resolve
 from syncbn.norm.comm.rendezvous import connect
 from syncbn.norm.comm.transports import Transport, process_group
 from syncbn.norm.comm.transports.process_group import PAYLOAD_BYTES, Group
-from syncbn.norm.comm.transports.shared_memory import SharedMemory
+from syncbn.norm.comm.transports.shared_memory import ELSEWHERE, SharedMemory
 from syncbn.norm.comm.watchdog import watch
 from syncbn.norm.moments import from_sums, has_values, to_sums
 
 _NOTHING = torch.empty(0, dtype=torch.uint8)
+Turn = tuple[bytes, int]
+"""The header and sequence number of an exchange."""
+NO_TURN: Turn = b"", 0
 
 
 class Exchange:
@@ -53,11 +55,10 @@ class Exchange:
         self.world_size, self.group_name = self._group.world_size, self._group.name
         self.transport: Transport | None = None
         """Of a CPU group, from its first exchange on."""
-        self.ring_address = 0
-        """Of what a native call must know to exchange through shared memory; 0 where the ranks share none."""
-        self._serials = Serials()
-        self.codes = self._serials.codes
-        """Of the layers whose exchanges took place, by serial number: a look-up costs less than a call."""
+        self.ring_address = ELSEWHERE
+        """Of the ring through which a native call exchanges."""
+        self.serials = Serials()
+        """Of the layers without a name whose exchanges took place; a look into `codes` costs less than a call."""
         self._number = 0
         self._thread = 0
         """That exchanged last, which is the one that the watchdog must look at."""
@@ -99,8 +100,7 @@ class Exchange:
         header, number = self.announce(direction, payload.nbytes, what)
         transport = self.transport or self._connect(header)
         gathered = transport.exchange(header, number, payload)
-        if what.serial not in self.codes:
-            self.finished(what)
+        self.serials.keep(what.serial)
         return gathered
 
     def fail(self, message: str) -> None:
@@ -108,39 +108,34 @@ class Exchange:
         with suppress(RuntimeError):  # the caller is about to raise its own, better message
             self.gather(_NOTHING, FAILED, Fingerprint(message, 0, torch.float32, False))
 
-    def announce_native(
-        self, direction: int, nbytes: int, what: Fingerprint
-    ) -> tuple[int, bytes, int]:
-        """The ring's address, and `announce`, of an exchange that a native call does; zeros where it does none.
+    def announce_native(self, direction: int, nbytes: int, what: Fingerprint) -> tuple[int, Turn]:
+        """The ring's address, and `announce`, of an exchange that a native call does; `NO_TURN` where it does none.
 
         It does once the ranks share memory, if a slot holds `nbytes`, and while nobody observes.
         """
-        if self.ring_address == 0 or nbytes > PAYLOAD_BYTES or Exchange.observer is not None:
-            return 0, b"", 0
-        return self.ring_address, *self.announce(direction, nbytes, what)
+        elsewhere = self.ring_address == ELSEWHERE or nbytes > PAYLOAD_BYTES
+        if elsewhere or Exchange.observer is not None:
+            return ELSEWHERE, NO_TURN
+        return self.ring_address, self.announce(direction, nbytes, what)
 
-    def announce(self, direction: int, nbytes: int, what: Fingerprint) -> tuple[bytes, int]:
+    def announce(self, direction: int, nbytes: int, what: Fingerprint) -> Turn:
         """The header and sequence number of an exchange of `nbytes`, which must take place next (CPU)."""
-        code = self.codes.get(what.serial)
-        if code is None:
-            code = self._serials.code(what.serial)
         self._number += 1
         if self._thread != get_ident():
             self._thread = get_ident()
             watch()
+        codes, serial = self.serials.codes, what.serial
+        code = codes[serial] if serial in codes else self.serials.code(serial)
         return packed(direction, code, nbytes, what), self._number
 
-    def complete(self, status: int, header: bytes, number: int, own: Tensor) -> Tensor:
-        """Every rank's `own` `(k,)` as `(W, k)`, after a native call that returned a `status` other than 0.
-
-        `header` and `number` were announced for it. For errors see `combine`.
-        """
+    def complete(
+        self, own: Tensor, direction: int, what: Fingerprint, status: int, turn: Turn
+    ) -> Tensor:
+        """`combine`, after a native call that returned a `status` other than 0; `turn` was announced for it."""
+        if turn is NO_TURN:
+            return self.combine(own, direction, what)
         assert isinstance(self.transport, SharedMemory), "a native call exchanges through memory"
-        return self.transport.complete(status, header, number, own)
-
-    def finished(self, what: Fingerprint) -> None:
-        """Note that the exchange announced last has taken place on all ranks, the first of a layer without a name."""
-        self._serials.keep(what.serial)
+        return self.transport.complete(status, *turn, own)
 
     def _connect(self, header: bytes) -> Transport:
         """The transport, chosen with all ranks of the group in their first exchange."""
@@ -155,16 +150,15 @@ class Exchange:
             return False
         if values.is_cuda:
             return self.world_size > process_group.GATHER_RANKS
-        return (
-            not self.ring_address and values.nbytes * self.world_size > process_group.GATHER_BYTES
-        )
+        shares = self.ring_address != ELSEWHERE
+        return not shares and values.nbytes * self.world_size > process_group.GATHER_BYTES
 
 
 _exchanges: weakref.WeakKeyDictionary[ProcessGroup, Exchange] = weakref.WeakKeyDictionary()
 
 
-_parents: weakref.ref[ProcessGroup] | None = None
-"""The default group of the process that this one was forked from, in which this one is no rank."""
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_exchanges.clear)
 
 
 def exchange_of(group: ProcessGroup) -> Exchange:
@@ -175,24 +169,13 @@ def exchange_of(group: ProcessGroup) -> Exchange:
     """
     exchange = _exchanges.get(group)
     if exchange is None:
-        if _parents is not None and _parents() is dist.group.WORLD:
+        if in_parents_group():
             raise RuntimeError(
                 "this process was forked from a rank and is none itself: it cannot exchange statistics in its parent's "
                 "process group; evaluate here, or start the process without fork"
             )
         exchange = _exchanges[group] = Exchange(group)
     return exchange
-
-
-def _forked() -> None:
-    global _parents
-    _exchanges.clear()
-    world = dist.group.WORLD if dist.is_initialized() else None
-    _parents = None if world is None else weakref.ref(world)
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_forked)
 
 
 def exchange_for(spec: GroupSpec, x: Tensor) -> Exchange | None:

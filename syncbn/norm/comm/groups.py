@@ -5,6 +5,7 @@ models can be built, pickled, copied and loaded before, and without, any process
 """
 
 import functools
+import os
 import weakref
 from typing import Literal
 
@@ -23,6 +24,25 @@ _made: weakref.WeakKeyDictionary[
     ProcessGroup, weakref.WeakValueDictionary[str | int, ProcessGroup]
 ] = weakref.WeakKeyDictionary()
 """Groups made so far, by the default group they are parts of. torch.distributed owns them, until it is shut down."""
+
+
+_parents: weakref.ref[ProcessGroup] | None = None
+"""The default group of the process that this one was forked from."""
+
+
+def in_parents_group() -> bool:
+    """Whether the default group is that of the process that this one was forked from, and this one no rank of it."""
+    return _parents is not None and _parents() is dist.group.WORLD
+
+
+def _forked() -> None:
+    global _parents
+    world = dist.group.WORLD if dist.is_available() else None
+    _parents = None if world is None else weakref.ref(world)
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forked)
 
 
 class Members:

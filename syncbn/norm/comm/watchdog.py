@@ -34,7 +34,7 @@ from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
 from torch.distributed import ProcessGroup
 
 from syncbn.norm.comm.fingerprint import RULE, RankLost, RanksDisagree, text_of
-from syncbn.norm.comm.groups import Members
+from syncbn.norm.comm.groups import Members, in_parents_group
 from syncbn.norm.comm.processes import Activity, Collective, Process, Thread, activity
 
 TICK_S = 1.0
@@ -285,8 +285,6 @@ class _Watchdog:
         self._model: Thread | None = None
         """The thread that runs the model."""
         self._wake, self._ends = threading.Event(), False
-        self._parents: weakref.ref[ProcessGroup] | None = None
-        """The default group of the process that this one was forked from, which is not this one's to speak in."""
         self._world: weakref.ref[ProcessGroup] | None = None
         self._looks_at: weakref.ref[ProcessGroup] | None = None
         """The default group whose store the thread uses just now."""
@@ -324,12 +322,6 @@ class _Watchdog:
     def is_stuck(self) -> bool:
         """Whether the thread still uses the store of a default group that is gone: it may wait for minutes."""
         return self._looks_at is not None and self._looks_at() is not _world_group()
-
-    def forked(self) -> None:
-        """In a forked child: there is no thread, and no wait."""
-        world = _world_group()
-        self.__init__()
-        self._parents = None if world is None else weakref.ref(world)
 
     def tell(self, group: str, lost: bool, message: str) -> None:
         """Let the ranks of `group` know why this one gave up there."""
@@ -370,7 +362,7 @@ class _Watchdog:
     def _reach(self) -> Store | None:
         """The store by which to reach the other ranks; None while there are none."""
         world = _world_group()
-        if world is None or world.size() == 1 or (self._parents and world is self._parents()):
+        if world is None or world.size() == 1 or in_parents_group():
             self._world = self._store = None
             return None
         if self._world is None or self._world() is not world:
@@ -442,13 +434,13 @@ def _read(store: Store, rank: int) -> Post | None:
 
 
 def _world_group() -> ProcessGroup | None:
-    return dist.group.WORLD if dist.is_available() and dist.is_initialized() else None
+    return dist.group.WORLD if dist.is_available() else None
 
 
 _watchdog = _Watchdog()
 atexit.register(lambda: _watchdog.stop())
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=lambda: _watchdog.forked())
+    os.register_at_fork(after_in_child=lambda: _watchdog.__init__())  # no thread, and no wait
 
 
 def give_up(group: Members, error: BaseException) -> str:

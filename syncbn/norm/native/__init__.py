@@ -17,6 +17,17 @@ from urllib.request import url2pathname
 ABI = 10
 """What `syncbn_abi` of a library built from these sources returns; raised with every change of a signature."""
 
+_INT, _POINTER, _BYTES = ctypes.c_int64, ctypes.c_void_p, ctypes.c_char_p
+_ARGUMENTS = {
+    "pass": (_BYTES,),
+    "fused_pass": (_BYTES, _BYTES),
+    "finish_pass": (_BYTES, _POINTER, _INT, _INT),
+    "allocate": (_INT, _BYTES, ctypes.c_int, _INT),
+    "exchange_publish": (_POINTER, _INT, _BYTES, _POINTER, _INT),
+    "exchange_wait": (_POINTER, _INT, _POINTER, _INT, _INT, _INT),
+    "exchange_fail": (_POINTER, _INT, _BYTES, _INT),
+}
+
 
 @functools.cache
 def library() -> ctypes.CDLL | None:
@@ -26,8 +37,16 @@ def library() -> ctypes.CDLL | None:
         with contextlib.suppress(OSError, AttributeError):
             found = ctypes.CDLL(str(folder / name))
             if found.syncbn_abi() == ABI:
-                return found
+                return _declared(found)
     return None
+
+
+def _declared(found: ctypes.CDLL) -> ctypes.CDLL:
+    """`found` with the types of its functions; the others take nothing and return an int."""
+    for name, types in _ARGUMENTS.items():
+        getattr(found, f"syncbn_{name}").argtypes = types
+    found.syncbn_allocate.restype, found.syncbn_release_memory.restype = _POINTER, _INT
+    return found
 
 
 def _installed_folder() -> Path:

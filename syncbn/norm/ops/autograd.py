@@ -21,13 +21,15 @@ from syncbn.norm.backends.base import Backend, NormArgs, Running, kernels_may_re
 from syncbn.norm.backends.layout import memory_format
 from syncbn.norm.backends.triton.derivative_bits import unpack_bits
 from syncbn.norm.comm.exchange import Exchange, Fingerprint
-from syncbn.norm.comm.fingerprint import NAMED
+from syncbn.norm.comm.fingerprint import BACKWARD, FORWARD, NAMED
 from syncbn.norm.moments import Stats
-from syncbn.norm.ops.collectives import gather_grad_sums, gather_statistics
+from syncbn.norm.ops.collectives import gather_rows
 from syncbn.norm.ops.double_backward import Gradients, differentiable_gradients
 from syncbn.norm.ops.recompute import Pass, unobserved
 from syncbn.norm.uneven_inputs import refuse_ddp_join
 from syncbn.norm.validation import tell_ranks
+
+_AS_USUAL = nullcontext()
 
 
 class Call(NamedTuple):
@@ -59,9 +61,9 @@ class Call(NamedTuple):
         self, x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None
     ) -> NormArgs:
         """The operands of a pass."""
-        world_size = 1 if self.exchange is None else self.exchange.world_size
-        settings = (self.mask, self.act, self.eps, self.running, self.layer, world_size)
-        return NormArgs(x, weight, bias, residual, *settings)
+        exchange, mask, act, eps, running, layer = self[:6]
+        world_size = 1 if exchange is None else exchange.world_size
+        return NormArgs(x, weight, bias, residual, mask, act, eps, running, layer, world_size)
 
     def fingerprint(self, x: Tensor, needs_grad: bool) -> Fingerprint:
         """What all ranks must agree on when they exchange values over `x`."""
@@ -82,9 +84,10 @@ class SyncBatchNormFunction(torch.autograd.Function):
     ) -> Tensor:
         """Normalise; keep what backward needs and no more."""
         args = call.args(x, weight, bias, residual)
-        backend = selected(x.device.type).for_pass(args)
+        # the name of a device's type takes longer than all else here
+        backend = selected("cpu" if x.is_cpu else x.device.type).for_pass(args)
         # selective checkpointing observes operations, and wants the same ones in a replay
-        with nullcontext() if call.checkpointed is None else unobserved():
+        with _AS_USUAL if call.checkpointed is None else unobserved():
             if residual is not None and call.grad_enabled and any(ctx.needs_input_grad):
                 args = args._replace(bits=backend.empty_bits(args))
             y, stats = forward_pass(
@@ -123,7 +126,7 @@ def forward_pass(
     if call.exchange is not None and DistributedDataParallel._active_ddp_module is not None:
         refuse_ddp_join(call.layer)
     checkpointed = call.checkpointed
-    _check_fit(args, call.exchange)
+    _check_fit(args, call.exchange, args.running)
     known = None if checkpointed is None else checkpointed.known(args.x.shape[1])
     if known is not None:
         return backend.normalize(args, known), known
@@ -132,7 +135,7 @@ def forward_pass(
         y, stats = backend.fused_forward(args, call.exchange, what)
     else:
         packed = backend.local_stats(args)  # (2 + 2C,)
-        gathered = gather_statistics(packed, call.exchange, what)  # (W, 2 + 2C)
+        gathered = gather_rows(packed, call.exchange, FORWARD, what)  # (W, 2 + 2C)
         y, stats = backend.finish_forward(args, gathered)
     if checkpointed is not None:
         checkpointed.record(stats)
@@ -151,14 +154,14 @@ def backward_pass(
     needs_x, needs_weight, needs_bias, needs_residual = needs
     if dy.layout is not torch.strided:
         dy = dy.to_dense()
-    _check_fit(args, call.exchange, dy, args.residual, args.output)
+    third = args.residual if args.output is None else args.output
+    _check_fit(args, call.exchange, None, dy, third)
     what = call.fingerprint(args.x, True)
     if torch.is_grad_enabled() or is_transformed(dy):
         gradients = differentiable_gradients(dy, args, stats.total, call.exchange, what)
         dx, dweight, dbias, dz = (g if n else None for g, n in zip(gradients, needs, strict=True))
         return dx, dweight, dbias, dz
     # hooks may have changed what comes back, and kernels in C++ read one dtype
-    third = args.residual if args.output is None else args.output
     dtype = args.x.dtype
     same = dy.dtype is dtype and (third is None or third.dtype is dtype or not backend.fused)
     if not same or not kernels_may_read(dy, *args[:3], third):
@@ -176,7 +179,7 @@ def backward_pass(
         if needs_x:
             if dz is not None:
                 dy, args = dz, args.before_act()
-            gathered = gather_grad_sums(sums, call.exchange, what)  # (W, 2C)
+            gathered = gather_rows(sums, call.exchange, BACKWARD, what)  # (W, 2C)
             dx = backend.finish_backward(dy, args, stats, gathered)
     elif needs_residual:
         dz = backend.grad_residual(dy, args, stats)
@@ -189,21 +192,23 @@ def backward_pass(
     )
 
 
-def _check_fit(args: NormArgs, exchange: Exchange | None, *like_x: Tensor | None) -> None:
+def _check_fit(
+    args: NormArgs, exchange: Exchange | None, running: Running | None, *like_x: Tensor | None
+) -> None:
     """Raise for an operand that lies elsewhere or holds more or fewer values than a pass reads at its address.
 
     Args:
-        args: of this pass, with one value per channel in parameters and running statistics.
+        args: of this pass, with one value per channel in the parameters.
         exchange: whose ranks are told.
+        running: what the pass updates, one value per channel too.
         like_x: tensors in the shape of x, beyond those that the layer has checked when it was called.
     """
-    x, running = args.x, (None, None) if args.running is None else args.running[:2]
-    device, shape = x.device, x.shape
+    device, shape = args.x.device, args.x.shape
     for values in like_x:
         if values is not None and (values.shape != shape or values.device != device):
             _refuse(values, f"shape {tuple(shape)}", args, exchange)
-    num_channels = shape[1]
-    for values in (args.weight, args.bias, *running):
+    num_channels, parameters = shape[1], args[1:3]
+    for values in parameters if running is None else parameters + running[:2]:
         if values is None:
             continue
         if values.numel() != num_channels or values.dim() != 1 or values.device != device:

@@ -12,37 +12,16 @@ from torch.distributed.distributed_c10d import (
 )
 
 from syncbn.norm.comm.exchange import Exchange, exchange_of
-from syncbn.norm.comm.fingerprint import BACKWARD, FORWARD, Fingerprint
+from syncbn.norm.comm.fingerprint import BACKWARD, Fingerprint
 from syncbn.norm.moments import add_rows
 
 
-def gather_statistics(packed: Tensor, exchange: Exchange | None, what: Fingerprint) -> Tensor:
-    """Packed moments that merge into those of all ranks, `(W, 2 + 2C)`, or `(1, 2 + 2C)` where they are reduced.
-
-    Args:
-        packed: this rank's, `(2 + 2C,)`.
-        exchange: with the other ranks; None for this rank alone.
-        what: the pass, on which all ranks must agree.
-
-    Raises:
-        RanksDisagree, RankLost: see `Exchange.combine`.
-    """
-    if exchange is None:
-        return packed.unsqueeze(0)
-    return exchange.combine(packed, FORWARD, what)
-
-
-def gather_grad_sums(sums: Tensor, exchange: Exchange | None, what: Fingerprint) -> Tensor:
-    """Rows that add up to the gradient sums of all ranks, `(W, 2C)`, or `(1, 2C)` where they are reduced.
-
-    Args:
-        sums: this rank's, `(2, C)`.
-        exchange: as in `gather_statistics`, like `what` and the errors.
-        what: the pass.
-    """
-    if exchange is None:
-        return sums.view(1, -1)
-    return exchange.combine(sums.flatten(), BACKWARD, what)
+def gather_rows(
+    values: Tensor, exchange: Exchange | None, direction: int, what: Fingerprint
+) -> Tensor:
+    """`Exchange.combine` of packed moments `(2 + 2C,)` or gradient sums `(2, C)`; alone, this rank's row."""
+    values = values.flatten()
+    return values.unsqueeze(0) if exchange is None else exchange.combine(values, direction, what)
 
 
 def sum_over_ranks(values: Tensor, exchange: Exchange | None, what: Fingerprint) -> Tensor:
@@ -67,7 +46,7 @@ def _sum_over_ranks(
 ) -> Tensor:
     exchange = exchange_of(resolve_process_group(cast(Any, group)))
     what = Fingerprint(layer, num_channels, dtype, needs_grad, serial)
-    total = add_rows(gather_grad_sums(values, exchange, what)).view_as(values)
+    total = add_rows(gather_rows(values, exchange, BACKWARD, what)).view_as(values)
     return total.clone() if total.data_ptr() == values.data_ptr() else total
 
 

@@ -79,8 +79,7 @@ def _forward(
 def _forward_shapes(
     x: Tensor, *_rest: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    channels = [x.new_empty(x.shape[1], dtype=stats_dtype(x.dtype)) for _ in range(3)]
-    mean, var, invstd = channels
+    mean, var, invstd = (x.new_empty(x.shape[1], dtype=stats_dtype(x.dtype)) for _ in range(3))
     total, counted = (x.new_empty((), dtype=torch.float64) for _ in range(2))
     return _empty_like(x), total, mean, var, invstd, counted
 

@@ -22,7 +22,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from inspect import isfunction, unwrap
 from types import FrameType
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -47,35 +47,22 @@ _COMPUTING = (_KEYS.FAKE, _KEYS.PROXY, _KEYS.FUNCTIONAL)
 _CALL_MODULE = nn.Module._call_impl.__code__
 
 
-class Recorded(NamedTuple):
-    """What the first run of a region records of one pass.
-
-    Attributes:
-        statistics: over all ranks, `(C,)` each; None where the pass is torch's own operation.
-    """
-
-    statistics: Stats | None
-
-
 class Pass:
     """A forward pass of a layer in a checkpointed region.
 
-    Attributes:
-        recorded: the pass that this one repeats; None the first time.
+    Args:
+        repeated: the pass that this one repeats; None the first time.
+        records: of the regions around it that run for the first time.
     """
 
-    __slots__ = ("_records", "recorded")
+    __slots__ = ("_records", "_repeated", "_statistics", "replaying")
 
-    def __init__(self, recorded: Recorded | None, records: list[list[Recorded]]) -> None:
-        self.recorded = recorded
-        self._records = records
-        if recorded is not None:
-            self._add(recorded)
-
-    @property
-    def replaying(self) -> bool:
-        """Whether this pass repeats an earlier one."""
-        return self.recorded is not None
+    def __init__(self, repeated: "Pass | None", records: "list[list[Pass]]") -> None:
+        self._statistics: Stats | None = None
+        self._repeated, self._records = repeated, records
+        self.replaying = repeated is not None
+        if repeated is not None:
+            self._add(repeated)
 
     def known(self, channels: int) -> Stats | None:
         """The statistics of the pass that this one repeats; None the first time.
@@ -83,9 +70,9 @@ class Pass:
         Raises:
             RuntimeError: that pass was of another layer.
         """
-        if self.recorded is None:
+        if self._repeated is None:
             return None
-        statistics = self.recorded.statistics
+        statistics = self._repeated._statistics
         if statistics is None or len(statistics.mean) != channels:
             raise RuntimeError(
                 "activation checkpointing replays a region whose synchronised layers ran in another order the first "
@@ -94,12 +81,13 @@ class Pass:
         return statistics
 
     def record(self, statistics: Stats | None) -> None:
-        """Keep a first pass's statistics for its replays; every first pass calls this once."""
-        self._add(Recorded(statistics))
+        """Keep a first pass's statistics, None of torch's own operation; every first pass calls this once."""
+        self._statistics = statistics
+        self._add(self)
 
-    def _add(self, recorded: Recorded) -> None:
+    def _add(self, one: "Pass") -> None:
         for records in self._records:
-            records.append(recorded)
+            records.append(one)
         self._records = []  # the graph of a pass keeps no other pass's statistics
 
 
@@ -116,29 +104,25 @@ def current() -> Pass | None:
     in_function = not _is_fwd_grad_enabled() or _current_graph_task_id() != -1
     if not in_function and _autograd._top_saved_tensors_default_hooks(True) is None:
         return None
-    first, recorded = _in_functions(sys._getframe(1)) if in_function else ([], None)
+    first, repeated = _in_functions(sys._getframe(1)) if in_function else ([], None)
     for pack in _pack_hooks():
         region, recomputed = _region_of(pack)
         if recomputed:
             # a backward pass that runs inside the region is replayed with it: both name the same pass
-            recorded = _next(region, pack, None)
+            repeated = _next(region, pack, None)
             break
         if region is not None:
             first.append(region)
-    if recorded is None and not first:
+    if repeated is None and not first:
         return None
-    return Pass(recorded, [_records(region) for region in first])
+    return Pass(repeated, [_records(region) for region in first])
 
 
-def _records(region: Any) -> list[Recorded]:
-    records = getattr(region, _RECORDS, None)
-    if records is None:
-        records = []
-        setattr(region, _RECORDS, records)
-    return records
+def _records(region: Any) -> list[Pass]:
+    return vars(region).setdefault(_RECORDS, [])
 
 
-def _next(region: Any, replay: Any, run: int | None) -> Recorded:
+def _next(region: Any, replay: Any, run: int | None) -> Pass:
     """The pass of `region` whose turn it is in a replay.
 
     Args:
@@ -193,7 +177,7 @@ def _region_of(pack: Any) -> tuple[_CheckpointFrame | None, bool]:
     return None, False
 
 
-def _in_functions(frame: FrameType | None) -> tuple[list[Any], Recorded | None]:
+def _in_functions(frame: FrameType | None) -> tuple[list[Any], Pass | None]:
     """The regions of autograd Functions around `frame`: those that run for the first time, and the pass replayed.
 
     The search ends at the first replay, and where a backward pass was started: what lies beyond does not call `frame`

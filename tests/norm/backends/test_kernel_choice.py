@@ -20,7 +20,6 @@ from syncbn.norm.backends import faster_alone, selected
 from syncbn.norm.backends.aten import AtenBackend
 from syncbn.norm.backends.base import Backend, NormArgs
 from syncbn.norm.backends.cpu import CpuBackend, CpuFallback
-from syncbn.norm.comm.fingerprint import FORWARD, Fingerprint
 from syncbn.norm.native import library
 
 compiled = pytest.mark.skipif(library() is None, reason="the native library was not built")
@@ -37,7 +36,6 @@ def _unforced(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def without_library(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(backends, "library", lambda: None)
     monkeypatch.setattr(native, "library", lambda: None)
-    monkeypatch.setattr(native, "_declared", native._declared.__wrapped__)
 
 
 @compiled
@@ -151,20 +149,6 @@ def test_native_code_leaves_to_aten_what_it_has_no_kernels_for():
     assert {type(backend) for backend in exotic} == {CpuFallback}
     for other in (x.as_subclass(Special), x.to("meta")):
         assert type(serving(other)) is AtenBackend
-
-
-WHAT = Fingerprint("bn", 3, torch.float32, True)
-
-
-def test_a_pass_among_ranks_leaves_an_exchange_to_its_caller_where_they_share_no_memory():
-    class Ranks:
-        def __init__(self, ring: int) -> None:
-            self.announce_native = lambda *what: (ring, repr(what).encode(), 7)
-
-    header = repr((FORWARD, 32, WHAT)).encode()
-    assert native._announced(None, FORWARD, 32, WHAT) == (0, b"", 0)
-    assert native._announced(Ranks(0), FORWARD, 32, WHAT) == (native._ELSEWHERE, header, 7)
-    assert native._announced(Ranks(64), FORWARD, 32, WHAT) == (64, header, 7)
 
 
 def test_triton_leaves_subclasses_and_tensors_without_memory_to_aten():

@@ -164,15 +164,16 @@ def test_a_world_of_one_is_plain_batch_norm_to_the_bit(world_size):
 
 @pytest.mark.world_size(2)
 def test_a_fork_of_a_rank_exchanges_in_none_of_its_groups_and_in_its_own(world_size):
-    groups = [dist.group.WORLD, dist.new_group()]
-    exchange_of(groups[0])
+    own = [dist.group.WORLD, dist.new_group()]
+    exchange_of(own[0])
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setattr(exchange, "_exchanges", weakref.WeakKeyDictionary())
-        monkeypatch.setattr(exchange, "_parents", None)
-        exchange_of(groups[0])
-        exchange._forked()
-        for group in groups:
+        monkeypatch.setattr(groups, "_parents", None)
+        exchange_of(own[0])
+        groups._forked()
+        exchange._exchanges.clear()
+        for group in own:
             with pytest.raises(RuntimeError, match="was forked from a rank and is none itself"):
                 exchange_of(group)
-        monkeypatch.setattr(exchange, "_parents", lambda: None)  # that group was left for another
-        assert exchange_of(groups[1]).world_size == world_size
+        monkeypatch.setattr(groups, "_parents", lambda: None)  # that group was left for another
+        assert exchange_of(own[1]).world_size == world_size

@@ -12,8 +12,8 @@ import torch.distributed as dist
 from syncbn.norm.comm import processes, rendezvous
 from syncbn.norm.comm.exchange import FORWARD, Fingerprint, exchange_of
 from syncbn.norm.comm.fingerprint import NAMED, RankLost, RanksDisagree, packed, text_of
-from syncbn.norm.comm.transports import shared_memory as shared
 from syncbn.norm.comm.transports.process_group import Group
+from syncbn.norm.native import library
 
 HEADER = packed(FORWARD, NAMED, 32, Fingerprint("bn", 3, torch.float32, True))
 
@@ -70,11 +70,6 @@ def test_a_transport_that_does_not_exist_is_refused_before_any_rank_is_waited_fo
         rendezvous.connect(Alone(), HEADER, 1)
 
 
-def test_a_library_without_exchanges_shares_no_memory(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(shared, "library", lambda: None)
-    assert shared._native.__wrapped__() is None
-
-
 def _gather(group):
     own = torch.full((3,), float(dist.get_rank()))
     gathered = exchange_of(group).gather(own, FORWARD, Fingerprint("bn", 3, own.dtype, True))
@@ -102,7 +97,7 @@ def _no_descriptors_left():
 def test_a_rank_out_of_descriptors_has_all_ranks_exchange_by_another_transport(world_size):
     group = dist.new_group()
     dist.barrier(group)  # its connections exist
-    shared._native()  # is loaded
+    library()  # is loaded
     if dist.get_rank() == 1:
         with _no_descriptors_left():
             _gather(group)

@@ -18,7 +18,7 @@ from syncbn.norm.comm.transports.shared_memory import SharedMemory
 from syncbn.norm.comm.transports.sockets import Sockets
 
 pytestmark = pytest.mark.skipif(
-    shared._native() is None, reason="the native library is not built: there is no shared memory"
+    shared.library() is None, reason="the native library is not built: there is no shared memory"
 )
 
 
@@ -130,7 +130,7 @@ def _num_memories():
 def test_ranks_that_cannot_share_memory_all_connect(world_size, obstacle):
     patch = pytest.MonkeyPatch()
     if obstacle == "library" and dist.get_rank() == 1:
-        patch.setattr(shared, "_native", lambda: None)
+        patch.setattr(shared, "library", lambda: None)
     elif obstacle == "kernel":
         patch.setattr(shared.os, "memfd_create", _no_space)
     elif obstacle == "full":
@@ -153,7 +153,7 @@ def _no_space(*_):
 @pytest.mark.world_size(2)
 def test_what_cannot_be_had_is_an_error_where_it_was_demanded(world_size):
     patch = pytest.MonkeyPatch()
-    patch.setattr(shared, "_native", lambda: None)
+    patch.setattr(shared, "library", lambda: None)
     try:
         with _exchanging_by("shared"), pytest.raises(RuntimeError, match="cannot share memory"):
             _gather(_group(), torch.ones(2))

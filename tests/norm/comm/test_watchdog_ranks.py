@@ -23,9 +23,9 @@ from syncbn.norm.comm import watchdog
 from syncbn.norm.comm.exchange import FORWARD, Fingerprint, exchange_of
 from syncbn.norm.comm.fingerprint import RankLost
 from syncbn.norm.comm.transports import process_group, sockets
-from syncbn.norm.comm.transports import shared_memory as shared
+from syncbn.norm.native import library
 
-WAYS = ["gloo", "sockets"] + ["shared"] * (shared._native() is not None)
+WAYS = ["gloo", "sockets"] + ["shared"] * (library() is not None)
 HERE = r"rank {} is in the forward of SyncBatchNorm 'bn' .sequence number \d, 3 channels, float32. "
 LOOK_S = 0.15
 """How often is looked: a process that is given no processor for three times as long seems to be blocked."""

@@ -171,9 +171,10 @@ def test_a_forked_child_does_not_speak_for_its_parent(world, monkeypatch):
     child = _Watchdog()
     child.start()
     child.stop()
-    child.forked()
+    child.__init__()  # as after a fork
     assert child._thread is None
     monkeypatch.setattr(watchdog, "_world_group", lambda: world)
+    monkeypatch.setattr(watchdog, "in_parents_group", lambda: True)
     monkeypatch.setattr(type(world), "size", lambda self: 2)
     assert child._reach() is None
 

@@ -99,6 +99,15 @@ def parameters_reduced_too(original: Any) -> Any:
     return backward_pass
 
 
+def backward_unreduced(original: Any) -> Any:
+    def gather_rows(values: Any, exchange: Any, direction: int, what: Any) -> Any:
+        from syncbn.norm.comm.fingerprint import BACKWARD
+
+        return original(values, None if direction == BACKWARD else exchange, direction, what)
+
+    return gather_rows
+
+
 def batches_left_out(original: Any) -> Any:
     def sum_over_ranks(values: Any, exchange: Any, what: Any) -> Any:
         from syncbn.norm.ops.autograd import is_transformed
@@ -145,8 +154,8 @@ MUTANTS: list[Mutant] = [
     *_on(
         ALL_PATHS[:3] + ALL_PATHS[4:],
         "no reduction in backward",
-        f"{NORM}.ops.collectives.gather_grad_sums",
-        lambda original: lambda sums, exchange, what: sums.view(1, -1),
+        f"{NORM}.ops.collectives.gather_rows",
+        backward_unreduced,
     ),
     *_on(
         ALL_PATHS,

@@ -171,9 +171,7 @@ def _update(running: Running, stats: Stats) -> None:
         aten.update(running, stats)
         return
     cumulative = running.momentum is None
-    assert not cumulative or running.num_batches_tracked is not None, (
-        "momentum=None needs num_batches_tracked"
-    )
+    assert not cumulative or running.num_batches_tracked is not None
     num_channels = running.mean.numel()
     at_once = min(VALUES_AT_ONCE, triton.next_power_of_2(num_channels))
     tensors = (*running[:3], stats.total, stats.mean, stats.var)

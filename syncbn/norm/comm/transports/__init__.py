@@ -1,4 +1,4 @@
-"""The transports by which an exchange reaches the other ranks."""
+"""The transports by which an exchange reaches the other ranks; `comm.rendezvous` chooses one for a group."""
 
 from typing import Protocol
 

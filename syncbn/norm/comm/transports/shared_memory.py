@@ -17,7 +17,6 @@ blocks, why the memory failed; then the slots.
 
 import contextlib
 import ctypes
-import functools
 import mmap
 import os
 import weakref
@@ -70,6 +69,11 @@ class Ring(ctypes.Structure):
     )
 
 
+_NO_RING = Ring()
+ELSEWHERE = ctypes.addressof(_NO_RING)
+"""A ring without slots: a native call returns before the exchange, which its caller does."""
+
+
 class SharedMemory:
     """A `Transport` over one mapping.
 
@@ -90,7 +94,7 @@ class SharedMemory:
         self.ring = Ring(group.rank, world_size, SLOT_BYTES, spin_ns, 0, *places)
         """What the library knows of the memory."""
         self.address = ctypes.addressof(self.ring)
-        native = _native()
+        native = library()
         assert native is not None, "the handshake saw to it"
         self._native = native
         weakref.finalize(self, _leave, self._words, group.rank, os.getpid())
@@ -102,7 +106,7 @@ class SharedMemory:
         Rank 0 makes nameless memory and tells where it can be opened; a rank that finds it there, signed by rank 0,
         is on the same machine.
         """
-        willing = willing and _native() is not None
+        willing = willing and library() is not None
         size = group.world_size * (_CONTROL_BYTES + 2 * SLOT_BYTES) + _FAILURE_BYTES
         secret = os.urandom(_SECRET_BYTES // 2).hex().encode()
         descriptor = _make(size, secret) if group.rank == 0 and willing else None
@@ -220,17 +224,3 @@ def _map(path: Path, size: int, secret: bytes) -> mmap.mmap | None:
         if memory[-_SIGNATURE_BYTES:].rstrip(b"\0") == secret + machine().encode():
             return memory
     return None
-
-
-@functools.cache
-def _native() -> ctypes.CDLL | None:
-    """The native library, where it has exchanges."""
-    found = library()
-    if not hasattr(found, "syncbn_exchange_publish"):
-        return None
-    assert found is not None
-    to = (_INT, _POINTER, _INT)
-    found.syncbn_exchange_publish.argtypes = (_POINTER, _INT, ctypes.c_char_p, _POINTER, _INT)
-    found.syncbn_exchange_wait.argtypes = (_POINTER, *to, _INT, _INT)
-    found.syncbn_exchange_fail.argtypes = (_POINTER, _INT, ctypes.c_char_p, _INT)
-    return found

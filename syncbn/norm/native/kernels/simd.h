@@ -108,9 +108,7 @@ INLINE bool store_both(Bfloat16* to, Floats first, Floats second) {
   _mm512_storeu_si512(to, _mm512_permutex2var_epi16((__m512i)rounded_up(first), upper, (__m512i)rounded_up(second)));
   return true;
 }
-#endif
 
-#if VECTOR_BYTES == 64
 INLINE Floats load_piece(const Float16* from) {
   return (Floats)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)from));
 }
