@@ -79,7 +79,7 @@ MUTANTS: list[Mutant] = [
         "a pass recorded in the innermost region alone",
         f"{TRAINS}[2-ranks-megatron_in_non_reentrant-False-True-shared]",
         aim=f"{RECOMPUTE}.Pass.__init__",
-        by=lambda original: lambda self, recorded, records: original(self, recorded, records[:1]),
+        by=lambda original: lambda self, repeated, records: original(self, repeated, records[:1]),
     ),
     Replaced(
         "operations of a pass counted by selective checkpointing",

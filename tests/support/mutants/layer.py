@@ -235,7 +235,7 @@ MUTANTS: list[Mutant] = [
         "operands that do not fit unchecked",
         f"{TESTS}/test_module.py::test_a_parameter_of_another_size_than_the_channels_is_refused",
         aim=f"{NORM}.ops.autograd._check_fit",
-        by=lambda original: lambda args, exchange, *like_x: None,
+        by=lambda original: lambda args, exchange, running, *like_x: None,
     ),
     Replaced(
         "lazily negated views read at their address",
