@@ -12,6 +12,7 @@ from typing import Any
 
 from syncbn.config import ARMS, PROBES, Config, StudyConfig
 from syncbn.errors import UsageError
+from syncbn.registry import DATA, MODELS, OPTIMIZERS, REGISTRIES, TASKS, Registry
 from syncbn.study_checks import complaints
 
 
@@ -21,11 +22,26 @@ class Check:
 
     key: str
     passes: Callable[[Any], bool]
-    allowed: str
+    allowed: object
 
 
 def _one_of(key: str, *names: str) -> Check:
     return Check(key, lambda value: value in names, "one of " + ", ".join(names))
+
+
+def _registered(registry: Registry) -> Check:
+    """The name that a group chooses; the words for what is allowed are those of the names known when it is read."""
+    return Check(f"{registry.group}.name", lambda name: name in registry.names(), _Names(registry))
+
+
+class _Names:
+    """The names of a registry in words."""
+
+    def __init__(self, registry: Registry) -> None:
+        self._registry = registry
+
+    def __str__(self) -> str:
+        return f"one of {', '.join(self._registry.names())}"
 
 
 def _whole(key: str, least: int) -> Check:
@@ -56,7 +72,7 @@ def is_folder_name(text: str) -> bool:
 CHECKS = (
     Check("name", is_folder_name, "one folder name of letters, digits, '.', '_' and '-'"),
     _whole("seed", 0),
-    _one_of("model.name", "mlp", "cnn", "vgg", "torchvision"),
+    _registered(MODELS),
     _one_of("model.activation", "relu", "sigmoid", "tanh", "silu"),
     _one_of("model.init", "default", "normal"),
     _one_of("model.placement", "pre", "post", "input"),
@@ -64,9 +80,7 @@ CHECKS = (
     _whole("model.width", 1),
     Check("model.dropout", lambda share: 0 <= share < 1, "a number from 0 to below 1"),
     Check("model.hidden", lambda widths: all(w >= 1 for w in widths), "whole numbers >= 1"),
-    _one_of(
-        "data.name", "digits", "mnist", "fashion_mnist", "cifar10", "image_folder", "synthetic"
-    ),
+    _registered(DATA),
     _whole("data.limit", 1),
     Check("data.validation", lambda share: 0 <= share < 1, "a number from 0 to below 1"),
     _whole("data.image_size", 1),
@@ -74,13 +88,16 @@ CHECKS = (
     _whole("data.num_classes", 2),
     _whole("data.num_samples", 1),
     _whole("data.num_loaders", 0),
+    _registered(TASKS),
+    Check("task.label_smoothing", lambda share: 0 <= share < 1, "a number from 0 to below 1"),
+    _whole("task.top", 1),
     _one_of("norm.name", *ARMS),
     _whole("norm.group_size", 1),
     _whole("norm.num_groups", 1),
     _whole("norm.ghost_size", 2),
     _between("norm.momentum", 0.0, 1.0),
     _positive("norm.eps"),
-    _one_of("optim.name", "sgd", "adam", "adamw"),
+    _registered(OPTIMIZERS),
     _positive("optim.lr"),
     Check("optim.momentum", lambda share: 0 <= share < 1, "a number from 0 to below 1"),
     Check(
@@ -144,6 +161,15 @@ def check(cfg: Config) -> None:
         value = _value(cfg, row.key)
         if not row.passes(value):
             raise UsageError(f"{row.key}={value!r} is not allowed: {row.allowed}")
+    for group, registry in REGISTRIES.items():
+        chosen = getattr(cfg, group)
+        entry = registry.find(chosen.name)
+        if entry is not None:
+            entry.keywords(chosen)
+        elif chosen.options:
+            raise UsageError(
+                f"{group}.options is not allowed with {group}={chosen.name}, which has keys of its own"
+            )
     for complaint in _across_keys(cfg):
         raise UsageError(complaint)
     if cfg.study is not None:
@@ -157,8 +183,9 @@ def check(cfg: Config) -> None:
 
 def _across_keys(cfg: Config) -> Iterator[str]:
     """Complaints about keys that are each fine alone."""
-    if cfg.model.name == "torchvision" and cfg.model.arch is None:
-        yield "model=torchvision needs model.arch, the name of a torchvision classification model"
+    if cfg.model.name in ("torchvision", "timm") and cfg.model.arch is None:
+        name = cfg.model.name
+        yield f"model={name} needs model.arch, the name of a {name} classification model"
     yield from _no_part_of_the_model(cfg)
     if cfg.optim.nesterov and not cfg.optim.momentum:
         yield "optim.nesterov=True needs optim.momentum > 0"
@@ -189,7 +216,7 @@ def _no_part_of_the_model(cfg: Config) -> Iterator[str]:
     name = cfg.model.name
     if cfg.model.lrn and name not in ("cnn", "vgg"):
         yield f"model.lrn=True is not allowed with model.name={name}: one of cnn, vgg"
-    if cfg.model.dropout and name == "torchvision":
+    if cfg.model.dropout and name not in ("mlp", "cnn", "vgg"):
         yield (
             f"model.dropout={cfg.model.dropout:g} is not allowed with model.name={name}, whose networks bring "
             "their own: one of mlp, cnn, vgg"

@@ -23,6 +23,8 @@ from omegaconf.errors import OmegaConfBaseException
 from syncbn.checks import check
 from syncbn.config import Config, RunConfig
 from syncbn.errors import UsageError
+from syncbn.extensions import load_extensions
+from syncbn.registry import REGISTRIES
 
 ENV_ALLOWED = ("HOME", "USER", "TMPDIR", "SYNCBN_DATA_ROOT")
 """Environment variables that a config may read through `${oc.env:NAME}`."""
@@ -49,6 +51,8 @@ def compose(overrides: Sequence[str] = ()) -> Config:
         raise UsageError(
             f"no config.yaml in {folder}: set SYNCBN_CONF to the project's conf/ folder"
         )
+    load_extensions(_named_extensions(overrides, folder))
+    _offer_registered()
     try:
         with initialize_config_dir(str(folder), version_base="1.3"):
             tree = hydra_compose("config", overrides=list(overrides))
@@ -59,6 +63,34 @@ def compose(overrides: Sequence[str] = ()) -> Config:
     assert isinstance(cfg, Config)
     check(cfg)
     return cfg
+
+
+def _named_extensions(overrides: Sequence[str], folder: Path) -> list[str]:
+    """The extensions of a job: those of the last override that names them, else those of the config itself."""
+    named = [
+        value for key, _, value in (o.partition("=") for o in overrides) if key == "extensions"
+    ]
+    try:
+        given = yaml.safe_load(named[-1]) if named else _own_extensions(folder)
+    except (yaml.YAMLError, OmegaConfBaseException) as error:
+        raise UsageError(_one_line(error)) from error
+    given = [] if given is None else given
+    if not isinstance(given, list) or not all(isinstance(name, str) for name in given):
+        raise UsageError(f"extensions={given!r} is not allowed: a list of module names, as [mine]")
+    return given
+
+
+def _own_extensions(folder: Path) -> Any:
+    tree = OmegaConf.load(folder / "config.yaml")
+    return OmegaConf.select(tree, "extensions") if isinstance(tree, DictConfig) else None
+
+
+def _offer_registered() -> None:
+    """Let every registered name be chosen in its group without a file of its own."""
+    for group, registry in REGISTRIES.items():
+        for entry in registry.extensions():
+            node = {"name": entry.name, "options": entry.defaults}
+            ConfigStore.instance().store(group=group, name=entry.name, node=node)
 
 
 def vary(cfg: Config, overrides: Sequence[str]) -> RunConfig:
@@ -75,7 +107,10 @@ def vary(cfg: Config, overrides: Sequence[str]) -> RunConfig:
         for override in overrides:
             key, value = override.split("=", 1)
             if (config_folder() / key).is_dir():
-                tree[key] = OmegaConf.merge(tree[key], _group(key, value))
+                chosen = _group(key, value)
+                if key in REGISTRIES and chosen.get("name") != tree[key].name:
+                    tree[key].options = {}  # those of another function
+                tree[key] = OmegaConf.merge(tree[key], chosen)
             else:
                 tree.merge_with_dotlist([override])
         varied = OmegaConf.to_object(tree)
@@ -93,8 +128,13 @@ def _group(group: str, option: str) -> DictConfig:
         UsageError: there is none; names those there are.
     """
     path = config_folder() / group / f"{option}.yaml"
+    entry = REGISTRIES[group].find(option) if group in REGISTRIES else None
+    if entry is not None and not path.is_file():
+        return OmegaConf.create({"name": entry.name, "options": entry.defaults})
     if not path.is_file():
-        options = ", ".join(sorted(file.stem for file in path.parent.glob("*.yaml")))
+        files = sorted(file.stem for file in path.parent.glob("*.yaml"))
+        registered = REGISTRIES[group].extensions() if group in REGISTRIES else []
+        options = ", ".join([*files, *(entry.name for entry in registered)])
         raise UsageError(f"{group}={option} is not allowed: one of {options}")
     tree = OmegaConf.load(path)
     assert isinstance(tree, DictConfig)
@@ -133,8 +173,19 @@ def _one_line(error: Exception) -> str:
     text = str(error) if cause is None else f"{error}: {cause}"
     lines = [line.strip() for line in text.split("Config search path")[0].splitlines()]
     text = " ".join(line for line in lines if not line.startswith(("full_key:", "object_type=")))
+    option = re.search(r"Could not override '(\w+)\.options\.(\w+)'", text)
+    if option:
+        return f"{option[0][20:-1]} is no option of what {option[1]}= chooses{_options_like(*option.groups())}"
     unknown = re.search(r"Could not override '([^']+)'|Key '([^']+)'", text)
     return text.strip() + (_did_you_mean(unknown.group(1) or unknown.group(2)) if unknown else "")
+
+
+def _options_like(group: str, wrong: str) -> str:
+    """The nearest option of what extensions have registered in `group`, or all of them."""
+    known = [o for entry in REGISTRIES[group].extensions() for o in entry.defaults]
+    near = difflib.get_close_matches(wrong, known, n=1)
+    hint = f"; did you mean {near[0]!r}?" if near else f": one of {', '.join(known)}"
+    return hint if known else ""
 
 
 def _did_you_mean(key: str) -> str:

@@ -7,7 +7,6 @@ because in the arm without a norm they are needed.
 
 import difflib
 from collections import OrderedDict
-from collections.abc import Callable
 from itertools import pairwise
 
 import torch
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 
 from syncbn.config import ModelConfig
 from syncbn.errors import UsageError
+from syncbn.registry import MODELS
 
 Shape = tuple[int, int, int]
 """(C, H, W) of one image."""
@@ -33,14 +33,34 @@ def build_model(cfg: ModelConfig, shape: Shape, num_classes: int, seed: int) -> 
     Its weights are decided by `seed` alone; the global random state is left as it was.
 
     Raises:
-        UsageError: an unknown torchvision architecture, or one that cannot take these images.
+        UsageError: an unknown architecture, or a model that cannot take these images; see `Entry.keywords`.
     """
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
-        model = MODELS[cfg.name](cfg, shape, num_classes)
+        entry = MODELS[cfg.name]
+        model = entry.build(shape, num_classes, **entry.keywords(cfg))
+        if not isinstance(model, nn.Module):
+            raise UsageError(
+                f"model={cfg.name} is a {type(model).__name__}: it must be a torch.nn.Module"
+            )
         if cfg.init == "normal":
             init_normal(model, cfg.init_std)
+        if cfg.name not in MODELS.built_in:
+            _try_out(model, cfg.name, shape)
     return model
+
+
+def _try_out(model: nn.Module, name: str, shape: Shape) -> None:
+    """Raise `UsageError` where an extension's model does not take inputs of `shape`; no statistics move."""
+    model.eval()
+    try:
+        with torch.no_grad():
+            model(torch.zeros(2, *shape))
+    except (RuntimeError, ValueError, TypeError) as error:
+        raise UsageError(
+            f"model={name} cannot take inputs of shape {tuple(shape)}: {str(error).splitlines()[0]}"
+        ) from error
+    model.train()
 
 
 def init_normal(model: nn.Module, std: float) -> None:
@@ -89,10 +109,11 @@ def _norm(affine: nn.Linear | nn.Conv2d, on_input: bool) -> nn.Module:
     return nn.BatchNorm2d(affine.in_channels if on_input else affine.out_channels)
 
 
+@MODELS.register("mlp")
 class MLP(nn.Module):
     """Fully connected layers: `hidden` (one `hidden_layer` each), then `output`, linear."""
 
-    def __init__(self, cfg: ModelConfig, shape: Shape, num_classes: int) -> None:
+    def __init__(self, shape: Shape, num_classes: int, *, cfg: ModelConfig) -> None:
         super().__init__()
         channels, height, width = shape
         sizes = [channels * height * width, *cfg.hidden]
@@ -119,7 +140,8 @@ class ConvNet(nn.Module):
         return self.output(self.hidden(images).mean((2, 3)))
 
 
-def build_cnn(cfg: ModelConfig, shape: Shape, num_classes: int) -> nn.Module:
+@MODELS.register("cnn")
+def build_cnn(shape: Shape, num_classes: int, *, cfg: ModelConfig) -> nn.Module:
     """Three 3x3 convolutions of width, 2 width and 4 width channels; the second and third halve the image."""
     channels = [shape[0], cfg.width, 2 * cfg.width, 4 * cfg.width]
     layers = [
@@ -129,7 +151,8 @@ def build_cnn(cfg: ModelConfig, shape: Shape, num_classes: int) -> nn.Module:
     return ConvNet(nn.Sequential(*layers), channels[-1], num_classes)
 
 
-def build_vgg(cfg: ModelConfig, shape: Shape, num_classes: int) -> nn.Module:
+@MODELS.register("vgg")
+def build_vgg(shape: Shape, num_classes: int, *, cfg: ModelConfig) -> nn.Module:
     """Three stages of two 3x3 convolutions and a pooling; width, 2 width, 4 width channels.
 
     The pattern of Simonyan & Zisserman (2015) at the depth that suits images of 8 to 64 pixels.
@@ -148,7 +171,8 @@ def _convolution(cfg: ModelConfig, fan_in: int, fan_out: int, stride: int = 1) -
     return hidden_layer(cfg, affine)
 
 
-def build_torchvision(cfg: ModelConfig, shape: Shape, num_classes: int) -> nn.Module:
+@MODELS.register("torchvision")
+def build_torchvision(shape: Shape, num_classes: int, *, cfg: ModelConfig) -> nn.Module:
     """Torchvision's classification model `cfg.arch`, without trained weights and without auxiliary outputs."""
     from torchvision import models
 
@@ -168,10 +192,20 @@ def build_torchvision(cfg: ModelConfig, shape: Shape, num_classes: int) -> nn.Mo
     return models.get_model(cfg.arch, weights=None, num_classes=num_classes, **options)
 
 
-MODELS: dict[str, Callable[[ModelConfig, Shape, int], nn.Module]] = {
-    "mlp": MLP,
-    "cnn": build_cnn,
-    "vgg": build_vgg,
-    "torchvision": build_torchvision,
-}
-"""What builds the model of a name; random numbers come from torch's default CPU generator."""
+@MODELS.register("timm")
+def build_timm(shape: Shape, num_classes: int, *, cfg: ModelConfig) -> nn.Module:
+    """Timm's model `cfg.arch` for images of `shape`, without trained weights."""
+    try:
+        import timm
+    except ImportError as error:
+        raise UsageError(
+            "model=timm needs timm, which is not installed: pip install timm"
+        ) from error
+    assert cfg.arch is not None
+    if not timm.is_model(cfg.arch):
+        close = timm.list_models(f"*{cfg.arch}*")[:5] or difflib.get_close_matches(
+            cfg.arch, timm.list_models(), n=5, cutoff=0.4
+        )
+        hint = f"; did you mean {', '.join(close)}?" if close else ""
+        raise UsageError(f"model.arch={cfg.arch} is not a model of timm{hint}")
+    return timm.create_model(cfg.arch, num_classes=num_classes, in_chans=shape[0])

@@ -16,6 +16,7 @@ from syncbn.config.run import (
     OptimConfig,
     ProbeConfig,
     RunConfig,
+    TaskConfig,
     TrackingConfig,
     TrainConfig,
 )
@@ -47,6 +48,7 @@ __all__ = [
     "RunConfig",
     "StudyConfig",
     "TargetConfig",
+    "TaskConfig",
     "TrackingConfig",
     "TrainConfig",
     "TuneConfig",

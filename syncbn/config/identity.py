@@ -9,9 +9,9 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
-from syncbn.config.run import RunConfig
+from syncbn.config.run import RunConfig, TaskConfig
 
-_NOT_IN_HASH = {"name", "runs_dir", "tracking", "study"}
+_NOT_IN_HASH = {"name", "runs_dir", "tracking", "study", "extensions"}
 _NOT_IN_HASH_OF = {
     "data": {"root", "download", "num_loaders"},
     "train": {"resume", "progress", "checkpoint_every", "time_limit_s"},
@@ -36,7 +36,19 @@ def identity_of(config: Mapping[str, Any]) -> dict[str, Any]:
     tree = {key: value for key, value in config.items() if key not in _NOT_IN_HASH}
     for group, left_out in _NOT_IN_HASH_OF.items():
         tree[group] = {key: value for key, value in tree[group].items() if key not in left_out}
-    return tree
+    return _without_defaults(tree)
+
+
+def _without_defaults(tree: dict[str, Any]) -> dict[str, Any]:
+    """`tree` without keys that came later than the first hashes and say nothing: those runs keep their hash."""
+    if tree.get("task") == asdict(TaskConfig()):
+        tree = {key: value for key, value in tree.items() if key != "task"}
+    return {
+        group: {k: v for k, v in value.items() if k != "options" or v}
+        if isinstance(value, Mapping)
+        else value
+        for group, value in tree.items()
+    }
 
 
 def config_hash(cfg: RunConfig) -> str:

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 PROBES = (
     "quantiles",
@@ -32,7 +33,7 @@ class ModelConfig:
     """Which network is trained. Fields that a model does not use are left at their defaults."""
 
     name: str = "mlp"
-    """`mlp`, `cnn`, `vgg` or `torchvision`."""
+    """`mlp`, `cnn`, `vgg`, `torchvision`, `timm`, or a model of an extension."""
     hidden: list[int] = field(default_factory=lambda: [100, 100])
     """Widths of the MLP's hidden layers."""
     activation: str = "relu"
@@ -49,7 +50,9 @@ class ModelConfig:
     lrn: bool = False
     """Local response normalisation after each activation, as in AlexNet (cnn, vgg)."""
     arch: str | None = None
-    """torchvision classification model by name, e.g. `resnet18` (torchvision)."""
+    """Classification model by name, e.g. `resnet18` (torchvision, timm)."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """What an extension's model takes by keyword."""
 
 
 @dataclass
@@ -57,7 +60,7 @@ class DataConfig:
     """Which images, from where, and how they are prepared."""
 
     name: str = "digits"
-    """`digits`, `mnist`, `fashion_mnist`, `cifar10`, `image_folder` or `synthetic`."""
+    """`digits`, `mnist`, `fashion_mnist`, `cifar10`, `image_folder`, `synthetic`, or a data set of an extension."""
     root: str = "data"
     """Folder that holds the data set in torchvision's layout; `digits` and `synthetic` need none."""
     download: bool = False
@@ -79,7 +82,23 @@ class DataConfig:
     num_samples: int = 1024
     """Training samples (synthetic)."""
     num_loaders: int = 0
-    """Processes that decode images beside each rank (image_folder)."""
+    """Processes that load samples beside each rank (image_folder, data sets of extensions)."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """What an extension's data set takes by keyword."""
+
+
+@dataclass
+class TaskConfig:
+    """What is optimised and measured."""
+
+    name: str = "classification"
+    """`classification`, `regression`, or a task of an extension."""
+    label_smoothing: float = 0.0
+    """Share of a target that is spread over all classes in the training loss (classification)."""
+    top: int = 1
+    """Also measure how often the class is not among the `top` largest logits (classification)."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """What an extension's task takes by keyword."""
 
 
 @dataclass
@@ -103,7 +122,7 @@ class OptimConfig:
     """The optimiser and its learning-rate schedule."""
 
     name: str = "sgd"
-    """`sgd`, `adam` or `adamw`."""
+    """`sgd`, `adam`, `adamw`, or an optimiser of an extension."""
     lr: float = 0.05
     momentum: float = 0.9
     nesterov: bool = False
@@ -124,6 +143,8 @@ class OptimConfig:
     base_batch: int = 256
     clip_norm: float | None = None
     """Largest global gradient norm, applied to the reduced gradient."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """What an extension's optimiser takes by keyword."""
 
 
 @dataclass
@@ -221,8 +242,11 @@ class RunConfig:
     """The run's folder under runs_dir: one plain folder name."""
     seed: int = 0
     runs_dir: str = "runs"
+    extensions: list[str] = field(default_factory=list)
+    """Modules to import in every process, which register models, data sets, tasks and optimisers of one's own."""
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
+    task: TaskConfig = field(default_factory=TaskConfig)
     norm: NormConfig = field(default_factory=NormConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)

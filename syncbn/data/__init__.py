@@ -16,9 +16,10 @@ from syncbn.config import DataConfig
 from syncbn.data.augment import Augment
 from syncbn.data.embedded import read_digits, read_synthetic
 from syncbn.data.folder import read_image_folder
+from syncbn.data.registered import read_registered
 from syncbn.data.source import Source, Split
 from syncbn.data.torchvision_sets import read_cifar10, read_fashion_mnist, read_mnist
-from syncbn.errors import DataError
+from syncbn.errors import DataError, UsageError
 
 __all__ = ["DataSets", "Split", "kept_in_memory", "load_data"]
 
@@ -80,14 +81,21 @@ _kept: dict[str, DataSets] | None = None
 
 
 def _load(cfg: DataConfig, seed: int) -> DataSets:
-    source = READERS[cfg.name](cfg, seed)
-    for part, samples in (("training", source.train), ("test", source.test)):
-        _check_labels(samples.labels, source.num_classes, f"{cfg.name}: {part}")
+    if cfg.name in READERS:
+        source = READERS[cfg.name](cfg, seed)
+        for part, samples in (("training", source.train), ("test", source.test)):
+            _check_labels(samples.labels, source.num_classes, f"{cfg.name}: {part}")
+    else:
+        source = read_registered(cfg)
     train, test = source.train, source.test
     if cfg.limit is not None or cfg.validation:
-        kept, held_out = hold_out(len(train.labels), cfg.validation, cfg.limit)
+        kept, held_out = hold_out(len(train), cfg.validation, cfg.limit)
         train = source.train.take(kept)
         test = source.train.take(held_out) if cfg.validation else source.test
+    if cfg.augment and cfg.name not in READERS:
+        raise UsageError(
+            f"data.augment=true is not allowed with data={cfg.name}: an extension varies its images itself"
+        )
     augment = Augment(seed, source.mirrors) if cfg.augment else None
     return DataSets(train.split(augment), test.split(None), source.num_classes, source.shape)
 

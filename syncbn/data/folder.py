@@ -50,6 +50,9 @@ class FileSamples:
     binarize: bool
     num_loaders: int
 
+    def __len__(self) -> int:
+        return len(self.labels)
+
     def take(self, indices: Tensor) -> "FileSamples":
         """The samples at `indices`."""
         files = tuple(self.files[i] for i in indices.tolist())

@@ -48,6 +48,10 @@ class Split(Protocol):
 class Samples(Protocol):
     """Labelled raw images, before anything is chosen among them or done to them."""
 
+    def __len__(self) -> int:
+        """Number of samples."""
+        ...
+
     @property
     def labels(self) -> Tensor:
         """int64 (N,)."""
@@ -87,6 +91,9 @@ class TensorSamples:
     images: Tensor
     labels: Tensor
     prepare: Callable[[Tensor], Tensor]
+
+    def __len__(self) -> int:
+        return len(self.labels)
 
     def take(self, indices: Tensor) -> "TensorSamples":
         """The samples at `indices`, copied."""

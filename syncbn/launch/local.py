@@ -18,6 +18,7 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from syncbn.compare.study.queue import run_trials
 from syncbn.config import Config, RunConfig
+from syncbn.extensions import load_extensions
 from syncbn.launch.children import after_signal, failure, reports_in, told
 from syncbn.launch.outcomes import lost_ranks_named
 from syncbn.launch.rank import run_rank
@@ -99,6 +100,7 @@ def _rank(cfg: RunConfig, work: Work) -> Any:
 
 
 def _work(cfg: RunConfig, work: Work) -> Any:
+    load_extensions(cfg.extensions)
     runtime = from_environment(cfg)
     try:
         with lost_ranks_named():

@@ -20,6 +20,7 @@ from ray.train.torch import TorchTrainer
 
 from syncbn.config import Config
 from syncbn.errors import InfrastructureError, RankFailed, SyncbnError, exit_code
+from syncbn.extensions import load_extensions
 from syncbn.launch.outcomes import LOST, kind, lost_ranks_named
 from syncbn.launch.ray_progress import progress_of
 from syncbn.launch.ray_stop import signals_written_to, stopping_on
@@ -72,6 +73,7 @@ def _rank(config: dict[str, Any]) -> Any:
     """What each worker runs."""
     cfg: Config = config["cfg"]
     try:
+        load_extensions(cfg.extensions)
         with stopping_on(config["stop_file"]), lost_ranks_named():
             return config["work"](cfg, from_ray(cfg))
     except Exception as error:

@@ -1,14 +1,15 @@
 """Measuring a model on a split that all ranks share out, with the statistics its arm prescribes."""
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
 
-from syncbn.data import Split
-from syncbn.errors import NonFinite
+from syncbn.errors import NonFinite, UsageError
 from syncbn.norm import RanksDisagree
 from syncbn.runtime.base import Runtime
+from syncbn.tasks import Task
 
 
 def settle_buffers(model: nn.Module, arm: str, runtime: Runtime) -> None:
@@ -45,35 +46,48 @@ def _refuse_differing(differs: dict[str, bool], runtime: Runtime) -> None:
 
 @torch.no_grad()
 def evaluate(
-    model: nn.Module, split: Split, runtime: Runtime, batch: int, dtype: torch.dtype
+    model: nn.Module,
+    task: Task,
+    batches: Iterable[tuple[Tensor, Tensor]],
+    runtime: Runtime,
+    dtype: torch.dtype,
 ) -> dict[str, float]:
-    """`test_loss` (mean cross-entropy) and `test_error` (a fraction) of `model` on all of `split`.
+    """The measures of `task` for `model` over all ranks' `batches`, as `test_<name>`: `test_loss` and others.
 
-    Each rank takes every W-th sample; the sums are exact whatever the world size, since counts are summed too.
+    Sums and the number of samples are added over ranks, so that the means are exact however unevenly samples are
+    shared; a rank without any has one empty batch.
 
     Raises:
         NonFinite: the loss is NaN or infinite.
+        UsageError: neither `loss` nor the measure that decides is among the task's.
     """
     model.eval()
-    totals = torch.zeros(3, dtype=torch.float64, device=runtime.device)
-    for x, y in split.batches(_own_batches(len(split), runtime, batch)):
-        logits = model(x.to(runtime.device, dtype))
+    names: list[str] = []
+    totals = torch.zeros((), dtype=torch.float64, device=runtime.device)
+    for x, y in batches:
         y = y.to(runtime.device)
-        totals += torch.stack(_sums(logits, y))
+        found = task.measures(model(x.to(runtime.device, dtype)), y)
+        count = torch.tensor(float(task.num_samples(y)), device=runtime.device)
+        names = list(found)
+        totals = totals + torch.stack([value.double() for value in (*found.values(), count)])
     model.train()
-    loss, wrong, count = runtime.sum(totals).tolist()
-    if loss != loss or loss in (float("inf"), float("-inf")):
+    *sums, num_samples = runtime.sum(totals).tolist()
+    means = {name: value / num_samples for name, value in zip(names, sums, strict=True)}
+    _check_measures(task, means)
+    return {f"test_{name}": value for name, value in means.items()}
+
+
+def _check_measures(task: Task, means: dict[str, float]) -> None:
+    for needed in ("loss", task.decides):
+        if needed not in means:
+            raise UsageError(
+                f"{type(task).__name__}.measures gives {', '.join(means)}: {needed!r} must be among them"
+            )
+    if not math.isfinite(means["loss"]):
         raise NonFinite("the test loss is not finite: the model has diverged, lower optim.lr")
-    return {"test_loss": loss / count, "test_error": wrong / count}
 
 
-def _own_batches(num_samples: int, runtime: Runtime, batch: int) -> Iterator[Tensor]:
+def own_batches(num_samples: int, runtime: Runtime, batch: int) -> Iterator[Tensor]:
+    """The samples that this rank evaluates, every W-th, in batches of indices; one empty batch where it has none."""
     own = torch.arange(num_samples)[runtime.rank :: runtime.world_size]
     yield from own.split(batch)
-
-
-def _sums(logits: Tensor, y: Tensor) -> list[Tensor]:
-    """Summed loss, number of errors and number of samples, in float64."""
-    loss = nn.functional.cross_entropy(logits.double(), y, reduction="sum")
-    wrong = (logits.argmax(1) != y).sum()
-    return [loss, wrong.double(), torch.tensor(float(len(y)), dtype=torch.float64, device=y.device)]

@@ -6,6 +6,7 @@ are reduced; and whether to go on is decided only where ranks agree (`Agreement`
 """
 
 import time
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +19,7 @@ from syncbn.probes import Batch
 from syncbn.runtime.base import Runtime
 from syncbn.tracking import Tracker
 from syncbn.train.agreement import Agreement
-from syncbn.train.evaluation import evaluate, settle_buffers
+from syncbn.train.evaluation import evaluate, own_batches, settle_buffers
 from syncbn.train.progress import Advance, progress
 from syncbn.train.state import State, build, checkpoint, resume
 from syncbn.train.stopping import StopRequest, stop_on_signals
@@ -154,8 +155,9 @@ class _Loop:
     def _measure(self) -> None:
         state, cfg = self.state, self.state.cfg
         settle_buffers(state.model, cfg.norm.name, state.runtime)
+        batches = own_batches(len(state.sets.test), state.runtime, cfg.train.eval_batch)
         measured = evaluate(
-            state.model, state.sets.test, state.runtime, cfg.train.eval_batch, state.dtype
+            state.model, state.task, state.sets.test.batches(batches), state.runtime, state.dtype
         )
         state.standing.measured, state.standing.measured_at = measured, state.step
         self.tracker.metrics(state.step, measured)
@@ -165,9 +167,10 @@ class _Loop:
         checkpoint(self.state, self.tracker)
 
     def _good_enough(self) -> bool:
-        """Whether the target is reached, or patience with the test error is at an end."""
+        """Whether the target is reached, or patience with the measure that decides is at an end."""
         train, standing = self.state.cfg.train, self.state.standing
-        error = standing.measured["test_error"]
+        error = standing.measured[f"test_{self.state.task.decides}"]
+        error = error if self.state.task.lower_is_better else -error
         standing.evaluations_since_best += 1
         if error < standing.best_error:
             standing.best_error, standing.evaluations_since_best = error, 0
@@ -178,12 +181,12 @@ class _Loop:
 
 def _backward(state: State, global_batch: int, x: Tensor, y: Tensor) -> Tensor:
     """Leave the gradient of the global mean loss in `.grad`; this rank's share of that loss, `()`."""
-    share = nn.functional.cross_entropy(_logits(state, x), y, reduction="sum") / global_batch
+    share = state.task.loss(_outputs(state, x), y) / global_batch
     (share * state.runtime.world_size).backward()
     return share
 
 
-def _logits(state: State, x: Tensor) -> Tensor:
+def _outputs(state: State, x: Tensor) -> Any:
     """The network's outputs in training; whether a norm gets too few values shows here for networks with poolings.
 
     Raises:

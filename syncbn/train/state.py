@@ -27,6 +27,7 @@ from syncbn.probes import Probes, View
 from syncbn.provenance import git_revision, versions
 from syncbn.runtime.base import Runtime
 from syncbn.sampling import SampleStream, rank_share
+from syncbn.tasks import Task, build_task
 from syncbn.tracking import Tracker
 from syncbn.tracking.redact import redact
 from syncbn.train.evaluation import settle_buffers
@@ -44,6 +45,7 @@ class Standing:
     measured_at: int = -1
     """The step of the last evaluation."""
     best_error: float = math.inf
+    """The best value of the measure that the task decides by."""
     evaluations_since_best: int = 0
     seconds: float = 0.0
     """Wall time of the loop and its evaluations, over all attempts."""
@@ -63,6 +65,7 @@ class State:
     """The network itself; `wrapped` is the same with gradients averaged over ranks."""
     wrapped: nn.Module
     optimizer: Optimizer
+    task: Task
     probes: Probes
     step: int = 0
     """Optimiser steps done."""
@@ -100,6 +103,7 @@ def build(cfg: RunConfig, runtime: Runtime) -> State:
             f"norm={cfg.norm.name} with launcher.num_workers={cfg.launcher.num_workers} trains on "
             f"{cfg.num_ranks} rank(s), but {runtime.world_size} were started"
         )
+    task = build_task(cfg.task)
     sets = load_data(cfg.data, cfg.seed)
     labels = sets.train.labels if cfg.train.shares == "by_class" else None
     stream = SampleStream(len(sets.train), cfg.global_batch, cfg.seed, cfg.train.drop_last, labels)
@@ -112,7 +116,9 @@ def build(cfg: RunConfig, runtime: Runtime) -> State:
     optimizer = build_optimizer(model, cfg.optim)
     steady = Lockstep(model, sets.num_classes) if cfg.norm.name == "sync_group" else model
     probes = Probes(View(cfg, runtime, sets, stream, model))
-    return State(cfg, runtime, sets, stream, model, _wrapped(steady, runtime), optimizer, probes)
+    return State(
+        cfg, runtime, sets, stream, model, _wrapped(steady, runtime), optimizer, task, probes
+    )
 
 
 def _leave_alone(model: nn.Module) -> None:

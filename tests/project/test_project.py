@@ -74,6 +74,7 @@ def test_every_config_opens_with_a_command_that_composes(config: str) -> None:
 def test_every_option_composes_alone(config: str) -> None:
     group, _, option = config.removesuffix(".yaml").rpartition("/")
     needs = {
+        "model=timm": "model.arch=resnet18",
         "model=torchvision": "model.arch=resnet18",
         "norm=sync_group": "launcher.num_workers=2",
     }

@@ -25,7 +25,8 @@ def _two_steps(folder: Path, *overrides: str) -> RunSummary:
 @pytest.mark.parametrize("model", _options("model"))
 def test_every_model(model, tmp_path):
     images = ["data=synthetic", "data.num_samples=16"] if model != "mlp" else []
-    arch = ["model.arch=mobilenet_v2"] if model == "torchvision" else []
+    archs = {"torchvision": "mobilenet_v2", "timm": "resnet10t"}
+    arch = [f"model.arch={archs[model]}"] if model in archs else []
     assert _two_steps(tmp_path, f"model={model}", *images, *arch).steps == 2
 
 

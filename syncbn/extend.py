@@ -1,0 +1,34 @@
+"""Models, data sets, tasks and optimisers of one's own, for a config to choose by name.
+
+    import syncbn.extend as extend
+
+    @extend.model("unet")
+    def unet(shape: tuple[int, int, int], num_classes: int, *, width: int = 32) -> nn.Module: ...
+
+    @extend.data("tiles")
+    def tiles(root: Path, split: str, *, size: int = 256) -> Dataset: ...
+
+    @extend.task("depth")
+    class Depth(extend.Task): ...
+
+With `extensions=[mine]` for `mine.py` in the current folder: `model=unet model.options.width=64 data=tiles task=depth`.
+Keyword-only parameters are options, typed by their annotations.
+"""
+
+from syncbn.registry import DATA, MODELS, OPTIMIZERS, TASKS
+from syncbn.tasks import Classification, Regression, Task
+
+__all__ = ["Classification", "Regression", "Task", "data", "model", "optimizer", "task"]
+
+model = MODELS.register
+"""`(shape, num_classes, *, options) -> nn.Module` for inputs `(N, *shape)`; outputs are `(N, num_classes)` where the
+task is classification. Built on the CPU in float32; random weights are drawn from torch's global generator, which is
+seeded by the run. Its batch norms are torch's own, which the run's `norm` replaces."""
+data = DATA.register
+"""`(root, split, *, options) -> Dataset`, with `split` "train" or "test": a map-style Dataset of (input, target), where
+inputs are float tensors of one shape, and targets tensors or numbers of one shape. Classes are int; their number is the
+data set's `num_classes`, or the length of its `classes`, or else one more than the largest target."""
+task = TASKS.register
+"""A subclass of `Task`; options are keyword-only parameters of its `__init__`."""
+optimizer = OPTIMIZERS.register
+"""`(groups, lr, *, options) -> Optimizer` over torch's parameter groups, whose `weight_decay` is set."""

@@ -1,0 +1,196 @@
+"""Runs of a project's own model, data and task: the page's example on every launcher, and what is refused."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from syncbn.compose import compose, vary
+from syncbn.errors import DataError, SyncbnError, UsageError
+from syncbn.extensions import load_extensions
+from syncbn.registry import REGISTRIES
+from syncbn.runtime.base import Solo
+from syncbn.train import recorded_run
+
+ROOT = Path(__file__).parents[2]
+EXAMPLE = "\n\n".join(
+    re.findall(r"```python\n(.*?)```", (ROOT / "docs/extending.md").read_text(), re.DOTALL)
+)
+OWN = ["extensions=[mine]", "model=spots_net", "data=spots", "debug=tiny"]
+
+
+@pytest.fixture
+def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with the page's example as `mine.py`, the current one; what it registers goes with the test."""
+    (tmp_path / "mine.py").write_text(EXAMPLE)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [p for p in sys.path if p not in ("", str(tmp_path))])
+    for registry in REGISTRIES.values():
+        monkeypatch.setattr(registry, "_entries", dict(registry._entries))
+    monkeypatch.delitem(sys.modules, "mine", raising=False)
+    yield tmp_path
+    sys.modules.pop("mine", None)
+
+
+def _run(*command: str) -> dict:
+    environ = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, capture_output=True, text=True, env=environ)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def test_the_example_of_the_page_trains_to_the_same_numbers_on_every_local_launcher(project):
+    job = [str(ROOT / "jobs/train.py"), *OWN, "launcher.num_workers=2", "--json"]
+    ours = _run(sys.executable, *job, "name=agent")
+    torchrun = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node",
+        "2",
+        "--log-dir",
+        "logs",
+    ]
+    theirs = _run(*torchrun, "--redirects", "0", *job, "name=torchrun")
+    assert ours["final"] == theirs["final"]
+    assert ours["world_size"] == 2
+    assert ours["config_hash"] == theirs["config_hash"]
+
+
+def test_an_arm_varies_registered_names_and_their_options(project):
+    cfg = compose([*OWN, "model.options.width=8"])
+    assert vary(cfg, ["norm=sync", "model.options.width=2"]).model.options == {"width": 2}
+    other = vary(cfg, ["data=digits", "model=mlp"])
+    assert (other.model.name, other.data.name) == ("mlp", "digits")
+    assert vary(compose([*OWN[:1]]), ["model=spots_net"]).model.options == {"width": 16}
+    with pytest.raises(UsageError, match=r"model=spot_net is not allowed: one of .*, spots_net"):
+        vary(cfg, ["model=spot_net"])
+    with pytest.raises(
+        UsageError, match=r"model.options.depth is not an option of model=spots_net"
+    ):
+        vary(cfg, ["model.options.depth=2"])
+
+
+def test_a_task_of_ones_own_decides_when_to_stop(project):
+    cfg = compose(
+        [*OWN, "task=angle", "task.options.beta=0.5", "train.eval_every=1", "train.patience=1"]
+    )
+    summary = recorded_run(cfg, Solo(torch.device("cpu")))
+    assert set(summary.final) == {"train_loss", "test_loss", "test_degrees"}
+
+
+BEFORE = {
+    "extensions=[nowhere]": "there is no module 'nowhere', installed or as nowhere.py in",
+    "extensions=mine": "extensions='mine' is not allowed: a list of module names",
+    "extensions=[mine.py]": "there is no module|is not allowed",
+    "extensions=[../mine]": "is not allowed: the name of a module",
+    "model=spots": "Could not find 'model/spots'",
+    "model.options.widht=3": "model.options.widht is no option of what model= chooses; did you mean 'width'",
+    "model.options.width=wide": "model.options.width='wide' is not allowed: of type int",
+    "data.options.size=[1]": "data.options.size=.* is not allowed: of type int",
+    "+optim.options.beta=1": "unknown key|is no option",
+    "task.label_smoothing=1": "task.label_smoothing=1.0 is not allowed",
+}
+
+
+@pytest.mark.parametrize("override", BEFORE)
+def test_what_cannot_be_used_is_said_before_anything_starts(project, override):
+    with pytest.raises(UsageError, match=BEFORE[override]):
+        compose([*OWN, override])
+
+
+BROKEN = {
+    "raise RuntimeError('no licence')": r"importing it failed at mine.py:1 \(RuntimeError: no licence\)",
+    "import not_there": "importing it failed at mine.py:1 .*No module named 'not_there'",
+    "import syncbn.extend as e\ne.model('cnn')(lambda shape, num_classes: None)": "'cnn' is taken",
+    "def f(:": "SyntaxError",
+}
+
+
+@pytest.mark.parametrize("text", BROKEN)
+def test_a_module_that_cannot_be_imported_is_named_with_the_line(project, text):
+    (project / "mine.py").write_text(text)
+    with pytest.raises(UsageError, match=BROKEN[text]):
+        load_extensions(["mine"])
+
+
+HEAD = (
+    EXAMPLE
+    + """
+class Listed(Dataset):
+    def __init__(self, pairs): self.pairs = pairs
+    def __len__(self): return len(self.pairs)
+    def __getitem__(self, i): return self.pairs[i]
+
+@extend.data("bad")
+def bad(root, split, *, kind: str = ""):
+    x = torch.zeros(1, 4, 4)
+    pairs = [(x, i % 2) for i in range(64)]
+    if kind == "generator": return (p for p in pairs)
+    if kind == "raises": raise OSError("no such tape")
+    if kind == "empty": pairs = []
+    if kind == "ragged": pairs[40:] = [(torch.zeros(1, 4, 5), 0)] * 24
+    if kind == "single": pairs = [x] * 64
+    if kind == "flat": pairs = [(torch.zeros(4), 0)] * 64
+    if kind == "range":
+        data = Listed([(x, 7)] * 64)
+        data.classes = ["a", "b"]
+        return data
+    return Listed(pairs)
+
+@extend.model("two_channels")
+def two_channels(shape, num_classes):
+    return nn.Sequential(nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4))
+
+@extend.model("nothing")
+def nothing(shape, num_classes): ...
+"""
+)
+DURING = {
+    "data=bad data.options.kind=generator": (
+        DataError,
+        "map-style Dataset is needed, with __getitem__ and __len__",
+    ),
+    "data=bad data.options.kind=raises": (
+        DataError,
+        r"data=bad \(train\) cannot be read: OSError: no such tape",
+    ),
+    "data=bad data.options.kind=empty": (DataError, "has no samples"),
+    "data=bad data.options.kind=ragged": (
+        DataError,
+        r"sample \d+ has an input of shape \(1, 4, 5\)",
+    ),
+    "data=bad data.options.kind=single": (DataError, "is no pair of tensors"),
+    "data=bad data.options.kind=flat": (DataError, r"\(channels, height, width\) is needed"),
+    "data=bad data.options.kind=range": (DataError, "has target 7: allowed are 0 to 1"),
+    "data=bad data.augment=true": (UsageError, "data.augment=true is not allowed with data=bad"),
+    "model=two_channels": (
+        UsageError,
+        r"model=two_channels cannot take inputs of shape \(1, 8, 8\)",
+    ),
+    "model=nothing": (UsageError, "model=nothing is a NoneType: it must be a torch.nn.Module"),
+}
+
+
+@pytest.mark.parametrize("overrides", DURING)
+def test_what_a_run_cannot_use_ends_it_with_one_line(project, overrides):
+    (project / "mine.py").write_text(HEAD)
+    kind, message = DURING[overrides]
+    cfg = compose([*OWN, "train.steps=20", *overrides.split()])
+    with pytest.raises(SyncbnError, match=message) as raised:
+        recorded_run(cfg, Solo(torch.device("cpu")))
+    assert type(raised.value) is kind
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("loaders", [0, 1])
+def test_samples_come_from_loaders_as_from_the_rank_itself(project, loaders):
+    cfg = compose([*OWN, f"data.num_loaders={loaders}", "name=loaded"])
+    assert recorded_run(cfg, Solo(torch.device("cpu"))).final == pytest.approx(
+        recorded_run(compose([*OWN, "name=plain"]), Solo(torch.device("cpu"))).final, abs=0
+    )
