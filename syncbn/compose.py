@@ -15,8 +15,11 @@ from typing import Any
 import yaml
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
+from hydra.core.config_search_path import ConfigSearchPath
 from hydra.core.config_store import ConfigStore
+from hydra.core.plugins import Plugins
 from hydra.errors import HydraException
+from hydra.plugins.search_path_plugin import SearchPathPlugin
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -31,12 +34,48 @@ ConfigStore.instance().store("schema", node=Config)
 
 
 def config_folder() -> Path:
-    """The folder of config groups: `SYNCBN_CONF` where it is set, else `conf/` beside the package."""
-    return Path(os.environ.get("SYNCBN_CONF", Path(__file__).parents[1] / "conf")).resolve()
+    """Our folder of config groups: `SYNCBN_CONF` where it is set, else a checkout's `conf/`, else the installed one."""
+    if "SYNCBN_CONF" in os.environ:
+        return Path(os.environ["SYNCBN_CONF"]).resolve()
+    package = Path(__file__).resolve().parent
+    checkout = package.with_name("conf")
+    return checkout if (checkout / "main.yaml").is_file() else package / "conf"
+
+
+def config_folders() -> list[Path]:
+    """Where configs are looked for: `conf/` of the project in the current folder, where there is one, then ours.
+
+    A folder with a main.yaml is no project's but that of a checkout, which stands alone.
+    """
+    project = Path.cwd() / "conf"
+    is_project = project.is_dir() and not (project / "main.yaml").exists()
+    return [*([project] if is_project else []), config_folder()]
+
+
+def config_files(group: str = "") -> dict[str, Path]:
+    """The files of a config group by option, a project's in place of ours of that name; "" is the top level."""
+    files: dict[str, Path] = {}
+    for folder in reversed(config_folders()):
+        files |= {path.stem: path for path in (folder / group).glob("*.yaml")}
+    return dict(sorted(files.items()))
+
+
+class _ProjectFirst(SearchPathPlugin):
+    """Has Hydra look into a project's `conf/` before ours.
+
+    `hydra.searchpath` would not do: it is appended, so ours would win, and the primary config is read before it.
+    """
+
+    def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
+        for folder in reversed(config_folders()[:-1]):
+            search_path.prepend("project", f"file://{folder}", anchor="main")
+
+
+Plugins.instance().register(_ProjectFirst)
 
 
 def compose(overrides: Sequence[str] = ()) -> Config:
-    """The config that `overrides` (Hydra's `key=value` grammar) make of `conf/config.yaml`, checked.
+    """The config that `overrides` (Hydra's `key=value` grammar) make of `conf/main.yaml`, checked.
 
     Raises:
         UsageError: an unknown key (with the nearest known one), a value of the wrong type or range, an
@@ -44,14 +83,10 @@ def compose(overrides: Sequence[str] = ()) -> Config:
             environment variable outside `ENV_ALLOWED`.
     """
     refuse_unsafe(overrides)
-    folder = config_folder()
-    if not (folder / "config.yaml").is_file():
-        raise UsageError(
-            f"no config.yaml in {folder}: set SYNCBN_CONF to the project's conf/ folder"
-        )
+    _refuse_unfounded()
     try:
-        with initialize_config_dir(str(folder), version_base="1.3"):
-            tree = hydra_compose("config", overrides=list(overrides))
+        with initialize_config_dir(str(config_folder()), version_base="1.3"):
+            tree = hydra_compose("main", overrides=list(overrides))
         _refuse_environment(tree)
         cfg = OmegaConf.to_object(tree)
     except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
@@ -59,6 +94,23 @@ def compose(overrides: Sequence[str] = ()) -> Config:
     assert isinstance(cfg, Config)
     check(cfg)
     return cfg
+
+
+def _refuse_unfounded() -> None:
+    """Raise `UsageError` where the folders hold no config.yaml that starts from the schema."""
+    if not (config_folder() / "main.yaml").is_file():
+        raise UsageError(
+            f"no main.yaml in {config_folder()}: set SYNCBN_CONF to a copy of syncbn's conf/, or unset it"
+        )
+    path = config_files()["config"]
+    try:
+        tree = yaml.safe_load(path.read_text())
+    except (OSError, yaml.YAMLError) as error:
+        raise UsageError(f"{path} cannot be read: {' '.join(str(error).split())}") from error
+    if not isinstance(tree, dict) or "base" not in (tree.get("defaults") or ()):
+        raise UsageError(
+            f"{path} does not start from syncbn's own settings: begin it with `defaults: [base, _self_]`"
+        )
 
 
 def vary(cfg: Config, overrides: Sequence[str]) -> RunConfig:
@@ -74,7 +126,7 @@ def vary(cfg: Config, overrides: Sequence[str]) -> RunConfig:
     try:
         for override in overrides:
             key, value = override.split("=", 1)
-            if (config_folder() / key).is_dir():
+            if any((folder / key).is_dir() for folder in config_folders()):
                 tree[key] = OmegaConf.merge(tree[key], _group(key, value))
             else:
                 tree.merge_with_dotlist([override])
@@ -92,11 +144,10 @@ def _group(group: str, option: str) -> DictConfig:
     Raises:
         UsageError: there is none; names those there are.
     """
-    path = config_folder() / group / f"{option}.yaml"
-    if not path.is_file():
-        options = ", ".join(sorted(file.stem for file in path.parent.glob("*.yaml")))
-        raise UsageError(f"{group}={option} is not allowed: one of {options}")
-    tree = OmegaConf.load(path)
+    files = config_files(group)
+    if option not in files:
+        raise UsageError(f"{group}={option} is not allowed: one of {', '.join(files)}")
+    tree = OmegaConf.load(files[option])
     assert isinstance(tree, DictConfig)
     return tree
 

@@ -139,7 +139,7 @@ def test_a_job_that_fails_passes_its_exit_code_on(cluster):
 
 def test_jobs_are_listed_with_what_was_sent_and_no_token(cluster):
     listed = cluster.run(*SYNCBN, "jobs", "--json").stdout
-    assert "jobs/train.py" in listed
+    assert "-m syncbn train" in listed
     assert Path(cluster.environ["RAY_AUTH_TOKEN_PATH"]).read_text() not in listed
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 
 from syncbn.compare.study.records import flat
-from syncbn.compose import compose, config_folder
+from syncbn.compose import compose, config_files
 from syncbn.config import Config
 
 _PLACES = ("runs_dir", "tracking", "launcher.address")
@@ -26,15 +26,15 @@ def repeat_command(cfg: Config) -> str | None:
     if name is None:
         return None
     settings = [f"study={name}", *_differences(asdict(compose([f"study={name}"])), asdict(cfg))]
-    return " ".join(["python jobs/compare.py", *map(shlex.quote, settings)])
+    return " ".join(["syncbn compare", *map(shlex.quote, settings)])
 
 
 def _study_file(cfg: Config) -> str | None:
     """Name of the study file that asks the question of `cfg`."""
-    for path in sorted((config_folder() / "study").glob("*.yaml")):
+    for name, path in config_files("study").items():
         study = yaml.safe_load(path.read_text()).get("study", {})
         if cfg.study is not None and study.get("question") == cfg.study.question:
-            return path.stem
+            return name
     return None
 
 
