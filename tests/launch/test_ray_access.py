@@ -221,7 +221,7 @@ def test_settings_that_no_job_may_have_are_refused(override):
 
 def test_the_entrypoint_is_safe_from_its_shell():
     nasty = "data.root=/x; rm -rf $HOME"
-    assert shlex.split(entrypoint("train", [nasty])) == ["python", "jobs/train.py", nasty]
+    assert shlex.split(entrypoint("train", [nasty])) == ["python", "-m", "syncbn", "train", nasty]
 
 
 @pytest.mark.parametrize(
