@@ -55,7 +55,7 @@ def start_head(bench, port, folder):
     ray = str(Path(sys.executable).with_name("ray"))
     return subprocess.Popen(
         [ray, "start", *options],
-        env=bench.environment(),
+        env={k: v for k, v in bench.environment().items() if k != "PYTHONPATH"},  # jobs bring it
         cwd=bench.folder,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
@@ -126,6 +126,29 @@ def test_a_job_takes_the_code_and_its_configs_along_and_little_else(cluster):
 
 def wait_for_losses(folder):
     wait_until(lambda: (folder / "journal.jsonl").exists() and losses(folder))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_a_project_is_sent_with_our_package_and_its_configs_are_used(cluster):
+    project = cluster.folder / "project"
+    (project / "conf" / "model").mkdir(parents=True)
+    (project / "conf" / "model" / "small.yaml").write_text("name: mlp\nhidden: [5]\n")
+    own = "defaults: [base, _self_, override model: small]\nname: mine\ntrain: {steps: 3}\n"
+    (project / "conf" / "config.yaml").write_text(own)
+    runs = f"runs_dir={cluster.folder}/runs"
+    sent = cluster.run(*SYNCBN, "submit", "train", "tracking=journal", runs, "--json", cwd=project)
+    assert sent.returncode == 0, sent.stderr
+    job = json.loads(sent.stdout)
+    followed = cluster.run(*SYNCBN, "logs", "-f", job["job_id"])
+    assert followed.returncode == 0, followed.stdout
+    folder = cluster.folder / "runs" / "mine"
+    assert len(losses(folder)) == 3
+    start = json.loads((folder / "journal.jsonl").read_text().splitlines()[0])
+    assert start["config"]["model"]["hidden"] == [5]
+    session = Path(cluster.environ["SYNCBN_TEST_SESSION"]) / "session_latest"
+    modules = session / "runtime_resources" / "py_modules_files"
+    assert list(modules.glob("_ray_pkg_*/syncbn/conf/main.yaml"))
 
 
 @pytest.mark.slow
