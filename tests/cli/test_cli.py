@@ -10,7 +10,7 @@ from programs import BIN, COMPARE, SYNCBN, TRAIN, complaint
 
 from syncbn.cli import VERBS
 
-TORCHRUN = (str(BIN / "torchrun"), "--standalone", "--nproc-per-node", "2", TRAIN[1])
+TORCHRUN = (str(BIN / "torchrun"), "--standalone", "--nproc-per-node", "2", "-m", "syncbn", "train")
 TINY = ("debug=tiny",)
 
 

@@ -101,6 +101,12 @@ def test_a_projects_study_can_be_repeated_by_its_name(project):
     assert repeat_command(compose(["study=own"])) == "syncbn compare study=own"
 
 
+@pytest.mark.parametrize("text", ["study: [", "[study]", "study: null\n", ""])
+def test_a_broken_study_beside_it_does_not_keep_one_from_being_repeated(project, text):
+    (project / "conf" / "study" / "broken.yaml").write_text(text)
+    assert repeat_command(compose(["study=own"])) == "syncbn compare study=own"
+
+
 def test_a_project_may_have_studies_alone(project):
     (project / "conf" / "config.yaml").unlink()
     cfg = compose(["study=own"])

@@ -8,6 +8,7 @@ import json
 import shlex
 from collections.abc import Iterator
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -32,10 +33,19 @@ def repeat_command(cfg: Config) -> str | None:
 def _study_file(cfg: Config) -> str | None:
     """Name of the study file that asks the question of `cfg`."""
     for name, path in config_files("study").items():
-        study = yaml.safe_load(path.read_text()).get("study", {})
-        if cfg.study is not None and study.get("question") == cfg.study.question:
+        if cfg.study is not None and _question(path) == cfg.study.question:
             return name
     return None
+
+
+def _question(path: Path) -> str | None:
+    """What the study file asks; None where it cannot be read, which concerns only those who run it."""
+    try:
+        tree = yaml.safe_load(path.read_text())
+    except (OSError, yaml.YAMLError):
+        return None
+    study = tree.get("study") if isinstance(tree, dict) else None
+    return study.get("question") if isinstance(study, dict) else None
 
 
 def _differences(base: dict[str, Any], wanted: dict[str, Any]) -> Iterator[str]:

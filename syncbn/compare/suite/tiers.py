@@ -51,7 +51,7 @@ def declared(files: Iterable[Path]) -> dict[str, Declared]:
     """The studies in `files` (those in conf/study/), by the name of their file.
 
     Raises:
-        UsageError: a file cannot be read as YAML.
+        UsageError: a file cannot be read as YAML, or holds no mapping.
     """
     return {path.stem: _declared(path) for path in files}
 
@@ -61,6 +61,8 @@ def _declared(path: Path) -> Declared:
         tree = yaml.safe_load(path.read_text()) or {}
     except (OSError, yaml.YAMLError) as error:
         raise UsageError(f"{path} cannot be read: {' '.join(str(error).split())}") from error
+    if not isinstance(tree, dict):
+        raise UsageError(f"{path} is no study: a YAML mapping is needed, with a key `study`")
     study: Mapping[str, Any] = tree.get("study") or {}
     return Declared(
         name=str(tree.get("name", path.stem)),

@@ -58,6 +58,12 @@ def test_a_study_file_that_is_no_yaml_is_named(tmp_path):
         declared([tmp_path / "bad.yaml"])
 
 
+def test_a_study_file_that_is_no_mapping_is_named(tmp_path):
+    (tmp_path / "list.yaml").write_text("[study]")
+    with pytest.raises(UsageError, match=r"list\.yaml is no study"):
+        declared([tmp_path / "list.yaml"])
+
+
 def test_every_study_of_the_project_composes_in_both_tiers():
     studies = declared(config_files("study").values())
     for tier in ("fast", "full"):
