@@ -5,7 +5,7 @@
 #   mlflow-user  create the user that training logs as, where it is missing; ends at once
 #   ray-head     head of a Ray cluster: schedules and takes jobs, trains nothing itself
 #   ray-worker   node of that cluster: trains
-#   train, compare, submit, jobs, status, logs, stop, doctor, ui, version: the `syncbn` verbs
+#   new, train, compare, submit, jobs, status, logs, stop, doctor, ui, version: the `syncbn` verbs
 #
 # Secrets are files in $SYNCBN_SECRETS. A role that would accept anyone refuses to start, with exit code 7.
 set -eu

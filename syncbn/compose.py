@@ -15,8 +15,11 @@ from typing import Any
 import yaml
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
+from hydra.core.config_search_path import ConfigSearchPath
 from hydra.core.config_store import ConfigStore
+from hydra.core.plugins import Plugins
 from hydra.errors import HydraException
+from hydra.plugins.search_path_plugin import SearchPathPlugin
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -33,12 +36,48 @@ ConfigStore.instance().store("schema", node=Config)
 
 
 def config_folder() -> Path:
-    """The folder of config groups: `SYNCBN_CONF` where it is set, else `conf/` beside the package."""
-    return Path(os.environ.get("SYNCBN_CONF", Path(__file__).parents[1] / "conf")).resolve()
+    """Our folder of config groups: `SYNCBN_CONF` where it is set, else a checkout's `conf/`, else the installed one."""
+    if "SYNCBN_CONF" in os.environ:
+        return Path(os.environ["SYNCBN_CONF"]).resolve()
+    package = Path(__file__).resolve().parent
+    checkout = package.with_name("conf")
+    return checkout if (checkout / "main.yaml").is_file() else package / "conf"
+
+
+def config_folders() -> list[Path]:
+    """Where configs are looked for: `conf/` of the project in the current folder, where there is one, then ours.
+
+    A folder with a main.yaml is no project's but that of a checkout, which stands alone.
+    """
+    project = Path.cwd() / "conf"
+    is_project = project.is_dir() and not (project / "main.yaml").exists()
+    return [*([project] if is_project else []), config_folder()]
+
+
+def config_files(group: str = "") -> dict[str, Path]:
+    """The files of a config group by option, a project's in place of ours of that name; "" is the top level."""
+    files: dict[str, Path] = {}
+    for folder in reversed(config_folders()):
+        files |= {path.stem: path for path in (folder / group).glob("*.yaml")}
+    return dict(sorted(files.items()))
+
+
+class _ProjectFirst(SearchPathPlugin):
+    """Has Hydra look into a project's `conf/` before ours.
+
+    `hydra.searchpath` would not do: it is appended, so ours would win, and the primary config is read before it.
+    """
+
+    def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
+        for folder in reversed(config_folders()[:-1]):
+            search_path.prepend("project", f"file://{folder}", anchor="main")
+
+
+Plugins.instance().register(_ProjectFirst)
 
 
 def compose(overrides: Sequence[str] = ()) -> Config:
-    """The config that `overrides` (Hydra's `key=value` grammar) make of `conf/config.yaml`, checked.
+    """The config that `overrides` (Hydra's `key=value` grammar) make of `conf/main.yaml`, checked.
 
     Raises:
         UsageError: an unknown key (with the nearest known one), a value of the wrong type or range, an
@@ -46,16 +85,12 @@ def compose(overrides: Sequence[str] = ()) -> Config:
             environment variable outside `ENV_ALLOWED`.
     """
     refuse_unsafe(overrides)
-    folder = config_folder()
-    if not (folder / "config.yaml").is_file():
-        raise UsageError(
-            f"no config.yaml in {folder}: set SYNCBN_CONF to the project's conf/ folder"
-        )
-    load_extensions(_named_extensions(overrides, folder))
+    _refuse_unfounded()
+    load_extensions(_named_extensions(overrides))
     _offer_registered()
     try:
-        with initialize_config_dir(str(folder), version_base="1.3"):
-            tree = hydra_compose("config", overrides=list(overrides))
+        with initialize_config_dir(str(config_folder()), version_base="1.3"):
+            tree = hydra_compose("main", overrides=list(overrides))
         _refuse_environment(tree)
         cfg = OmegaConf.to_object(tree)
     except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
@@ -65,13 +100,13 @@ def compose(overrides: Sequence[str] = ()) -> Config:
     return cfg
 
 
-def _named_extensions(overrides: Sequence[str], folder: Path) -> list[str]:
-    """The extensions of a job: those of the last override that names them, else those of the config itself."""
+def _named_extensions(overrides: Sequence[str]) -> list[str]:
+    """The extensions of a job: those of the last override that names them, else those of the project's config."""
     named = [
         value for key, _, value in (o.partition("=") for o in overrides) if key == "extensions"
     ]
     try:
-        given = yaml.safe_load(named[-1]) if named else _own_extensions(folder)
+        given = yaml.safe_load(named[-1]) if named else _own_extensions()
     except (yaml.YAMLError, OmegaConfBaseException) as error:
         raise UsageError(_one_line(error)) from error
     given = [] if given is None else given
@@ -80,9 +115,8 @@ def _named_extensions(overrides: Sequence[str], folder: Path) -> list[str]:
     return given
 
 
-def _own_extensions(folder: Path) -> Any:
-    tree = OmegaConf.load(folder / "config.yaml")
-    return OmegaConf.select(tree, "extensions") if isinstance(tree, DictConfig) else None
+def _own_extensions() -> Any:
+    return yaml.safe_load(config_files()["config"].read_text()).get("extensions")
 
 
 def _offer_registered() -> None:
@@ -91,6 +125,23 @@ def _offer_registered() -> None:
         for entry in registry.extensions():
             node = {"name": entry.name, "options": entry.defaults}
             ConfigStore.instance().store(group=group, name=entry.name, node=node)
+
+
+def _refuse_unfounded() -> None:
+    """Raise `UsageError` where the folders hold no config.yaml that starts from the schema."""
+    if not (config_folder() / "main.yaml").is_file():
+        raise UsageError(
+            f"no main.yaml in {config_folder()}: set SYNCBN_CONF to a copy of syncbn's conf/, or unset it"
+        )
+    path = config_files()["config"]
+    try:
+        tree = yaml.safe_load(path.read_text())
+    except (OSError, yaml.YAMLError) as error:
+        raise UsageError(f"{path} cannot be read: {' '.join(str(error).split())}") from error
+    if not isinstance(tree, dict) or "base" not in (tree.get("defaults") or ()):
+        raise UsageError(
+            f"{path} does not start from syncbn's own settings: begin it with `defaults: [base, _self_]`"
+        )
 
 
 def vary(cfg: Config, overrides: Sequence[str]) -> RunConfig:
@@ -106,7 +157,7 @@ def vary(cfg: Config, overrides: Sequence[str]) -> RunConfig:
     try:
         for override in overrides:
             key, value = override.split("=", 1)
-            if (config_folder() / key).is_dir():
+            if any((folder / key).is_dir() for folder in config_folders()):
                 chosen = _group(key, value)
                 if key in REGISTRIES and chosen.get("name") != tree[key].name:
                     tree[key].options = {}  # those of another function
@@ -127,16 +178,15 @@ def _group(group: str, option: str) -> DictConfig:
     Raises:
         UsageError: there is none; names those there are.
     """
-    path = config_folder() / group / f"{option}.yaml"
-    entry = REGISTRIES[group].find(option) if group in REGISTRIES else None
-    if entry is not None and not path.is_file():
+    files = config_files(group)
+    registered = REGISTRIES[group].extensions() if group in REGISTRIES else []
+    entry = next((entry for entry in registered if entry.name == option), None)
+    if entry is not None and option not in files:
         return OmegaConf.create({"name": entry.name, "options": entry.defaults})
-    if not path.is_file():
-        files = sorted(file.stem for file in path.parent.glob("*.yaml"))
-        registered = REGISTRIES[group].extensions() if group in REGISTRIES else []
+    if option not in files:
         options = ", ".join([*files, *(entry.name for entry in registered)])
         raise UsageError(f"{group}={option} is not allowed: one of {options}")
-    tree = OmegaConf.load(path)
+    tree = OmegaConf.load(files[option])
     assert isinstance(tree, DictConfig)
     return tree
 

@@ -12,13 +12,18 @@ PACKAGES = ("syncbn", "torch", "torchvision", "numpy", "ray", "mlflow", "hydra-c
 
 @cache
 def versions() -> dict[str, str]:
-    """Versions of Python and of the packages that decide a run's numbers, where they are installed."""
+    """Versions of Python and of the packages that decide a run's numbers, where they are installed.
+
+    A job runs the code of who sent it, whose version stands in SYNCBN_VERSION.
+    """
     found = {"python": platform.python_version()}
     for package in PACKAGES:
         try:
             found[package] = version(package)
         except PackageNotFoundError:
             continue
+    if sent := os.environ.get("SYNCBN_VERSION"):
+        found["syncbn"] = sent
     return found
 
 
@@ -30,8 +35,10 @@ def git_revision() -> str:
     """
     if "SYNCBN_REVISION" in os.environ:
         return os.environ["SYNCBN_REVISION"]
+    folder = Path(__file__).resolve().parent
+    if not (folder.parent / "pyproject.toml").is_file():
+        return ""  # installed: a repository around it is somebody else's
     command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
-    folder = Path(__file__).parent
     try:
         result = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=5)
     except (OSError, subprocess.TimeoutExpired):

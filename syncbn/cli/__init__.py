@@ -9,6 +9,7 @@ from importlib import import_module
 import click
 
 VERBS = (
+    "new",
     "train",
     "compare",
     "compare-to",

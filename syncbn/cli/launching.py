@@ -12,7 +12,7 @@ from typing import Any
 
 from syncbn.cli.guard import invoke, logged, say
 from syncbn.compare.study.preflight import refuse_unfit
-from syncbn.compose import compose, config_folder
+from syncbn.compose import compose, config_files
 from syncbn.config import Config
 from syncbn.errors import UsageError
 from syncbn.launch.plan import Plan, as_yaml
@@ -93,8 +93,7 @@ def _whole(name: str, environ: Mapping[str, str]) -> int:
 
 def _refuse_wrong_verb(verb: str, cfg: Config) -> None:
     if verb == "compare" and cfg.study is None:
-        studies = sorted(path.stem for path in (config_folder() / "study").glob("*.yaml"))
-        raise UsageError(f"compare needs study=NAME; studies: {', '.join(studies)}")
+        raise UsageError(f"compare needs study=NAME; studies: {', '.join(config_files('study'))}")
     if verb == "train" and cfg.study is not None:
         raise UsageError("train runs one run and takes no study; give it to compare")
     if cfg.study is not None:

@@ -77,7 +77,7 @@ def _launches(tier: str, names: Sequence[str], settings: Sequence[str]) -> "list
         UsageError: an unknown name, settings that would give all studies one folder, or torchrun around it all.
     """
     from syncbn.compare.suite.tiers import declared, studies_of
-    from syncbn.compose import config_folder
+    from syncbn.compose import config_files
     from syncbn.errors import UsageError
 
     for setting in settings:
@@ -85,7 +85,7 @@ def _launches(tier: str, names: Sequence[str], settings: Sequence[str]) -> "list
             raise UsageError(f"{setting!r} is not allowed: each study keeps its own")
     if "WORLD_SIZE" in os.environ:
         raise UsageError("studies start their own ranks: run it plainly, not with torchrun")
-    return studies_of(tier, declared(config_folder() / "study"), names)
+    return studies_of(tier, declared(config_files("study").values()), names)
 
 
 def _runs_dir(settings: Sequence[str]) -> Path:

@@ -25,17 +25,20 @@ def submit(
 ) -> None:
     """Send a run (train) or a study (compare) to a Ray cluster. OVERRIDES are key=value settings.
 
-    Files go to runs_dir on the cluster, storage that its nodes share; without it, to ~/syncbn-runs there.
+    The current folder goes along where it is a project, one with a conf/ or extensions, and so does this syncbn. Files
+    go to runs_dir on the cluster, storage that its nodes share; without it, to ~/syncbn-runs there.
     """
     from syncbn.cli.cluster import enter, require_room
     from syncbn.cli.guard import say
     from syncbn.cli.launching import make_plan
     from syncbn.launch.plan import as_yaml
-    from syncbn.launch.ray_jobs import entrypoint, files, job_overrides, project_folder, send
+    from syncbn.launch.ray_jobs import entrypoint, files, job_overrides, send
+    from syncbn.launch.ray_upload import upload_of
 
     sent = job_overrides(overrides, Path.cwd())
     plan = make_plan(verb, sent, {})
-    what: dict[str, Any] = {"address": address, "working_dir": str(project_folder())}
+    upload = upload_of(sent, Path.cwd())
+    what: dict[str, Any] = {"address": address, **upload.to_dict()}
     if dry_run:
         plan.config.launcher.address = address
         what |= plan.to_dict() | {
@@ -46,7 +49,7 @@ def submit(
         return
     dashboard = enter(address, token_file)
     require_room(dashboard, plan)
-    job_id = send(dashboard, verb, plan.config, sent)
+    job_id = send(dashboard, verb, plan.config, sent, upload)
     what |= {"job_id": job_id, "files": files(sent, plan.config.name)}
     say(what, _next_commands(job_id, address, what["files"]), as_json)
 

@@ -34,15 +34,14 @@ class Plan:
     @property
     def command(self) -> str:
         """The command that starts it, quoted for a shell."""
-        return shlex.join(
-            [*self._program(), f"jobs/{self.verb}.py", *map(_redacted, self.overrides)]
-        )
+        return shlex.join([*self._program(), self.verb, *map(_redacted, self.overrides)])
 
     def _program(self) -> list[str]:
         cfg = self.config
         if self.verb == "train" and cfg.launcher.name == "local" and self.num_ranks > 1:
-            return ["torchrun", "--standalone", "--nproc-per-node", str(self.num_ranks)]
-        return ["python"]
+            ranks = str(self.num_ranks)
+            return ["torchrun", "--standalone", "--nproc-per-node", ranks, "-m", "syncbn"]
+        return ["syncbn"]
 
     @property
     def num_ranks(self) -> int:

@@ -1,7 +1,7 @@
 """Sending a run or a study to a Ray cluster as a job.
 
-Users send a verb and settings, checked here first; the command, the environment and the files that travel are ours.
-What is sent is the project's folder less .gitignore and .rayignore, well under a megabyte.
+Users send a verb and settings, checked here first; the command and the environment are ours. What goes along is said
+by `ray_upload`.
 """
 
 import logging
@@ -11,12 +11,12 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
-from syncbn.compose import config_folder
 from syncbn.config import Config, config_hash
 from syncbn.errors import ServiceUnreachable, UsageError
 from syncbn.launch.plan import has_secrets
 from syncbn.launch.ray_dashboard import Dashboard
-from syncbn.provenance import git_revision
+from syncbn.launch.ray_upload import Upload, runtime_env
+from syncbn.provenance import git_revision, versions
 
 HOME_ON_CLUSTER = "${oc.env:HOME}/syncbn-runs"
 """Where files go when `runs_dir` is not given: beside the job's own folder, which Ray throws away."""
@@ -58,7 +58,7 @@ def job_overrides(overrides: Sequence[str], folder: Path) -> list[str]:
 
 def entrypoint(verb: str, overrides: Sequence[str], python: str = "python") -> str:
     """The command that the cluster's head runs, quoted for its shell."""
-    return shlex.join([python, f"jobs/{verb}.py", *overrides])
+    return shlex.join([python, "-m", "syncbn", verb, *overrides])
 
 
 def files(overrides: Sequence[str], name: str) -> str:
@@ -67,22 +67,9 @@ def files(overrides: Sequence[str], name: str) -> str:
     return f"{runs_dir.replace('${oc.env:HOME}', '~')}/{name}"
 
 
-def project_folder() -> Path:
-    """The folder that travels: the one that holds `syncbn/`, `jobs/` and `conf/`.
-
-    Raises:
-        UsageError: this syncbn is installed apart from them.
-    """
-    folder = Path(__file__).resolve().parents[2]
-    if not (folder / "jobs" / "train.py").is_file() or config_folder() != folder / "conf":
-        raise UsageError(
-            "submit sends the project's folder, with its jobs/ and conf/: run it from a checkout installed with "
-            "`pip install -e`, without SYNCBN_CONF"
-        )
-    return folder
-
-
-def send(dashboard: Dashboard, verb: str, cfg: Config, overrides: Sequence[str]) -> str:
+def send(
+    dashboard: Dashboard, verb: str, cfg: Config, overrides: Sequence[str], upload: Upload
+) -> str:
     """Send the job and return its id. `overrides` are those of `job_overrides`, `cfg` what they compose to.
 
     Raises:
@@ -93,16 +80,20 @@ def send(dashboard: Dashboard, verb: str, cfg: Config, overrides: Sequence[str])
     from ray.job_submission import JobSubmissionClient
 
     logging.disable(logging.WARNING)  # the client warns of each file it leaves out
-    environment = ENVIRONMENT | {"SYNCBN_REVISION": git_revision()}
+    environment = ENVIRONMENT | {
+        "SYNCBN_REVISION": git_revision(),
+        "SYNCBN_VERSION": versions().get("syncbn", ""),
+    }
     headers = {"Authorization": f"Bearer {dashboard.token}"}
     try:
         client = JobSubmissionClient(dashboard.address, headers=headers)
-        return client.submit_job(
-            submission_id=f"{verb}-{cfg.name}-{secrets.token_hex(3)}",
-            entrypoint=entrypoint(verb, overrides, dashboard.python()),
-            runtime_env={"working_dir": str(project_folder()), "env_vars": environment},
-            metadata={"verb": verb, "name": cfg.name, "config_hash": config_hash(cfg)},
-        )
+        with runtime_env(upload) as sent:
+            return client.submit_job(
+                submission_id=f"{verb}-{cfg.name}-{secrets.token_hex(3)}",
+                entrypoint=entrypoint(verb, overrides, dashboard.python()),
+                runtime_env=sent | {"env_vars": environment},
+                metadata={"verb": verb, "name": cfg.name, "config_hash": config_hash(cfg)},
+            )
     except (RuntimeError, ConnectionError, OSError) as error:
         raise ServiceUnreachable(f"{dashboard.address} did not take the job: {error}") from error
     finally:

@@ -20,7 +20,7 @@ from typing import IO, Any
 from syncbn.compare.suite.tiers import Launch
 from syncbn.launch.plan import Plan
 
-COMPARE = (sys.executable, str(Path(__file__).parents[2] / "jobs" / "compare.py"))
+COMPARE = (sys.executable, "-m", "syncbn", "compare")
 MEANINGS = {
     0: "done",
     1: "our bug",

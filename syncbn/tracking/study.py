@@ -35,7 +35,7 @@ def start_shipping(cfg: RunConfig, journal: Path) -> Shipping:
 
 def run_source(folder: Path, experiment: str | None, arm: str) -> RunSource:
     """The single run in `folder`, whose norm is `arm`."""
-    tags = {"arm": arm, "mlflow.source.name": "jobs/train.py"}
+    tags = {"arm": arm, "mlflow.source.name": "syncbn train"}
     return RunSource(folder, experiment or "runs", tags=tags, artifacts=("summary.json",))
 
 
@@ -106,7 +106,7 @@ def study_source(folder: Path, experiment: str) -> RunSource:
         folder,
         experiment,
         journal=LAUNCH,
-        tags={"study": folder.name, "mlflow.source.name": "jobs/compare.py"},
+        tags={"study": folder.name, "mlflow.source.name": "syncbn compare"},
         artifacts=STUDY_FILES,
         closing_words=closing_words,
     )
@@ -115,7 +115,7 @@ def study_source(folder: Path, experiment: str) -> RunSource:
 def trial_source(folder: Path, experiment: str, parent: RunSource) -> RunSource:
     """The trial in `folder`, whose name is `<arm>-<seed>`."""
     arm, _, seed = folder.name.rpartition("-")
-    tags = {"arm": arm, "seed": seed, "mlflow.source.name": "jobs/compare.py"}
+    tags = {"arm": arm, "seed": seed, "mlflow.source.name": "syncbn compare"}
     return RunSource(folder, experiment, parent=parent, tags=tags)
 
 

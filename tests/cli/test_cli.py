@@ -10,7 +10,7 @@ from programs import BIN, COMPARE, SYNCBN, TRAIN, complaint
 
 from syncbn.cli import VERBS
 
-TORCHRUN = (str(BIN / "torchrun"), "--standalone", "--nproc-per-node", "2", TRAIN[1])
+TORCHRUN = (str(BIN / "torchrun"), "--standalone", "--nproc-per-node", "2", "-m", "syncbn", "train")
 TINY = ("debug=tiny",)
 
 
@@ -18,7 +18,7 @@ def test_a_dry_run_prints_the_plan_and_starts_nothing(bench):
     result = bench.run(*TRAIN, "--dry-run", "launcher.num_workers=2", "seed=5")
     plan = yaml.safe_load(result.stdout)
     assert result.returncode == 0
-    assert plan["command"].startswith("torchrun --standalone --nproc-per-node 2 jobs/train.py")
+    assert plan["command"].startswith("torchrun --standalone --nproc-per-node 2 -m syncbn train")
     assert plan["resources"]["ranks"] == 2
     assert plan["config"]["seed"] == 5
     assert not list(bench.folder.iterdir())

@@ -17,18 +17,18 @@ def plan_of(verb, *overrides, environ=None):
 
 
 def test_one_rank_needs_no_torchrun():
-    assert plan_of("train", "norm=local").command == "python jobs/train.py norm=local"
+    assert plan_of("train", "norm=local").command == "syncbn train norm=local"
 
 
 def test_several_ranks_of_this_machine_are_torchruns():
     plan = plan_of("train", "launcher.num_workers=3")
-    assert plan.command.startswith("torchrun --standalone --nproc-per-node 3 jobs/train.py ")
+    assert plan.command.startswith("torchrun --standalone --nproc-per-node 3 -m syncbn train ")
     assert plan.resources["ranks"] == 3
 
 
 def test_ray_starts_its_own_ranks():
     plan = plan_of("train", "launcher=ray", "launcher.num_workers=4", "launcher.gpus_per_worker=1")
-    assert plan.command.startswith("python jobs/train.py ")
+    assert plan.command.startswith("syncbn train ")
     assert (plan.resources["ranks"], plan.resources["gpus"]) == (4, 4)
 
 
@@ -44,7 +44,7 @@ def test_a_study_keeps_all_ranks_whatever_its_base_arm():
 
 def test_the_command_is_quoted_for_a_shell():
     plan = plan_of("compare", "study=demo", "study.seeds=[0, 1]")
-    assert plan.command == "python jobs/compare.py study=demo 'study.seeds=[0, 1]'"
+    assert plan.command == "syncbn compare study=demo 'study.seeds=[0, 1]'"
     assert "none-0" in plan.trials
     assert len(plan.trials) == 2 * len(plan.config.study.arms)
 

@@ -19,6 +19,7 @@ from syncbn.launch.ray_dashboard import (
     require_token_mode,
 )
 from syncbn.launch.ray_jobs import entrypoint, files, job_overrides
+from syncbn.provenance import versions
 
 HERE = Path("/submitted/from")
 
@@ -219,9 +220,14 @@ def test_settings_that_no_job_may_have_are_refused(override):
         job_overrides([override], HERE)
 
 
+def test_a_job_records_the_version_of_who_sent_it_whatever_its_cluster_has(monkeypatch):
+    monkeypatch.setenv("SYNCBN_VERSION", "9.9")
+    assert versions.__wrapped__()["syncbn"] == "9.9"
+
+
 def test_the_entrypoint_is_safe_from_its_shell():
     nasty = "data.root=/x; rm -rf $HOME"
-    assert shlex.split(entrypoint("train", [nasty])) == ["python", "jobs/train.py", nasty]
+    assert shlex.split(entrypoint("train", [nasty])) == ["python", "-m", "syncbn", "train", nasty]
 
 
 @pytest.mark.parametrize(

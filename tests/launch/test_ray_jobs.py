@@ -55,7 +55,7 @@ def start_head(bench, port, folder):
     ray = str(Path(sys.executable).with_name("ray"))
     return subprocess.Popen(
         [ray, "start", *options],
-        env=bench.environment(),
+        env={k: v for k, v in bench.environment().items() if k != "PYTHONPATH"},  # jobs bring it
         cwd=bench.folder,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
@@ -130,6 +130,29 @@ def wait_for_losses(folder):
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
+def test_a_project_is_sent_with_our_package_and_its_configs_are_used(cluster):
+    project = cluster.folder / "project"
+    (project / "conf" / "model").mkdir(parents=True)
+    (project / "conf" / "model" / "small.yaml").write_text("name: mlp\nhidden: [5]\n")
+    own = "defaults: [base, _self_, override model: small]\nname: mine\ntrain: {steps: 3}\n"
+    (project / "conf" / "config.yaml").write_text(own)
+    runs = f"runs_dir={cluster.folder}/runs"
+    sent = cluster.run(*SYNCBN, "submit", "train", "tracking=journal", runs, "--json", cwd=project)
+    assert sent.returncode == 0, sent.stderr
+    job = json.loads(sent.stdout)
+    followed = cluster.run(*SYNCBN, "logs", "-f", job["job_id"])
+    assert followed.returncode == 0, followed.stdout
+    folder = cluster.folder / "runs" / "mine"
+    assert len(losses(folder)) == 3
+    start = json.loads((folder / "journal.jsonl").read_text().splitlines()[0])
+    assert start["config"]["model"]["hidden"] == [5]
+    session = Path(cluster.environ["SYNCBN_TEST_SESSION"]) / "session_latest"
+    modules = session / "runtime_resources" / "py_modules_files"
+    assert list(modules.glob("_ray_pkg_*/syncbn/conf/main.yaml"))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
 def test_a_job_that_fails_passes_its_exit_code_on(cluster):
     job = submit(cluster, "train", *TINY, "data=mnist", "data.root=/nowhere", "name=no-data")
     assert cluster.run(*SYNCBN, "logs", "-f", job["job_id"]).returncode == 3
@@ -139,7 +162,7 @@ def test_a_job_that_fails_passes_its_exit_code_on(cluster):
 
 def test_jobs_are_listed_with_what_was_sent_and_no_token(cluster):
     listed = cluster.run(*SYNCBN, "jobs", "--json").stdout
-    assert "jobs/train.py" in listed
+    assert "-m syncbn train" in listed
     assert Path(cluster.environ["RAY_AUTH_TOKEN_PATH"]).read_text() not in listed
 
 

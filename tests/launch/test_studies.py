@@ -191,7 +191,5 @@ def test_a_call_that_names_no_runnable_study_is_refused_before_anything_starts(
 def test_a_plan_of_a_tier_names_the_command_of_each_study_and_starts_nothing(bench):
     result = bench.run(*SYNCBN, "studies", "--tier", "full", "--dry-run", "--json", "seed=3")
     commands = [plan["command"] for plan in json.loads(result.stdout)]
-    assert commands == [
-        f"python jobs/compare.py study={n} seed=3" for n in ("first", "second", "third")
-    ]
+    assert commands == [f"syncbn compare study={n} seed=3" for n in ("first", "second", "third")]
     assert not list(bench.folder.iterdir())

@@ -26,7 +26,9 @@ MODULES = sorted(
     for p in (ROOT / folder).rglob("*.py")
 )
 PAGES = ["README.md", *sorted(p.relative_to(ROOT).as_posix() for p in ROOT.glob("docs/*.md"))]
-JOB = re.compile(r"(?:torchrun .*--nproc-per-node (\d+)|python) jobs/(train|compare)\.py(.*)")
+JOB = re.compile(
+    r"(?:torchrun .*--nproc-per-node (\d+) -m syncbn|(?:^|\s)syncbn|python -m syncbn) (train|compare)(?=\s|$)(.*)"
+)
 
 
 def _tree(module: str) -> ast.Module:
@@ -97,8 +99,7 @@ def test_every_make_target_a_page_names_exists(page: str) -> None:
 @pytest.mark.parametrize("page", PAGES)
 def test_every_launch_a_page_shows_can_be_planned(page: str) -> None:
     for line in _commands(page):
-        plan = _plan(line)
-        assert plan is None or (ROOT / "jobs" / f"{plan.verb}.py").is_file()
+        _plan(line)
 
 
 @pytest.mark.parametrize("page", PAGES)

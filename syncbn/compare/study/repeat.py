@@ -8,12 +8,13 @@ import json
 import shlex
 from collections.abc import Iterator
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import yaml
 
 from syncbn.compare.study.records import flat
-from syncbn.compose import compose, config_folder
+from syncbn.compose import compose, config_files
 from syncbn.config import Config
 
 _PLACES = ("runs_dir", "tracking", "launcher.address")
@@ -26,16 +27,25 @@ def repeat_command(cfg: Config) -> str | None:
     if name is None:
         return None
     settings = [f"study={name}", *_differences(asdict(compose([f"study={name}"])), asdict(cfg))]
-    return " ".join(["python jobs/compare.py", *map(shlex.quote, settings)])
+    return " ".join(["syncbn compare", *map(shlex.quote, settings)])
 
 
 def _study_file(cfg: Config) -> str | None:
     """Name of the study file that asks the question of `cfg`."""
-    for path in sorted((config_folder() / "study").glob("*.yaml")):
-        study = yaml.safe_load(path.read_text()).get("study", {})
-        if cfg.study is not None and study.get("question") == cfg.study.question:
-            return path.stem
+    for name, path in config_files("study").items():
+        if cfg.study is not None and _question(path) == cfg.study.question:
+            return name
     return None
+
+
+def _question(path: Path) -> str | None:
+    """What the study file asks; None where it cannot be read, which concerns only those who run it."""
+    try:
+        tree = yaml.safe_load(path.read_text())
+    except (OSError, yaml.YAMLError):
+        return None
+    study = tree.get("study") if isinstance(tree, dict) else None
+    return study.get("question") if isinstance(study, dict) else None
 
 
 def _differences(base: dict[str, Any], wanted: dict[str, Any]) -> Iterator[str]:

@@ -5,7 +5,7 @@ list of them exists. The fast tier is the same study with other overrides under 
 never share trials.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -47,13 +47,13 @@ class Launch:
     """How long it may take, 0 where nothing is declared."""
 
 
-def declared(folder: Path) -> dict[str, Declared]:
-    """The studies in `folder` (conf/study/), by the name of their file.
+def declared(files: Iterable[Path]) -> dict[str, Declared]:
+    """The studies in `files` (those in conf/study/), by the name of their file.
 
     Raises:
-        UsageError: a file cannot be read as YAML.
+        UsageError: a file cannot be read as YAML, or holds no mapping.
     """
-    return {path.stem: _declared(path) for path in sorted(folder.glob("*.yaml"))}
+    return {path.stem: _declared(path) for path in files}
 
 
 def _declared(path: Path) -> Declared:
@@ -61,6 +61,8 @@ def _declared(path: Path) -> Declared:
         tree = yaml.safe_load(path.read_text()) or {}
     except (OSError, yaml.YAMLError) as error:
         raise UsageError(f"{path} cannot be read: {' '.join(str(error).split())}") from error
+    if not isinstance(tree, dict):
+        raise UsageError(f"{path} is no study: a YAML mapping is needed, with a key `study`")
     study: Mapping[str, Any] = tree.get("study") or {}
     return Declared(
         name=str(tree.get("name", path.stem)),

@@ -44,7 +44,7 @@ def page(summary, **parts) -> Page:
     settings = {
         "summary": summary,
         "question": "Does synchronising mend it?",
-        "command": "python jobs/compare.py study=demo launcher.num_workers=2",
+        "command": "syncbn compare study=demo launcher.num_workers=2",
         "config": {"train": {"steps": 600}},
         "pictures": [PICTURE],
     }
@@ -60,7 +60,7 @@ def test_a_report_answers_question_claims_and_how_to_repeat_it(summary, render):
         "REPRODUCED",
         "Synchronised statistics beat each rank",
         "The whole interval lies below -20.0 points, as claimed.",
-        "python jobs/compare.py study=demo launcher.num_workers=2",
+        "syncbn compare study=demo launcher.num_workers=2",
         "Test error with synchronised batch norm is 29.9 points lower than with local batch norm",
         "2.15.0",
         "0123abc",

@@ -26,14 +26,14 @@ OVERRIDES = [
 def test_the_command_in_the_report_repeats_the_study_exactly():
     cfg = compose(OVERRIDES)
     command = repeat_command(cfg)
-    assert command.startswith("python jobs/compare.py study=demo ")
+    assert command.startswith("syncbn compare study=demo ")
     again = compose(shlex.split(command)[2:])
     assert identity(again) == identity(cfg)
     assert again.study == cfg.study
 
 
 def test_the_command_of_an_unchanged_study_is_short():
-    assert repeat_command(compose(["study=demo"])) == "python jobs/compare.py study=demo"
+    assert repeat_command(compose(["study=demo"])) == "syncbn compare study=demo"
 
 
 def test_a_study_that_no_file_holds_has_no_command(tmp_path):

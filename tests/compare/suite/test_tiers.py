@@ -3,7 +3,7 @@
 import pytest
 
 from syncbn.compare.suite.tiers import declared, studies_of
-from syncbn.compose import compose, config_folder
+from syncbn.compose import compose, config_files
 from syncbn.errors import UsageError
 from syncbn.launch.studies import failure_words, worst
 
@@ -19,7 +19,7 @@ STUDIES = {
 def known(tmp_path):
     for name, text in STUDIES.items():
         (tmp_path / f"{name}.yaml").write_text(text)
-    return declared(tmp_path)
+    return declared(sorted(tmp_path.iterdir()))
 
 
 def test_a_tier_has_its_studies_in_their_order(known):
@@ -55,11 +55,17 @@ def test_an_unknown_name_is_refused_with_those_that_are_known(known):
 def test_a_study_file_that_is_no_yaml_is_named(tmp_path):
     (tmp_path / "bad.yaml").write_text("study: [")
     with pytest.raises(UsageError, match=r"bad\.yaml cannot be read"):
-        declared(tmp_path)
+        declared([tmp_path / "bad.yaml"])
+
+
+def test_a_study_file_that_is_no_mapping_is_named(tmp_path):
+    (tmp_path / "list.yaml").write_text("[study]")
+    with pytest.raises(UsageError, match=r"list\.yaml is no study"):
+        declared([tmp_path / "list.yaml"])
 
 
 def test_every_study_of_the_project_composes_in_both_tiers():
-    studies = declared(config_folder() / "study")
+    studies = declared(config_files("study").values())
     for tier in ("fast", "full"):
         if any(tier in study.tiers for study in studies.values()):
             for launch in studies_of(tier, studies):

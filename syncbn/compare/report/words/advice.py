@@ -11,7 +11,7 @@ from syncbn.compare.study.summary import Summary, finite
 
 HEADER = ("ranks together", "samples", "test error", "above the best", "95 % interval", "so it is")
 NOT_MEASURED = (
-    "not measured here: real ranks need as many cores. `python jobs/compare.py study=cost` measures it where they "
+    "not measured here: real ranks need as many cores. `syncbn compare study=cost` measures it where they "
     "are; docs/performance.md has the layer's own times"
 )
 

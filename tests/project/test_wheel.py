@@ -1,0 +1,142 @@
+"""The wheel works without a checkout: it carries the configs, and every verb finds them in an empty folder."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+from programs import ROOT, Bench
+
+SOURCES = ("pyproject.toml", "setup.py", "MANIFEST.in", "README.md", "LICENSE", "conf", "syncbn")
+NO_COMPILER = {"CC": "/bin/false", "CXX": "/bin/false"}
+"""The native library is optional, and takes a minute."""
+TINY = ("debug=tiny", "launcher.num_workers=1")
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    """What a clean checkout holds of the package."""
+    folder = tmp_path_factory.mktemp("source")
+    ignored = shutil.ignore_patterns("*.so", "__pycache__")
+    for name in SOURCES:
+        path = ROOT / name
+        copy = shutil.copytree if path.is_dir() else shutil.copy
+        copy(path, folder / name, **({"ignore": ignored} if path.is_dir() else {}))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def wheel(source, tmp_path_factory):
+    """The wheel, built offline."""
+    out = tmp_path_factory.mktemp("wheel")
+    build(source, "-m", "pip", "--disable-pip-version-check", "wheel", ".", "--no-index",
+          "--no-build-isolation", "--no-deps", "--wheel-dir", str(out))  # fmt: skip
+    [path] = out.glob("syncbn-*.whl")
+    return path
+
+
+@pytest.fixture
+def installed(wheel, tmp_path):
+    """A bench whose programs import the package from the wheel, and whose folder is empty."""
+    site = tmp_path / "site"
+    zipfile.ZipFile(wheel).extractall(site)
+    bench = Bench(tmp_path / "empty", environ={"PYTHONPATH": str(site)})
+    bench.folder.mkdir()
+    yield bench
+    bench.kill_all()
+
+
+def build(source, *arguments):
+    command = [sys.executable, *arguments]
+    environ = os.environ | NO_COMPILER
+    done = subprocess.run(command, cwd=source, env=environ, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def run(bench, *arguments):
+    result = bench.run(sys.executable, *arguments)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+def files(folder):
+    return {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()}
+
+
+def test_the_wheel_has_every_config_and_template_and_nothing_beside_the_package(wheel):
+    names = set(zipfile.ZipFile(wheel).namelist())
+    assert {f"syncbn/conf/{name}" for name in files(ROOT / "conf")} <= names
+    assert {f"syncbn/templates/{name}" for name in files(ROOT / "syncbn" / "templates")} <= names
+    assert {name.split("/")[0].split("-")[0] for name in names} == {"syncbn"}
+
+
+def test_a_source_distribution_builds_the_same_wheel(source, tmp_path):
+    build(
+        source,
+        "-c",
+        f"from setuptools.build_meta import build_sdist; build_sdist({str(tmp_path)!r})",
+    )
+    [archive] = tmp_path.glob("syncbn-*.tar.gz")
+    shutil.unpack_archive(archive, tmp_path, filter="data")
+    unpacked = tmp_path / archive.name.removesuffix(".tar.gz")
+    for name in ("conf", "syncbn/templates", "syncbn/norm/native"):
+        assert files(ROOT / name) - {
+            f for f in files(ROOT / name) if f.endswith((".so", ".pyc"))
+        } <= files(unpacked / name)
+
+
+def test_a_config_composes_in_an_empty_folder(installed):
+    code = (
+        "import json, syncbn; from syncbn.compose import compose, config_folders;"
+        "cfg = compose(['study=demo', 'model=cnn']);"
+        "print(json.dumps([syncbn.__file__, *map(str, config_folders()), cfg.model.name]))"
+    )
+    file, folder, model = json.loads(run(installed, "-c", code))
+    site = Path(installed.environ["PYTHONPATH"])
+    assert (Path(file).parent, Path(folder)) == (site / "syncbn", site / "syncbn" / "conf")
+    assert model == "cnn"
+
+
+def test_every_verb_that_plans_finds_its_configs(installed):
+    for words in (
+        "train norm=local",
+        "compare study=demo",
+        "studies --tier fast",
+        "advise launcher.num_workers=2",
+    ):
+        assert run(installed, "-m", "syncbn", *words.split(), "--dry-run", "--json").startswith(
+            ("{", "[")
+        )
+    plan = json.loads(run(installed, "-m", "syncbn", "submit", "train", "--dry-run", "--json"))
+    site = Path(installed.environ["PYTHONPATH"])
+    assert (plan["working_dir"], plan["py_modules"]) == (None, [str(site / "syncbn")])
+    run(installed, "-m", "syncbn", "new", "mine")
+    assert (installed.folder / "mine" / "mine.py").is_file()
+
+
+def test_ranks_of_torchrun_and_studies_start_from_it(installed):
+    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+    run(installed, *torchrun, "-m", "syncbn", "train", "debug=tiny")
+    assert (installed.folder / "runs" / "run" / "summary.json").is_file()
+    run(
+        installed,
+        "-m",
+        "syncbn",
+        "studies",
+        "demo",
+        *TINY,
+        "study.seeds=[0,1]",
+        "train.eval_every=0",
+    )
+    assert (installed.folder / "runs" / "demo" / "report.html").is_file()
+    [start] = _events(installed.folder / "runs" / "run" / "journal.jsonl", "start")
+    assert not start["git"]  # no revision of whatever repository is around an installed package
+
+
+def _events(journal, event):
+    records = map(json.loads, journal.read_text().splitlines())
+    return [record for record in records if record.get("event") == event]
