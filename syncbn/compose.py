@@ -27,6 +27,9 @@ from syncbn.errors import UsageError
 ENV_ALLOWED = ("HOME", "USER", "TMPDIR", "SYNCBN_DATA_ROOT")
 """Environment variables that a config may read through `${oc.env:NAME}`."""
 
+RENAMED = {"dtype": "train.precision"}
+"""Keys that have another name now, by their last part."""
+
 ConfigStore.instance().store("schema", node=Config)
 
 
@@ -155,6 +158,8 @@ def known_keys(tree: Any = None, prefix: str = "") -> list[str]:
 
 def nearest_key(name: str) -> str | None:
     """The schema's key whose last part is most like `name`, or None where none is."""
+    if name in RENAMED:
+        return RENAMED[name]
     by_last_part = {key.rsplit(".", 1)[-1]: key for key in reversed(known_keys())}
     match = difflib.get_close_matches(name, by_last_part, n=1, cutoff=0.5)
     return by_last_part[match[0]] if match else None

@@ -6,6 +6,7 @@ are reduced; and whether to go on is decided only where ranks agree (`Agreement`
 """
 
 import time
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -13,12 +14,14 @@ from torch import Tensor, nn
 from syncbn.config import RunConfig, config_hash
 from syncbn.errors import Interrupted, NonFinite, OutOfTime, Stopped, UsageError
 from syncbn.norm import NonFiniteStatistics
-from syncbn.optim import learning_rate
+from syncbn.optim import learning_rate, set_rate
 from syncbn.probes import Batch
 from syncbn.runtime.base import Runtime
 from syncbn.tracking import Tracker
+from syncbn.train.accumulate import accumulate, own_sizes
 from syncbn.train.agreement import Agreement
 from syncbn.train.evaluation import evaluate, settle_buffers
+from syncbn.train.precision import autocast
 from syncbn.train.progress import Advance, progress
 from syncbn.train.state import State, build, checkpoint, resume
 from syncbn.train.stopping import StopRequest, stop_on_signals
@@ -69,7 +72,7 @@ class _Loop:
             raise NonFinite(str(error), state.step) from error
         self._save()
         return RunSummary(
-            final={"train_loss": state.standing.train_loss} | state.standing.measured | concluded,
+            final=state.standing.final() | concluded,
             steps=state.step,
             seconds=state.standing.seconds,
             world_size=state.runtime.world_size,
@@ -87,14 +90,15 @@ class _Loop:
         """One optimiser step, and what its number makes due."""
         state, cfg = self.state, self.state.cfg
         rate = learning_rate(state.step, cfg.optim, cfg.train.steps, cfg.global_batch)
-        for group in state.optimizer.param_groups:
-            group["lr"] = rate
-        share = _backward(state, global_batch, x, y)
+        set_rate(state.optimizer, rate)
+        share = _gradients(state, global_batch, x, y)
+        if state.scale is not None:
+            state.scale.unscale(state.optimizer)
         if state.probes:
             self._probe(rate, Batch(x, y, global_batch, share))
         if cfg.optim.clip_norm is not None:
             nn.utils.clip_grad_norm_(state.model.parameters(), cfg.optim.clip_norm)
-        state.optimizer.step()
+        _move(state)
         state.optimizer.zero_grad(set_to_none=state.runtime.world_size == 1)
         state.step += 1
         self.agreement.add(state.step, share)
@@ -133,7 +137,8 @@ class _Loop:
                 f"train.time_limit_s={train.time_limit_s:g} was over after {state.step} of {train.steps} steps, "
                 "checkpoint saved: the same command continues"
             )
-        if saving and not last:
+        best = state.standing.kept_step == state.step
+        if (saving or best) and not last:
             self._save()
         return enough
 
@@ -147,6 +152,9 @@ class _Loop:
             if _due(step, cfg.train.log_every):
                 rate = learning_rate(step - 1, cfg.optim, cfg.train.steps, cfg.global_batch)
                 self.tracker.metrics(step, {"train_loss": loss, "lr": rate})
+        if self.state.scale is not None:
+            scale = self.state.scale.require_usable()
+            self.tracker.metrics(self.state.step, {"loss_scale": scale})
         if losses:
             self.state.standing.train_loss = sum(losses.values()) / len(losses)
         return late, asked
@@ -154,11 +162,16 @@ class _Loop:
     def _measure(self) -> None:
         state, cfg = self.state, self.state.cfg
         settle_buffers(state.model, cfg.norm.name, state.runtime)
-        measured = evaluate(
-            state.model, state.sets.test, state.runtime, cfg.train.eval_batch, state.dtype
-        )
+        averaged = nullcontext() if state.ema is None else state.ema.in_place()
+        with averaged, autocast(cfg.train.precision, state.runtime.device):
+            measured = evaluate(
+                state.model, state.sets.test, state.runtime, cfg.train.eval_batch, state.dtype
+            )
         state.standing.measured, state.standing.measured_at = measured, state.step
         self.tracker.metrics(state.step, measured)
+        standing = state.standing
+        if cfg.train.keep_best and measured["test_error"] < standing.kept_error:
+            standing.kept_error, standing.kept_step = measured["test_error"], state.step
 
     def _save(self) -> None:
         self.state.standing.seconds = self.seconds_before + time.monotonic() - self.started
@@ -179,8 +192,30 @@ class _Loop:
 def _backward(state: State, global_batch: int, x: Tensor, y: Tensor) -> Tensor:
     """Leave the gradient of the global mean loss in `.grad`; this rank's share of that loss, `()`."""
     share = nn.functional.cross_entropy(_logits(state, x), y, reduction="sum") / global_batch
-    (share * state.runtime.world_size).backward()
+    loss = share * state.runtime.world_size
+    (loss if state.scale is None else state.scale.scaled(loss)).backward()
     return share
+
+
+def _gradients(state: State, global_batch: int, x: Tensor, y: Tensor) -> Tensor:
+    """`_backward` of the whole step, micro-batch by micro-batch where it has several."""
+    cfg, runtime = state.cfg, state.runtime
+    if cfg.train.accumulate == 1:
+        return _backward(state, global_batch, x, y)
+    sizes = own_sizes(global_batch, cfg.micro_batch, runtime.rank, runtime.world_size)
+    return accumulate(
+        lambda *part: _backward(state, global_batch, *part), state.wrapped, sizes, x, y
+    )
+
+
+def _move(state: State) -> None:
+    """The optimiser's step, and what follows the parameters."""
+    if state.scale is None:
+        state.optimizer.step()
+    else:
+        state.scale.step(state.optimizer)
+    if state.ema is not None:
+        state.ema.update()
 
 
 def _logits(state: State, x: Tensor) -> Tensor:
