@@ -54,7 +54,7 @@ def compose(overrides: Sequence[str] = ()) -> Config:
         )
     try:
         with initialize_config_dir(str(folder), version_base="1.3"):
-            tree = hydra_compose("config", overrides=list(overrides))
+            tree = hydra_compose("config", overrides=[*map(_with_new_names, overrides)])
         _refuse_environment(tree)
         cfg = OmegaConf.to_object(tree)
     except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
@@ -62,6 +62,11 @@ def compose(overrides: Sequence[str] = ()) -> Config:
     assert isinstance(cfg, Config)
     check(cfg)
     return cfg
+
+
+def _with_new_names(override: str) -> str:
+    """`override` as Hydra takes it where it adds names of the user's own to the schema: parameter groups."""
+    return f"++{override}" if override.startswith("optim.groups") else override
 
 
 def vary(cfg: Config, overrides: Sequence[str]) -> RunConfig:

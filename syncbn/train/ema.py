@@ -26,17 +26,17 @@ class Ema:
     @torch.no_grad()
     def update(self) -> None:
         """Move the averages towards the parameters, after a step."""
-        torch._foreach_lerp_(self._averages, self._parameters, 1 - self.decay)
+        torch._foreach_lerp_(self._averages, self._parameters, 1 - self.decay)  # pyright: ignore[reportPrivateImportUsage]
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
         """The model has the averages as its parameters within, and its own, bit for bit, afterwards."""
         own = [parameter.clone() for parameter in self._parameters]
-        torch._foreach_copy_(self._parameters, self._averages)
+        _copy(self._parameters, self._averages)
         try:
             yield
         finally:
-            torch._foreach_copy_(self._parameters, own)
+            _copy(self._parameters, own)
 
     def state_dict(self) -> dict[str, Tensor]:
         """The averages by the names of their parameters."""
@@ -50,5 +50,9 @@ class Ema:
         """
         if list(state) != self._names:
             raise CheckpointError("the checkpoint's averages (train.ema) are of another network")
-        for average, value in zip(self._averages, state.values(), strict=True):
-            average.copy_(value)
+        _copy(self._averages, list(state.values()))
+
+
+def _copy(targets: list[Tensor], values: list[Tensor]) -> None:
+    for target, value in zip(targets, values, strict=True):
+        target.copy_(value)

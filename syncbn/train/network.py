@@ -54,11 +54,10 @@ class _Compiled(nn.Module):
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
         self.network = network
-        # no second submodule: names of parameters stay single
-        object.__setattr__(self, "_run", torch.compile(network, dynamic=False))
+        self._compiled = (torch.compile(network, dynamic=False),)  # no second submodule
 
     def forward(self, images: Tensor) -> Any:
-        return self._run(images)
+        return self._compiled[0](images)
 
 
 def checkpoint_parts(model: nn.Module) -> int:

@@ -9,7 +9,7 @@ import torch
 
 from syncbn.checkpoint import load, load_best, load_latest
 from syncbn.checks import check
-from syncbn.compose import compose
+from syncbn.compose import compose, vary
 from syncbn.config import (
     Config,
     DataConfig,
@@ -50,7 +50,7 @@ def _config(folder, model="mlp", norm="sync", **options) -> RunConfig:
 
 
 def _losses(cfg) -> dict[int, float]:
-    records = [r for r in read_journal(cfg.folder / "journal.jsonl")]
+    records = list(read_journal(cfg.folder / "journal.jsonl"))
     return {
         r["step"]: m["train_loss"] for r in records if "train_loss" in (m := r.get("metrics", {}))
     }
@@ -71,8 +71,14 @@ def test_hashes_of_runs_with_defaults_are_those_they_always_had():
 
 @pytest.mark.parametrize(
     "option",
-    [{"precision": "bf16"}, {"accumulate": 2}, {"channels_last": True}, {"compile": True}]
-    + [{"checkpoint_activations": True}, {"ema": 0.9}],
+    [
+        {"precision": "bf16"},
+        {"accumulate": 2},
+        {"channels_last": True},
+        {"compile": True},
+        {"checkpoint_activations": True},
+        {"ema": 0.9},
+    ],
 )
 def test_what_decides_numbers_is_in_the_hash(option):
     assert config_hash(RunConfig(train=TrainConfig(**option))) != config_hash(RunConfig())
@@ -329,6 +335,10 @@ def test_groups_are_composed_checked_and_hashed():
     cfg = compose(["optim.groups={hidden.*:{lr_scale:0.1,weight_decay:0.0}}"])
     assert cfg.optim.groups == {"hidden.*": ParameterGroup(0.1, 0.0)}
     assert config_hash(cfg) != config_hash(compose([]))
+    with pytest.raises(UsageError, match="lrscale"):
+        compose(["optim.groups={hidden.*:{lrscale:0.1}}"])
+    varied = vary(compose([]), ["optim.groups={hidden.*: {lr_scale: 0.5}}"])
+    assert varied.optim.groups == {"hidden.*": ParameterGroup(0.5)}
     with pytest.raises(UsageError, match=r"optim\.groups=.* is not allowed"):
         compose(["optim.groups={hidden.*:{lr_scale:-1}}"])
 
