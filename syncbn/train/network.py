@@ -14,18 +14,26 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
 from syncbn.config import TrainConfig
+from syncbn.errors import UsageError
 from syncbn.norm import SyncBatchNorm
 from syncbn.norm.ops.recompute import unchanged
 from syncbn.train.precision import HALF, Autocast
 
 
 def trained(model: nn.Module, cfg: TrainConfig, device: torch.device) -> nn.Module:
-    """`model` as training runs it; `model` itself where `cfg` asks for nothing."""
+    """`model` as training runs it; `model` itself where `cfg` asks for nothing.
+
+    Raises:
+        UsageError: activation checkpointing of a model without a `nn.Sequential`.
+    """
     network = model
     if cfg.channels_last:
         network = _ChannelsLast(model.to(memory_format=torch.channels_last))  # pyright: ignore[reportCallIssue]
-    if cfg.checkpoint_activations:
-        checkpoint_parts(model)
+    if cfg.checkpoint_activations and not checkpoint_parts(model):
+        raise UsageError(
+            f"train.checkpoint_activations=True is not allowed for a {type(model).__name__}, which has no "
+            "nn.Sequential to cut into regions: false"
+        )
     if cfg.compile:
         network = _Compiled(network)
     return Autocast(network, cfg.precision, device) if cfg.precision in HALF else network
@@ -57,7 +65,17 @@ class _Compiled(nn.Module):
         self._compiled = (torch.compile(network, dynamic=False),)  # no second submodule
 
     def forward(self, images: Tensor) -> Any:
-        return self._compiled[0](images)
+        try:
+            return self._compiled[0](images)
+        except RuntimeError as error:
+            from torch._dynamo.exc import BackendCompilerFailed  # 2 s, which only this needs
+
+            if not isinstance(error, BackendCompilerFailed):
+                raise
+            reason = str(error).strip().splitlines()[0]
+            raise UsageError(
+                f"train.compile=True does not work here ({reason}): install a C++ compiler, or use false"
+            ) from error
 
 
 def checkpoint_parts(model: nn.Module) -> int:

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch._dynamo.exc import BackendCompilerFailed
 
 from syncbn.checkpoint import load, load_best, load_latest
 from syncbn.checks import check
@@ -33,6 +34,7 @@ from syncbn.tracking import read_journal
 from syncbn.train import recorded_run
 from syncbn.train.accumulate import micro_sizes
 from syncbn.train.ema import Ema
+from syncbn.train.network import trained
 from syncbn.train.state import build
 
 SOLO = Solo(torch.device("cpu"))
@@ -269,6 +271,26 @@ def test_the_compiler_changes_numbers_by_rounding_alone(tmp_path):
     one, two = recorded_run(plain, SOLO), recorded_run(compiled, SOLO)
     assert two.final["train_loss"] == pytest.approx(one.final["train_loss"], rel=1e-4)
     assert _states(compiled)[0].keys() == _states(plain)[0].keys()
+
+
+def test_a_model_without_parts_to_checkpoint_is_refused(tmp_path):
+    with pytest.raises(
+        UsageError, match=r"checkpoint_activations=True is not allowed for a Linear"
+    ):
+        trained(torch.nn.Linear(2, 2), TrainConfig(checkpoint_activations=True), SOLO.device)
+
+
+@pytest.mark.untraced
+def test_without_a_compiler_the_error_says_what_to_do(tmp_path, monkeypatch):
+    def fail(*_, **__):
+        def call(images):
+            raise BackendCompilerFailed(fail, RuntimeError("no compiler"), None)
+
+        return call
+
+    monkeypatch.setattr(torch, "compile", fail)
+    with pytest.raises(UsageError, match=r"train\.compile=True does not work here"):
+        recorded_run(_config(tmp_path, compile=True), SOLO)
 
 
 # The best
