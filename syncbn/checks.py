@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from syncbn.config import ARMS, PROBES, Config, StudyConfig
+from syncbn.config import ARMS, PROBES, Config, ParameterGroup, StudyConfig
 from syncbn.errors import UsageError
 from syncbn.registry import DATA, MODELS, OPTIMIZERS, REGISTRIES, TASKS, Registry
 from syncbn.study_checks import complaints
@@ -69,6 +69,12 @@ def is_folder_name(text: str) -> bool:
     return re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,99}", text) is not None
 
 
+def _is_group(group: ParameterGroup) -> bool:
+    """Whether a parameter group's numbers are finite and not negative."""
+    given = [x for x in (group.lr_scale, group.weight_decay) if x is not None]
+    return all(math.isfinite(x) and x >= 0 for x in given)
+
+
 CHECKS = (
     Check("name", is_folder_name, "one folder name of letters, digits, '.', '_' and '-'"),
     _whole("seed", 0),
@@ -115,8 +121,14 @@ CHECKS = (
     _one_of("optim.lr_scaling", "none", "linear", "sqrt"),
     _whole("optim.base_batch", 1),
     _positive("optim.clip_norm"),
+    Check(
+        "optim.groups",
+        lambda groups: all(_is_group(group) for group in groups.values()),
+        "lr_scale and weight_decay must be finite numbers >= 0",
+    ),
     _whole("train.steps", 1),
     _whole("train.per_rank_batch", 1),
+    _whole("train.accumulate", 1),
     _one_of("train.shares", "shuffled", "by_class"),
     _whole("train.eval_every", 0),
     _whole("train.eval_batch", 1),
@@ -126,7 +138,8 @@ CHECKS = (
     _positive("train.time_limit_s"),
     _whole("train.patience", 1),
     _between("train.target_error", 0.0, 1.0),
-    _one_of("train.dtype", "float32", "float64"),
+    _one_of("train.precision", "float32", "float64", "bf16", "fp16"),
+    Check("train.ema", lambda decay: decay is None or 0 < decay < 1, "a number between 0 and 1"),
     _one_of("train.device", "auto", "cpu", "cuda"),
     _whole("train.num_threads", 1),
     _one_of("launcher.name", "local", "ray"),
@@ -187,6 +200,7 @@ def _across_keys(cfg: Config) -> Iterator[str]:
         name = cfg.model.name
         yield f"model={name} needs model.arch, the name of a {name} classification model"
     yield from _no_part_of_the_model(cfg)
+    yield from _of_training(cfg)
     if cfg.optim.nesterov and not cfg.optim.momentum:
         yield "optim.nesterov=True needs optim.momentum > 0"
     if cfg.norm.name == "sync_group":
@@ -221,6 +235,37 @@ def _no_part_of_the_model(cfg: Config) -> Iterator[str]:
             f"model.dropout={cfg.model.dropout:g} is not allowed with model.name={name}, whose networks bring "
             "their own: one of mlp, cnn, vgg"
         )
+
+
+_PROBES_OF_THE_STEP = ("gradients", "exchange")
+"""Probes that read what a step leaves, and run no network themselves."""
+
+
+def _of_training(cfg: Config) -> Iterator[str]:
+    """Complaints about ways of training that exclude each other."""
+    train = cfg.train
+    if train.keep_best and not train.eval_every:
+        yield "train.keep_best=True needs train.eval_every > 0: nothing else measures which is best"
+    if train.accumulate > 1 and train.shares == "by_class":
+        yield (
+            f"train.accumulate={train.accumulate} is not allowed with train.shares=by_class, whose order is that of a "
+            "whole step: 1"
+        )
+    if train.compile and train.checkpoint_activations:
+        yield (
+            "train.compile=True is not allowed with train.checkpoint_activations=True: the compiler decides itself "
+            "what is computed again"
+        )
+    own = [name for name in cfg.probe.names if name not in _PROBES_OF_THE_STEP]
+    for key, value, other in (
+        ("accumulate", train.accumulate, train.accumulate > 1),
+        ("precision", train.precision, train.precision in ("bf16", "fp16")),
+    ):
+        if own and other:
+            yield (
+                f"probe {own[0]} is not allowed with train.{key}={value}, since it runs the network on whole batches "
+                f"in the parameters' precision: one of {', '.join(_PROBES_OF_THE_STEP)}"
+            )
 
 
 def _samples_together(cfg: Config) -> int | None:

@@ -32,6 +32,9 @@ from syncbn.registry import REGISTRIES
 ENV_ALLOWED = ("HOME", "USER", "TMPDIR", "SYNCBN_DATA_ROOT")
 """Environment variables that a config may read through `${oc.env:NAME}`."""
 
+RENAMED = {"dtype": "train.precision"}
+"""Keys that have another name now, by their last part."""
+
 ConfigStore.instance().store("schema", node=Config)
 
 
@@ -90,7 +93,7 @@ def compose(overrides: Sequence[str] = ()) -> Config:
     _offer_registered()
     try:
         with initialize_config_dir(str(config_folder()), version_base="1.3"):
-            tree = hydra_compose("main", overrides=list(overrides))
+            tree = hydra_compose("main", overrides=[*map(_with_new_names, overrides)])
         _refuse_environment(tree)
         cfg = OmegaConf.to_object(tree)
     except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
@@ -142,6 +145,11 @@ def _refuse_unfounded() -> None:
         raise UsageError(
             f"{path} does not start from syncbn's own settings: begin it with `defaults: [base, _self_]`"
         )
+
+
+def _with_new_names(override: str) -> str:
+    """`override` as Hydra takes it where it adds names of the user's own to the schema: parameter groups."""
+    return f"++{override}" if override.startswith("optim.groups") else override
 
 
 def vary(cfg: Config, overrides: Sequence[str]) -> RunConfig:
@@ -256,6 +264,8 @@ def known_keys(tree: Any = None, prefix: str = "") -> list[str]:
 
 def nearest_key(name: str) -> str | None:
     """The schema's key whose last part is most like `name`, or None where none is."""
+    if name in RENAMED:
+        return RENAMED[name]
     by_last_part = {key.rsplit(".", 1)[-1]: key for key in reversed(known_keys())}
     match = difflib.get_close_matches(name, by_last_part, n=1, cutoff=0.5)
     return by_last_part[match[0]] if match else None

@@ -5,13 +5,16 @@ whose state would have to be saved and restored.
 """
 
 import math
+from collections import defaultdict
 from collections.abc import Callable
+from fnmatch import fnmatchcase
 from typing import Any
 
 from torch import nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from syncbn.config import OptimConfig
+from syncbn.errors import UsageError
 from syncbn.registry import OPTIMIZERS
 
 
@@ -29,9 +32,41 @@ def build_optimizer(model: nn.Module, cfg: OptimConfig) -> Optimizer:
 def parameter_groups(model: nn.Module, cfg: OptimConfig) -> list[dict[str, Any]]:
     """Parameter groups with their `weight_decay`: one, or those that decay and those that do not.
 
-    Norm parameters and biases are those of at most one dimension, whatever class of norm they belong to.
+    Norm parameters and biases are those of at most one dimension, whatever class of norm they belong to. Those that
+    fit a pattern of `optim.groups` follow as groups of their own, with their `lr_scale`.
+
+    Raises:
+        UsageError: a pattern that fits no parameter, or none that an earlier one does not fit.
     """
-    parameters = [p for p in model.parameters() if p.requires_grad]
+    named = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    fitting = _by_pattern(list(named), cfg)
+    groups = _by_decay([named[name] for name in fitting.pop(None, [])], cfg)
+    for pattern, names in fitting.items():
+        special = cfg.groups[str(pattern)]
+        parameters = [named[name] for name in names]
+        parts = _by_decay(parameters, cfg)
+        if special.weight_decay is not None:
+            parts = [{"params": parameters, "weight_decay": special.weight_decay}]
+        groups += [part | {"lr_scale": special.lr_scale} for part in parts]
+    return [group for group in groups if group["params"]]
+
+
+def _by_pattern(names: list[str], cfg: OptimConfig) -> dict[str | None, list[str]]:
+    """`names` by the first pattern of `cfg.groups` that fits each; None is the pattern of those that fit none."""
+    fitting: defaultdict[str | None, list[str]] = defaultdict(list)
+    for name in names:
+        fitting[next((p for p in cfg.groups if fnmatchcase(name, p)), None)].append(name)
+    for pattern in cfg.groups:
+        if pattern not in fitting:
+            raise UsageError(
+                f"optim.groups: pattern {pattern!r} is not allowed: it must fit a parameter that no earlier pattern "
+                f"fits, such as {names[0]!r}"
+            )
+    return {pattern: fitting[pattern] for pattern in (None, *cfg.groups) if pattern in fitting}
+
+
+def _by_decay(parameters: list[nn.Parameter], cfg: OptimConfig) -> list[dict[str, Any]]:
+    """`parameters` as one group, or as those that decay and those that do not."""
     if not cfg.weight_decay or cfg.decay_norm_and_bias:
         return [{"params": parameters, "weight_decay": cfg.weight_decay}]
     return [
@@ -58,6 +93,12 @@ def _adam(groups: list[dict[str, Any]], lr: float, *, cfg: OptimConfig) -> Optim
 @OPTIMIZERS.register("adamw")
 def _adamw(groups: list[dict[str, Any]], lr: float, *, cfg: OptimConfig) -> Optimizer:
     return AdamW(groups, lr=lr, betas=(cfg.momentum, 0.999), fused=True)
+
+
+def set_rate(optimizer: Optimizer, rate: float) -> None:
+    """Let the next step of `optimizer` have the learning rate `rate`, in each group times its `lr_scale`."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate * group.get("lr_scale", 1.0)
 
 
 def learning_rate(step: int, cfg: OptimConfig, steps: int, global_batch: int) -> float:

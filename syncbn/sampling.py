@@ -21,7 +21,7 @@ def require_global_batch(num_samples: int, global_batch: int) -> None:
     if num_samples < global_batch:
         raise DataError(
             f"the training set has {num_samples} samples, fewer than one global batch of {global_batch} "
-            "(train.per_rank_batch x launcher.num_workers): use a larger set or a smaller batch"
+            "(train.per_rank_batch x launcher.num_workers x train.accumulate): use a larger set or a smaller batch"
         )
 
 

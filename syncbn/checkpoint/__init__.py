@@ -6,7 +6,7 @@ Nothing here knows of ranks: rank 0 saves, and the training loop gathers random 
 from syncbn.checkpoint.format import Meta
 from syncbn.checkpoint.match import check_matches, restore_model
 from syncbn.checkpoint.runlock import FolderInUse, RunLock
-from syncbn.checkpoint.store import Checkpoint, load, load_latest, save
+from syncbn.checkpoint.store import Checkpoint, load, load_best, load_latest, save
 
 __all__ = [
     "Checkpoint",
@@ -15,6 +15,7 @@ __all__ = [
     "RunLock",
     "check_matches",
     "load",
+    "load_best",
     "load_latest",
     "restore_model",
     "save",

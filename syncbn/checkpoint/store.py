@@ -1,6 +1,7 @@
 """A run's checkpoints on disk: one folder each, complete or absent.
 
     checkpoints/LATEST            the name of the newest checkpoint, replaced last
+    checkpoints/BEST              the name of the one with the lowest test error, where a run keeps it
     checkpoints/step-000123/      model.safetensors, state.pt, meta.json, manifest.json (`format`)
 
 A save never touches what is already there before the new checkpoint is on the disk under its name, so a kill or a full
@@ -20,7 +21,7 @@ from syncbn.checkpoint import durable, format
 from syncbn.checkpoint.format import Meta
 from syncbn.errors import CheckpointError
 
-LATEST = "LATEST"
+LATEST, BEST = "LATEST", "BEST"
 _NAME = re.compile(r"step-(\d{6,})(\.old)?")
 
 
@@ -44,6 +45,7 @@ def save(
     meta: Meta,
     keep: int = 2,
     extra: Mapping[str, Any] | None = None,
+    best: int | None = None,
 ) -> Path:
     """Write a checkpoint of `meta.step` into `folder` and make it the latest.
 
@@ -55,6 +57,7 @@ def save(
         keep: whole checkpoints left in `folder`, the newest first; later steps than `meta.step` belong to
             an abandoned attempt and go.
         extra: plain tensors and containers to get back with it.
+        best: the step, up to `meta.step`, of a checkpoint that is kept beside these, and that `BEST` names.
 
     Returns:
         The checkpoint's folder, on disk when this returns.
@@ -64,17 +67,21 @@ def save(
             holds something that could not be read back.
     """
     blobs = format.encode(model_state, optimizer_state, extra or {}, meta)
-    target = folder / f"step-{meta.step:06d}"
+    target = folder / _name(meta.step)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         durable.sweep(folder)
         durable.write_folder(target, blobs)
         durable.write_file(folder / LATEST, f"{target.name}\n".encode())
+        if best is not None and (folder / _name(best)).exists():
+            durable.write_file(folder / BEST, f"{_name(best)}\n".encode())
+        else:
+            (folder / BEST).unlink(missing_ok=True)
     except OSError as error:
         with contextlib.suppress(OSError):
             durable.sweep(folder)
         raise CheckpointError(f"cannot save checkpoint {target}: {error.strerror}") from error
-    _prune(folder, meta.step, keep)
+    _prune(folder, meta.step, keep, best)
     return target
 
 
@@ -152,17 +159,34 @@ def _step_of(path: Path) -> int:
     return int(match.group(1))
 
 
-def _prune(folder: Path, step: int, keep: int) -> None:
-    """Remove all but the newest `keep` whole checkpoints up to `step`, which was just written.
+def load_best(folder: Path) -> Checkpoint | None:
+    """The checkpoint with the lowest test error, or None where the run keeps none (`train.keep_best`).
+
+    Raises:
+        CheckpointError: it is damaged.
+    """
+    try:
+        name = (folder / BEST).read_bytes().decode(errors="replace").strip()
+    except FileNotFoundError:
+        return None
+    return load(folder / name)
+
+
+def _name(step: int) -> str:
+    return f"step-{step:06d}"
+
+
+def _prune(folder: Path, step: int, keep: int, best: int | None) -> None:
+    """Remove all but the newest `keep` whole checkpoints up to `step`, just written, and that of the step `best`.
 
     A damaged one does not count, or the only good one could go. Failing to remove loses nothing.
     """
     num_kept = 0
     for path in _saved(folder):
-        fresh = path.name == f"step-{step:06d}"
+        fresh = path.name == _name(step)
         if _step_of(path) <= step and num_kept < keep and (fresh or _is_whole(path)):
             num_kept += 1
-        else:
+        elif best is None or path.name != _name(best):
             with contextlib.suppress(OSError):
                 durable.discard(path)
 

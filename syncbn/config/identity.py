@@ -1,6 +1,7 @@
 """What of a config decides a run's numbers, and its hash.
 
-Names, places, services and timeouts are left out, so equal hashes promise equal runs wherever they ran.
+Names, places, services and timeouts are left out, so equal hashes promise equal runs wherever they ran. So are keys
+that came after the first runs (`_LATER`) where they have their default, so that a run keeps its hash.
 """
 
 import hashlib
@@ -14,7 +15,7 @@ from syncbn.config.run import RunConfig, TaskConfig
 _NOT_IN_HASH = {"name", "runs_dir", "tracking", "study", "extensions"}
 _NOT_IN_HASH_OF = {
     "data": {"root", "download", "num_loaders"},
-    "train": {"resume", "progress", "checkpoint_every", "time_limit_s"},
+    "train": {"resume", "progress", "checkpoint_every", "keep_best", "time_limit_s"},
     "launcher": {
         "name",
         "address",
@@ -24,6 +25,20 @@ _NOT_IN_HASH_OF = {
         "start_timeout_s",
     },
 }
+_LATER: dict[str, dict[str, Any]] = {
+    "model": {"options": {}},
+    "data": {"options": {}},
+    "task": asdict(TaskConfig()),
+    "optim": {"groups": {}, "options": {}},
+    "train": {
+        "accumulate": 1,
+        "channels_last": False,
+        "compile": False,
+        "checkpoint_activations": False,
+        "ema": None,
+    },
+}
+"""Keys by group with the value at which they are left out."""
 
 
 def identity(cfg: RunConfig) -> dict[str, Any]:
@@ -36,19 +51,17 @@ def identity_of(config: Mapping[str, Any]) -> dict[str, Any]:
     tree = {key: value for key, value in config.items() if key not in _NOT_IN_HASH}
     for group, left_out in _NOT_IN_HASH_OF.items():
         tree[group] = {key: value for key, value in tree[group].items() if key not in left_out}
-    return _without_defaults(tree)
-
-
-def _without_defaults(tree: dict[str, Any]) -> dict[str, Any]:
-    """`tree` without keys that came later than the first hashes and say nothing: those runs keep their hash."""
-    if tree.get("task") == asdict(TaskConfig()):
-        tree = {key: value for key, value in tree.items() if key != "task"}
-    return {
-        group: {k: v for k, v in value.items() if k != "options" or v}
-        if isinstance(value, Mapping)
-        else value
-        for group, value in tree.items()
-    }
+    for group, defaults in _LATER.items():
+        tree[group] = {
+            key: value
+            for key, value in tree.get(group, {}).items()
+            if key not in defaults or value != defaults[key]
+        }
+    if not tree["task"]:
+        del tree["task"]
+    if "dtype" in tree["train"]:  # of a journal from before the key's present name
+        tree["train"]["precision"] = tree["train"].pop("dtype")
+    return tree
 
 
 def config_hash(cfg: RunConfig) -> str:
@@ -68,4 +81,7 @@ def resume_hash(cfg: RunConfig) -> str:
 
 
 def _digest(tree: dict[str, Any]) -> str:
+    train = dict(tree["train"])
+    train["dtype"] = train.pop("precision")  # hashes are older than this name
+    tree = {**tree, "train": train}
     return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()[:12]

@@ -118,6 +118,16 @@ class NormConfig:
 
 
 @dataclass
+class ParameterGroup:
+    """What differs for some parameters from the rest of `optim`."""
+
+    lr_scale: float = 1.0
+    """Times the learning rate; 0 leaves them as they are."""
+    weight_decay: float | None = None
+    """In place of `optim.weight_decay`, for norm parameters and biases too; none changes nothing."""
+
+
+@dataclass
 class OptimConfig:
     """The optimiser and its learning-rate schedule."""
 
@@ -143,6 +153,9 @@ class OptimConfig:
     base_batch: int = 256
     clip_norm: float | None = None
     """Largest global gradient norm, applied to the reduced gradient."""
+    groups: dict[str, ParameterGroup] = field(default_factory=dict)
+    """What differs for parameters whose name fits a shell pattern, e.g. `{hidden.*: {lr_scale: 0.1}}`; the first
+    pattern that fits counts, and one that fits no parameter is refused."""
     options: dict[str, Any] = field(default_factory=dict)
     """What an extension's optimiser takes by keyword."""
 
@@ -153,7 +166,9 @@ class TrainConfig:
 
     steps: int = 600
     per_rank_batch: int = 32
-    """Samples a rank and step; the global batch is this times launcher.num_workers."""
+    """Samples a rank and micro-batch; the global batch is this times launcher.num_workers and accumulate."""
+    accumulate: int = 1
+    """Micro-batches a step, whose gradients are added; batch-norm statistics are those of a micro-batch."""
     virtual: bool = False
     """One process stands for all `launcher.num_workers` ranks: each batch is split into as many groups, normalised as
     those ranks would, and the gradient is the mean that DistributedDataParallel gives (`syncbn.virtual`)."""
@@ -178,14 +193,30 @@ class TrainConfig:
     """Stop after so many evaluations without a better test error."""
     target_error: float | None = None
     """Stop once the test error is at or below this fraction."""
-    dtype: str = "float32"
-    """`float32` or `float64`."""
+    keep_best: bool = False
+    """Keep the checkpoint with the lowest test error too, which `checkpoints/BEST` names; needs `eval_every`."""
+    precision: str = "float32"
+    """`float32`, `float64`, or `bf16` or `fp16`: float32 parameters and statistics, the rest under autocast."""
+    channels_last: bool = False
+    """Keep images and convolutions in the memory format channels_last."""
+    compile: bool = False
+    """Train through torch.compile; evaluation and probes run eagerly."""
+    checkpoint_activations: bool = False
+    """Compute the activations inside each part of the model's Sequential children again in the backward pass, which
+    saves their memory (`syncbn.train.network`)."""
+    ema: float | None = None
+    """Decay of a moving average of the parameters, with which the network is evaluated; none is off."""
     device: str = "auto"
     """`auto`, `cpu` or `cuda`."""
     num_threads: int = 1
     """CPU threads a rank; fixed, because it is part of what makes two runs bit-identical."""
     progress: bool = True
     """Show a progress bar on rank 0 when stderr is a terminal."""
+
+    @property
+    def dtype_name(self) -> str:
+        """The floating dtype of parameters and inputs: `float32` or `float64`."""
+        return "float64" if self.precision == "float64" else "float32"
 
 
 @dataclass
@@ -262,6 +293,11 @@ class RunConfig:
     @property
     def global_batch(self) -> int:
         """Samples per step over all ranks."""
+        return self.micro_batch * self.train.accumulate
+
+    @property
+    def micro_batch(self) -> int:
+        """Samples over all ranks that are normalised together at most: those of one forward pass."""
         return self.train.per_rank_batch * self.launcher.num_workers
 
     @property

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from syncbn.errors import UsageError
 from syncbn.models import build_model
-from syncbn.optim import build_optimizer
+from syncbn.optim import build_optimizer, set_rate
 from syncbn.probes.base import Probe
 from syncbn.probes.textbook import with_textbook_norms, without_norms
 from syncbn.probes.view import View
@@ -98,8 +98,7 @@ class _Twin:
         """Compute the gradients of the whole batch of the view's step."""
         self.settle()
         images, labels = view.fetch(view.sets.train, view.stream.batch(view.step), view.step)
-        for group in self.optimizer.param_groups:
-            group["lr"] = view.lr
+        set_rate(self.optimizer, view.lr)
         loss = nn.functional.cross_entropy(self.model(images), labels)
         loss.backward()
         self.loss, self.step_is_due = loss.detach(), True

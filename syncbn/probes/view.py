@@ -48,7 +48,7 @@ class View:
     @property
     def dtype(self) -> torch.dtype:
         """The floating dtype of parameters and inputs."""
-        return getattr(torch, self.cfg.train.dtype)
+        return getattr(torch, self.cfg.train.dtype_name)
 
     @property
     def counts(self) -> bool:

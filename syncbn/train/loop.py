@@ -6,6 +6,7 @@ are reduced; and whether to go on is decided only where ranks agree (`Agreement`
 """
 
 import time
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -14,12 +15,14 @@ from torch import Tensor, nn
 from syncbn.config import RunConfig, config_hash
 from syncbn.errors import Interrupted, NonFinite, OutOfTime, Stopped, UsageError
 from syncbn.norm import NonFiniteStatistics
-from syncbn.optim import learning_rate
+from syncbn.optim import learning_rate, set_rate
 from syncbn.probes import Batch
 from syncbn.runtime.base import Runtime
 from syncbn.tracking import Tracker
+from syncbn.train.accumulate import accumulate, own_sizes
 from syncbn.train.agreement import Agreement
 from syncbn.train.evaluation import evaluate, own_batches, settle_buffers
+from syncbn.train.precision import autocast
 from syncbn.train.progress import Advance, progress
 from syncbn.train.state import State, build, checkpoint, resume
 from syncbn.train.stopping import StopRequest, stop_on_signals
@@ -70,7 +73,7 @@ class _Loop:
             raise NonFinite(str(error), state.step) from error
         self._save()
         return RunSummary(
-            final={"train_loss": state.standing.train_loss} | state.standing.measured | concluded,
+            final=state.standing.final() | concluded,
             steps=state.step,
             seconds=state.standing.seconds,
             world_size=state.runtime.world_size,
@@ -88,14 +91,15 @@ class _Loop:
         """One optimiser step, and what its number makes due."""
         state, cfg = self.state, self.state.cfg
         rate = learning_rate(state.step, cfg.optim, cfg.train.steps, cfg.global_batch)
-        for group in state.optimizer.param_groups:
-            group["lr"] = rate
-        share = _backward(state, global_batch, x, y)
+        set_rate(state.optimizer, rate)
+        share = _gradients(state, global_batch, x, y)
+        if state.scale is not None:
+            state.scale.unscale(state.optimizer)
         if state.probes:
             self._probe(rate, Batch(x, y, global_batch, share))
         if cfg.optim.clip_norm is not None:
             nn.utils.clip_grad_norm_(state.model.parameters(), cfg.optim.clip_norm)
-        state.optimizer.step()
+        _move(state)
         state.optimizer.zero_grad(set_to_none=state.runtime.world_size == 1)
         state.step += 1
         self.agreement.add(state.step, share)
@@ -134,7 +138,8 @@ class _Loop:
                 f"train.time_limit_s={train.time_limit_s:g} was over after {state.step} of {train.steps} steps, "
                 "checkpoint saved: the same command continues"
             )
-        if saving and not last:
+        best = state.standing.kept_step == state.step
+        if (saving or best) and not last:
             self._save()
         return enough
 
@@ -148,6 +153,9 @@ class _Loop:
             if _due(step, cfg.train.log_every):
                 rate = learning_rate(step - 1, cfg.optim, cfg.train.steps, cfg.global_batch)
                 self.tracker.metrics(step, {"train_loss": loss, "lr": rate})
+        if self.state.scale is not None:
+            scale = self.state.scale.require_usable()
+            self.tracker.metrics(self.state.step, {"loss_scale": scale})
         if losses:
             self.state.standing.train_loss = sum(losses.values()) / len(losses)
         return late, asked
@@ -156,21 +164,34 @@ class _Loop:
         state, cfg = self.state, self.state.cfg
         settle_buffers(state.model, cfg.norm.name, state.runtime)
         batches = own_batches(len(state.sets.test), state.runtime, cfg.train.eval_batch)
-        measured = evaluate(
-            state.model, state.task, state.sets.test.batches(batches), state.runtime, state.dtype
-        )
+        averaged = nullcontext() if state.ema is None else state.ema.in_place()
+        with averaged, autocast(cfg.train.precision, state.runtime.device):
+            measured = evaluate(
+                state.model,
+                state.task,
+                state.sets.test.batches(batches),
+                state.runtime,
+                state.dtype,
+            )
         state.standing.measured, state.standing.measured_at = measured, state.step
         self.tracker.metrics(state.step, measured)
+        standing = state.standing
+        if cfg.train.keep_best and self._decided() < standing.kept_error:
+            standing.kept_error, standing.kept_step = self._decided(), state.step
 
     def _save(self) -> None:
         self.state.standing.seconds = self.seconds_before + time.monotonic() - self.started
         checkpoint(self.state, self.tracker)
 
+    def _decided(self) -> float:
+        """The last value of the measure that the task decides by, as an error: lower is better."""
+        value = self.state.standing.measured[f"test_{self.state.task.decides}"]
+        return value if self.state.task.lower_is_better else -value
+
     def _good_enough(self) -> bool:
         """Whether the target is reached, or patience with the measure that decides is at an end."""
         train, standing = self.state.cfg.train, self.state.standing
-        error = standing.measured[f"test_{self.state.task.decides}"]
-        error = error if self.state.task.lower_is_better else -error
+        error = self._decided()
         standing.evaluations_since_best += 1
         if error < standing.best_error:
             standing.best_error, standing.evaluations_since_best = error, 0
@@ -182,8 +203,30 @@ class _Loop:
 def _backward(state: State, global_batch: int, x: Tensor, y: Tensor) -> Tensor:
     """Leave the gradient of the global mean loss in `.grad`; this rank's share of that loss, `()`."""
     share = state.task.loss(_outputs(state, x), y) / global_batch
-    (share * state.runtime.world_size).backward()
+    loss = share * state.runtime.world_size
+    (loss if state.scale is None else state.scale.scaled(loss)).backward()
     return share
+
+
+def _gradients(state: State, global_batch: int, x: Tensor, y: Tensor) -> Tensor:
+    """`_backward` of the whole step, micro-batch by micro-batch where it has several."""
+    cfg, runtime = state.cfg, state.runtime
+    if cfg.train.accumulate == 1:
+        return _backward(state, global_batch, x, y)
+    sizes = own_sizes(global_batch, cfg.micro_batch, runtime.rank, runtime.world_size)
+    return accumulate(
+        lambda *part: _backward(state, global_batch, *part), state.wrapped, sizes, x, y
+    )
+
+
+def _move(state: State) -> None:
+    """The optimiser's step, and what follows the parameters."""
+    if state.scale is None:
+        state.optimizer.step()
+    else:
+        state.scale.step(state.optimizer)
+    if state.ema is not None:
+        state.ema.update()
 
 
 def _outputs(state: State, x: Tensor) -> Any:

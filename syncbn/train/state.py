@@ -30,8 +30,12 @@ from syncbn.sampling import SampleStream, rank_share
 from syncbn.tasks import Task, build_task
 from syncbn.tracking import Tracker
 from syncbn.tracking.redact import redact
+from syncbn.train.accumulate import accumulated_share
+from syncbn.train.ema import Ema
 from syncbn.train.evaluation import settle_buffers
 from syncbn.train.lockstep import Lockstep
+from syncbn.train.network import trained
+from syncbn.train.precision import LossScale, loss_scale
 
 
 @dataclass
@@ -47,10 +51,21 @@ class Standing:
     best_error: float = math.inf
     """The best value of the measure that the task decides by."""
     evaluations_since_best: int = 0
+    kept_error: float = math.inf
+    """The lowest value of the measure that the task decides by, with `train.keep_best`."""
+    kept_step: int = -1
+    """The step at which it was measured, whose checkpoint is kept; -1 before any."""
     seconds: float = 0.0
     """Wall time of the loop and its evaluations, over all attempts."""
     probes: dict[str, Any] = field(default_factory=dict)
     """What the probes have summed up."""
+
+    def final(self) -> dict[str, float]:
+        """What a run's summary says of it."""
+        kept = {"best_error": self.kept_error, "best_step": float(self.kept_step)}
+        return (
+            {"train_loss": self.train_loss} | self.measured | (kept if self.kept_step >= 0 else {})
+        )
 
 
 @dataclass
@@ -67,6 +82,10 @@ class State:
     optimizer: Optimizer
     task: Task
     probes: Probes
+    ema: Ema | None = None
+    """Averages of the parameters, with `train.ema`."""
+    scale: LossScale | None = None
+    """The scale of the loss, with fp16."""
     step: int = 0
     """Optimiser steps done."""
     standing: Standing = field(default_factory=Standing)
@@ -74,7 +93,7 @@ class State:
     @property
     def dtype(self) -> torch.dtype:
         """The floating dtype of parameters and inputs."""
-        return getattr(torch, self.cfg.train.dtype)
+        return getattr(torch, self.cfg.train.dtype_name)
 
     def batches(self) -> Iterator[tuple[int, Tensor, Tensor]]:
         """For each step to come: the size of its global batch, and this rank's share of images and labels."""
@@ -88,7 +107,14 @@ class State:
         for step in range(self.step, self.cfg.train.steps):
             whole = self.stream.batch(step)
             sizes.append(len(whole))
-            yield rank_share(whole, self.runtime.rank, self.runtime.world_size)
+            yield self._share(whole)
+
+    def _share(self, whole: Tensor) -> Tensor:
+        """This rank's part of a global batch."""
+        rank, world_size = self.runtime.rank, self.runtime.world_size
+        if self.cfg.train.accumulate == 1:
+            return rank_share(whole, rank, world_size)
+        return accumulated_share(whole, self.cfg.micro_batch, rank, world_size)
 
 
 def build(cfg: RunConfig, runtime: Runtime) -> State:
@@ -111,13 +137,24 @@ def build(cfg: RunConfig, runtime: Runtime) -> State:
     model = apply_arm(model, cfg.norm, cfg.launcher.num_workers if cfg.train.virtual else None)
     if runtime.world_size == 1:
         _leave_alone(model)
-    model.to(runtime.device, getattr(torch, cfg.train.dtype))
+    model.to(runtime.device, getattr(torch, cfg.train.dtype_name))
     torch.manual_seed(cfg.seed * 1_000_003 + runtime.rank)  # dropout: another stream a rank
     optimizer = build_optimizer(model, cfg.optim)
-    steady = Lockstep(model, sets.num_classes) if cfg.norm.name == "sync_group" else model
+    network = trained(model, cfg.train, runtime.device)
+    steady = Lockstep(network, sets.num_classes) if cfg.norm.name == "sync_group" else network
     probes = Probes(View(cfg, runtime, sets, stream, model))
     return State(
-        cfg, runtime, sets, stream, model, _wrapped(steady, runtime), optimizer, task, probes
+        cfg,
+        runtime,
+        sets,
+        stream,
+        model,
+        _wrapped(steady, runtime),
+        optimizer,
+        task,
+        probes,
+        None if cfg.train.ema is None else Ema(model, cfg.train.ema),
+        loss_scale(cfg.train.precision, runtime.device),
     )
 
 
@@ -153,12 +190,26 @@ def resume(state: State, tracker: Tracker) -> None:
     notes += check_matches(checkpoint, resume_hash(cfg), runtime.world_size, cfg.global_batch)
     notes += restore_model(state.model, checkpoint.model_state)
     state.optimizer.load_state_dict(checkpoint.optimizer_state)
-    state.step, state.standing = meta.step, Standing(**checkpoint.extra)
+    state.step, state.standing = meta.step, _restored(state, checkpoint.extra)
     state.probes.load_state_dict(state.standing.probes)
     if meta.world_size == runtime.world_size:
         rng.restore(rng.from_text(meta.rng[runtime.rank]), runtime.device)
     _begin(state, tracker)
     tracker.event("resume", step=meta.step, checkpoint=checkpoint.path.name, notes=notes)
+
+
+def _restored(state: State, extra: dict[str, Any]) -> Standing:
+    """The standing in a checkpoint's `extra`, whose other parts are given to what they are of."""
+    rest = dict(extra)
+    for name, part in _parts(state).items():
+        part.load_state_dict(rest.pop(name))
+    return Standing(**rest)
+
+
+def _parts(state: State) -> dict[str, Ema | LossScale]:
+    """What has a state of its own, by its name in a checkpoint; nothing by default."""
+    parts = {"ema": state.ema, "loss_scale": state.scale}
+    return {name: part for name, part in parts.items() if part is not None}
 
 
 def _begin(state: State, tracker: Tracker) -> None:
@@ -170,6 +221,15 @@ def _begin(state: State, tracker: Tracker) -> None:
         versions=versions(),
         git=git_revision(),
         samples=state.stream.digest(),
+    )
+    if state.cfg.train.accumulate > 1:
+        tracker.event("note", text=_micro_batches(state.cfg))
+
+
+def _micro_batches(cfg: RunConfig) -> str:
+    return (
+        f"train.accumulate={cfg.train.accumulate}: a step adds gradients up over micro-batches, and batch-norm "
+        f"statistics are those of a micro-batch of {cfg.micro_batch} samples at most, not of all {cfg.global_batch}"
     )
 
 
@@ -195,9 +255,17 @@ def checkpoint(state: State, tracker: Tracker) -> None:
         )
         folder = state.cfg.folder / "checkpoints"
         weights, momenta = state.model.state_dict(), state.optimizer.state_dict()
-        path = save(folder, weights, momenta, meta, extra=asdict(state.standing))
+        extra = asdict(state.standing) | {
+            name: part.state_dict() for name, part in _parts(state).items()
+        }
+        path = save(folder, weights, momenta, meta, extra=extra, best=_best(state))
         tracker.event("checkpoint", step=state.step, folder=path.name)
     runtime.barrier()
+
+
+def _best(state: State) -> int | None:
+    """The step whose checkpoint is kept for its test error, if any is."""
+    return state.standing.kept_step if state.standing.kept_step >= 0 else None
 
 
 def _random_states(runtime: Runtime) -> Tensor:

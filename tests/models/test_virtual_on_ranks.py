@@ -43,7 +43,7 @@ def _config(
     data: dict | None = None,
     **options: object,
 ) -> RunConfig:
-    train_options = {"steps": 20, "per_rank_batch": 4, "dtype": "float64", "eval_every": 7}
+    train_options = {"steps": 20, "per_rank_batch": 4, "precision": "float64", "eval_every": 7}
     return RunConfig(
         name=arm,
         runs_dir=str(folder),

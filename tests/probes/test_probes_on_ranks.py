@@ -32,7 +32,7 @@ NAMES = ["quantiles", "shift", "saturation", "gradients", "exchange", "oracle"]
 
 
 def _config(folder, world_size: int, names: list[str], arm="sync", **options: object) -> RunConfig:
-    settings = {"steps": 30, "per_rank_batch": 24 // world_size, "dtype": "float64"} | options
+    settings = {"steps": 30, "per_rank_batch": 24 // world_size, "precision": "float64"} | options
     return RunConfig(
         runs_dir=str(folder),
         model=ModelConfig(hidden=[16, 8]),

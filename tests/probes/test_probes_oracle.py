@@ -33,7 +33,7 @@ def _config(folder, arm: str, **optim: object) -> RunConfig:
         data=DataConfig(limit=100),
         norm=NormConfig(name=arm, momentum=0.3, eps=1e-3),
         optim=OptimConfig(lr=0.2, **optim),
-        train=TrainConfig(steps=30, per_rank_batch=6, dtype="float64", virtual=True),
+        train=TrainConfig(steps=30, per_rank_batch=6, precision="float64", virtual=True),
         launcher=LauncherConfig(num_workers=4),
         probe=ProbeConfig(names=["oracle"], every=1),
     )

@@ -168,7 +168,7 @@ def _smoothness(run: RunConfig, steps: Any, rng: Any) -> Iterator[tuple[str, Any
 
 
 def _oracle(run: RunConfig, steps: Any, rng: Any) -> Iterator[tuple[str, Any]]:
-    size = 0.3 if run.norm.name == "local" else 1e-7 if run.train.dtype == "float32" else 1e-15
+    size = 0.3 if run.norm.name == "local" else 1e-7 if run.train.precision == "float32" else 1e-15
     for metric in ("loss", "gradient", "buffers", "weights"):
         values = size * (1 + 0.2 * steps) * np.exp(0.5 * rng.normal(size=len(steps)))
         yield (

@@ -33,7 +33,7 @@ def view_of(
 ) -> View:
     """A view of `model` in float64, on one process."""
     cfg = cfg or RunConfig()
-    cfg.train.dtype = "float64"
+    cfg.train.precision = "float64"
     sets = DataSets(train or test, test, num_classes=2, shape=(1, 1, 1))
     labels = sets.train.labels if cfg.train.shares == "by_class" else None
     cfg.train.per_rank_batch = min(cfg.train.per_rank_batch, len(sets.train))

@@ -34,7 +34,11 @@ CPU = torch.device("cpu")
 
 
 def _config(folder, world_size, arm="sync", **train_options) -> RunConfig:
-    options = {"steps": 20, "per_rank_batch": 24 // world_size, "dtype": "float64"} | train_options
+    options = {
+        "steps": 20,
+        "per_rank_batch": 24 // world_size,
+        "precision": "float64",
+    } | train_options
     return RunConfig(
         name=f"{arm}",
         runs_dir=str(folder),
@@ -149,7 +153,7 @@ def test_a_loss_that_is_not_finite_on_one_rank_ends_all_with_its_name(world_size
 
 @pytest.mark.world_size(2)
 def test_a_run_that_diverges_ends_with_an_error_on_every_rank(world_size, tmp_path):
-    cfg = _config(tmp_path, world_size, arm="none", dtype="float32")
+    cfg = _config(tmp_path, world_size, arm="none", precision="float32")
     cfg = replace(cfg, optim=OptimConfig(lr=1e30, momentum=0.0))
     with pytest.raises(NonFinite, match="not finite"):
         train(cfg, TorchrunRuntime(CPU), Untracked())
