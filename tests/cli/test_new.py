@@ -3,15 +3,10 @@
 import ast
 import json
 import sys
-from importlib.util import module_from_spec, spec_from_file_location
-from types import ModuleType
 
 import pytest
-import torch
 import yaml
 from programs import SYNCBN, complaint
-
-from syncbn.compose import compose
 
 FILES = [
     ".gitignore",
@@ -48,70 +43,23 @@ def test_a_project_has_its_files_and_none_has_a_gap_left(project):
     assert len((project / "README.md").read_text().splitlines()) == 10
 
 
-def test_the_config_chooses_what_the_module_registers(project, monkeypatch):
-    registered = _registered(project, monkeypatch)
-    tree = yaml.safe_load((project / "conf" / "config.yaml").read_text())
-    assert tree["extensions"] == ["mine"]
-    for group, (name, _) in registered.items():
-        assert {f"override {group}": name} in tree["defaults"]
+def test_a_new_project_passes_its_own_test_and_trains_on_two_ranks(bench, project):
+    tested = bench.run(sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", cwd=project)
+    assert tested.returncode == 0, tested.stdout
+    job = ("launcher.num_workers=2", "tracking=journal", "train.steps=40", "--json")
+    trained = bench.run(*SYNCBN, "train", *job, cwd=project)
+    assert trained.returncode == 0, trained.stderr
+    summary = json.loads(trained.stdout)
+    assert summary["world_size"] == 2
+    assert summary["final"]["test_error"] < 0.5  # at random: 0.67
 
 
-def test_the_network_learns_the_data(project, monkeypatch):
-    registered = _registered(project, monkeypatch)
-    (_, net), (_, shapes) = registered["model"], registered["data"]
-    torch.manual_seed(0)
-    train, test = shapes(project, "train"), shapes(project, "test")
-    network = net((1, 8, 8), train.num_classes)
-    optimizer = torch.optim.SGD(network.parameters(), lr=0.05, momentum=0.9)
-    for batch in torch.randperm(len(train))[:1200].split(32):
-        loss = torch.nn.functional.cross_entropy(network(train.images[batch]), train.targets[batch])
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    network.eval()
-    wrong = network(test.images).argmax(1) != test.targets
-    assert wrong.float().mean() < 0.3  # at random: 0.67
-
-
-def _registered(project, monkeypatch):
-    """What the module registers, by group: (name, function)."""
-    found = {}
-    extend = ModuleType("syncbn.extend")
-    for group in ("model", "data"):
-        setattr(extend, group, _recording(group, found))
-    monkeypatch.setitem(sys.modules, "syncbn.extend", extend)
-    monkeypatch.setattr("syncbn.extend", extend, raising=False)
-    spec = spec_from_file_location("mine", project / "mine.py")
-    assert spec is not None
-    assert spec.loader is not None
-    spec.loader.exec_module(module_from_spec(spec))
-    return found
-
-
-def _recording(group, found):
-    def register(name):
-        def decorate(build):
-            found[group] = (name, build)
-            return build
-
-        return decorate
-
-    return register
-
-
-def test_the_configs_compose(project, monkeypatch):
-    """With files that stand for what the extension registers."""
-    config = project / "conf" / "config.yaml"
-    config.write_text(config.read_text().replace("extensions: [mine]\n", ""))
-    for group, option, name in (("model", "mine_net", "cnn"), ("data", "mine_shapes", "synthetic")):
-        (project / "conf" / group).mkdir()
-        (project / "conf" / group / f"{option}.yaml").write_text(f"name: {name}\n")
-    monkeypatch.chdir(project)
-    cfg = compose()
-    assert (cfg.name, cfg.model.name, cfg.data.name) == ("mine", "cnn", "synthetic")
-    study = compose(["study=mine"])
-    assert (study.name, study.train.per_rank_batch) == ("mine-study", 2)
-    assert study.model.name == "cnn"
+def test_the_study_of_a_new_project_composes_with_its_own_names(bench, project):
+    planned = bench.run(*SYNCBN, "compare", "study=mine", "--dry-run", "--json", cwd=project)
+    assert planned.returncode == 0, planned.stderr
+    config = json.loads(planned.stdout)["config"]
+    assert (config["name"], config["train"]["per_rank_batch"]) == ("mine-study", 2)
+    assert (config["model"]["name"], config["data"]["name"]) == ("mine_net", "mine_shapes")
 
 
 @pytest.mark.parametrize(

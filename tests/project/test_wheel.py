@@ -118,6 +118,7 @@ def test_every_verb_that_plans_finds_its_configs(installed):
     assert (installed.folder / "mine" / "mine.py").is_file()
 
 
+@pytest.mark.slow
 def test_ranks_of_torchrun_and_studies_start_from_it(installed):
     torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
     run(installed, *torchrun, "-m", "syncbn", "train", "debug=tiny")
@@ -135,6 +136,35 @@ def test_ranks_of_torchrun_and_studies_start_from_it(installed):
     assert (installed.folder / "runs" / "demo" / "report.html").is_file()
     [start] = _events(installed.folder / "runs" / "run" / "journal.jsonl", "start")
     assert not start["git"]  # no revision of whatever repository is around an installed package
+
+
+AUDIT = """
+import os, sys
+def _refuse_checkout(event, arguments):
+    if event == "open" and isinstance(arguments[0], str):
+        path = os.path.abspath(arguments[0])
+        if path.startswith(CHECKOUT) and not path.startswith(ENVIRONMENT):
+            os.write(2, f"read {path}\\n".encode())
+            os._exit(99)
+sys.addaudithook(_refuse_checkout)
+"""
+"""Ends a Python process that opens a file of the checkout; runs in each as `sitecustomize`."""
+
+
+def test_a_project_of_ones_own_trains_without_a_file_of_the_checkout(installed):
+    """The environment's own folder may lie in the checkout, and is not part of it."""
+    site, environment = Path(installed.environ["PYTHONPATH"]), str(Path(sys.prefix).absolute())
+    paths = f"CHECKOUT, ENVIRONMENT = {str(ROOT) + os.sep!r}, {environment + os.sep!r}\n"
+    (site / "sitecustomize.py").write_text(paths + AUDIT)
+    run(installed, "-m", "syncbn", "new", "mine")
+    project = Bench(installed.folder / "mine", environ=installed.environ)
+    job = ("train.steps=20", "tracking=journal", "--json")
+    ours = run(project, "-m", "syncbn", "train", "launcher.num_workers=2", *job)
+    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+    theirs = run(project, *torchrun, "-m", "syncbn", "train", "name=torchrun", *job)
+    assert json.loads(ours)["final"] == json.loads(theirs)["final"]
+    code = f"open({str(ROOT / 'README.md')!r})"
+    assert installed.run(sys.executable, "-c", code).returncode == 99  # the hook looks
 
 
 def _events(journal, event):

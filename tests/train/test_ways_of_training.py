@@ -264,6 +264,7 @@ def test_how_it_is_computed_changes_no_number(tmp_path, option, norm):
         torch.testing.assert_close(value, _states(plain)[0][name], rtol=1e-8, atol=1e-10, msg=name)
 
 
+@pytest.mark.slow
 @pytest.mark.untraced
 def test_the_compiler_changes_numbers_by_rounding_alone(tmp_path):
     plain = _config(tmp_path / "plain", steps=5)
