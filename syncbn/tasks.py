@@ -7,8 +7,11 @@ the value of a single process whatever the number of ranks.
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from syncbn.config import TaskConfig
@@ -110,6 +113,58 @@ def build_task(cfg: TaskConfig) -> Task:
             f"task={cfg.name} is a {type(task).__name__}: it must derive from syncbn.extend.Task"
         )
     return task
+
+
+def loss_of(task: Task, output: Any, target: Any) -> Tensor:
+    """The summed loss `()`; what a task or a model of an extension does wrong is told as such.
+
+    Raises:
+        UsageError: the task fails on what the model returned, or gives no single number.
+    """
+    with _told(task, "loss", output, target):
+        loss = task.loss(output, target)
+    if not isinstance(loss, Tensor) or loss.dim():
+        raise UsageError(
+            f"{_of(task, 'loss')} gave {_shape(loss)}: the sum over samples, (), is needed"
+        )
+    return loss
+
+
+def measures_of(task: Task, output: Any, target: Any) -> dict[str, Tensor]:
+    """The task's sums by name, `()` in float64; raises as `loss_of` does."""
+    with _told(task, "measures", output, target):
+        found = task.measures(output, target)
+    if not isinstance(found, dict) or not found:
+        raise UsageError(f"{_of(task, 'measures')} gave {_shape(found)}: sums by name are needed")
+    for name, value in found.items():
+        if not isinstance(value, Tensor) or value.dim():
+            raise UsageError(
+                f"{_of(task, 'measures')} gave {_shape(value)} as {name!r}: the sum over samples, (), is needed"
+            )
+    return {name: value.detach().double() for name, value in found.items()}
+
+
+@contextmanager
+def _told(task: Task, what: str, output: Any, target: Any) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        if hasattr(error, "exit_code") or isinstance(error, MemoryError | torch.OutOfMemoryError):
+            raise
+        reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        raise UsageError(
+            f"{_of(task, what)} failed on {_shape(output)} of outputs and {_shape(target)} of targets: {reason}"
+        ) from error
+
+
+def _of(task: Task, what: str) -> str:
+    return f"{what} of the task {type(task).__name__}"
+
+
+def _shape(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return f"a tensor {tuple(value.shape)}"
+    return f"a {type(value).__name__}"
 
 
 def _difference(output: Tensor, target: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from syncbn.errors import NonFinite, UsageError
 from syncbn.norm import RanksDisagree
 from syncbn.runtime.base import Runtime
-from syncbn.tasks import Task
+from syncbn.tasks import Task, measures_of
 
 
 def settle_buffers(model: nn.Module, arm: str, runtime: Runtime) -> None:
@@ -66,10 +66,10 @@ def evaluate(
     totals = torch.zeros((), dtype=torch.float64, device=runtime.device)
     for x, y in batches:
         y = y.to(runtime.device)
-        found = task.measures(model(x.to(runtime.device, dtype)), y)
+        found = measures_of(task, model(x.to(runtime.device, dtype)), y)
         count = torch.tensor(float(task.num_samples(y)), device=runtime.device)
         names = list(found)
-        totals = totals + torch.stack([value.double() for value in (*found.values(), count)])
+        totals = totals + torch.stack([*found.values(), count.double()])
     model.train()
     *sums, num_samples = runtime.sum(totals).tolist()
     means = {name: value / num_samples for name, value in zip(names, sums, strict=True)}

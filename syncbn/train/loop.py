@@ -18,6 +18,7 @@ from syncbn.norm import NonFiniteStatistics
 from syncbn.optim import learning_rate, set_rate
 from syncbn.probes import Batch
 from syncbn.runtime.base import Runtime
+from syncbn.tasks import loss_of
 from syncbn.tracking import Tracker
 from syncbn.train.accumulate import accumulate, own_sizes
 from syncbn.train.agreement import Agreement
@@ -202,7 +203,7 @@ class _Loop:
 
 def _backward(state: State, global_batch: int, x: Tensor, y: Tensor) -> Tensor:
     """Leave the gradient of the global mean loss in `.grad`; this rank's share of that loss, `()`."""
-    share = state.task.loss(_outputs(state, x), y) / global_batch
+    share = loss_of(state.task, _outputs(state, x), y) / global_batch
     loss = share * state.runtime.world_size
     (loss if state.scale is None else state.scale.scaled(loss)).backward()
     return share

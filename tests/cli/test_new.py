@@ -43,6 +43,7 @@ def test_a_project_has_its_files_and_none_has_a_gap_left(project):
     assert len((project / "README.md").read_text().splitlines()) == 10
 
 
+@pytest.mark.slow
 def test_a_new_project_passes_its_own_test_and_trains_on_two_ranks(bench, project):
     tested = bench.run(sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", cwd=project)
     assert tested.returncode == 0, tested.stdout

@@ -9,7 +9,7 @@ from syncbn.errors import NonFinite, UsageError
 from syncbn.registry import TASKS
 from syncbn.runtime.base import Solo
 from syncbn.runtime.local import TorchrunRuntime
-from syncbn.tasks import Classification, Regression, Task, build_task
+from syncbn.tasks import Classification, Regression, Task, build_task, loss_of, measures_of
 from syncbn.train.evaluation import evaluate, own_batches
 
 CPU = torch.device("cpu")
@@ -104,3 +104,35 @@ def test_a_task_derives_from_task(monkeypatch):
         UsageError, match=r"task=plain is a NoneType: it must derive from syncbn.extend.Task"
     ):
         build_task(TaskConfig(name="plain"))
+
+
+class _Wrong(Task):
+    def __init__(self, gives):
+        self.gives = gives
+
+    def loss(self, output, target):
+        return self.gives(output, target)
+
+    def measures(self, output, target):
+        return self.gives(output, target)
+
+
+@pytest.mark.parametrize(
+    ("gives", "message"),
+    [
+        (lambda output, target: None, "gave a NoneType"),
+        (lambda output, target: output.sum(1), r"gave a tensor \(2,\)"),
+        (lambda output, target: {"loss": output}, "gave a (dict|tensor .* as 'loss')"),
+        (lambda output, target: {"loss": 1.0}, "gave a (dict|float as 'loss')"),
+        (
+            lambda output, target: output @ target,
+            r"on a tensor \(2, 3\) of outputs and a tensor \(2,\)",
+        ),
+        (lambda output, target: {}["key"], "failed on .*: KeyError: 'key'"),
+    ],
+)
+@pytest.mark.parametrize("read", [loss_of, measures_of])
+def test_what_a_task_does_wrong_is_said_in_one_line(read, gives, message):
+    with pytest.raises(UsageError, match=message) as raised:
+        read(_Wrong(gives), torch.ones(2, 3), torch.ones(2))
+    assert "\n" not in str(raised.value)

@@ -67,6 +67,7 @@ def test_ranks_compute_in_each_way_as_one_process_does(world_size, tmp_path, opt
     _is_one_process(_config(tmp_path, world_size, **option))
 
 
+@pytest.mark.slow
 @pytest.mark.world_size(2)
 def test_compiled_ranks_compute_as_one_process_does(world_size, tmp_path):
     cfg = _config(tmp_path, world_size, compile=True, steps=4)
