@@ -30,6 +30,7 @@ _TORCHS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 _TIMMS = ("BatchNormAct2d", "SyncBatchNormAct")
 _ATTRIBUTES = ("layer_name", "process_group", "act")
 """What a SyncBatchNorm has beside the attributes of torch's batch norms."""
+_FIXED = "has fixed statistics: nothing to synchronise"
 
 
 @dataclass(frozen=True)
@@ -153,9 +154,7 @@ def _conversion(name: str, layer: nn.Module) -> Conversion:
     try:
         _synchronised_class(layer)
     except _LeftAlone as reason:
-        if _class_name(layer).startswith("Frozen"):  # by convention the name of such classes
-            return Conversion(name, type(layer), "has fixed statistics: nothing to synchronise")
-        return Conversion(name, type(layer), str(reason), local=True)
+        return Conversion(name, type(layer), str(reason), local=str(reason) != _FIXED)
     return Conversion(name, type(layer))
 
 
@@ -169,9 +168,9 @@ def _synchronised_class(layer: nn.Module) -> type[SyncBatchNorm]:
     """The class that `layer` gets; raises `_LeftAlone` where it gets none."""
     name = _class_name(layer)
     if isinstance(layer, torch.jit.ScriptModule):
-        raise _LeftAlone(f"{name} is compiled by torch.jit: convert the model before it is")
+        raise _left_alone(name, "is compiled by torch.jit: convert the model before it is")
     if not isinstance(layer, _BatchNorm):
-        raise _LeftAlone(f"{name} keeps running statistics in a class of its own")
+        raise _left_alone(name, "keeps running statistics in a class of its own")
     cls = parametrize.type_before_parametrizations(layer)
     if issubclass(cls, SyncBatchNorm):
         return cls
@@ -188,6 +187,11 @@ def _synchronised_class(layer: nn.Module) -> type[SyncBatchNorm]:
     return found
 
 
+def _left_alone(name: str, reason: str) -> _LeftAlone:
+    """For a class that torch does not know; those with fixed statistics are called Frozen..."""
+    return _LeftAlone(_FIXED if name.startswith("Frozen") else f"{name} {reason}")
+
+
 @functools.cache
 def _counterpart(cls: type[nn.Module]) -> type[SyncBatchNorm]:
     """The synchronised class for layers of class `cls`; raises `_LeftAlone` where their forward is not torch's."""
@@ -197,7 +201,7 @@ def _counterpart(cls: type[nn.Module]) -> type[SyncBatchNorm]:
         return SyncBatchNormAct
     if cls.forward is not _BatchNorm.forward:
         own = "has a forward of its own, whose behaviour a conversion could change"
-        raise _LeftAlone(f"{cls.__name__} {own}")
+        raise _left_alone(cls.__name__, own)
     return _with_methods_of(cls)
 
 

@@ -162,3 +162,27 @@ def test_strict_raises_when_there_is_nothing_to_convert(model, left):
     ):
         syncbn.convert_sync_batchnorm(model, strict=True)
     _convert_silently(model)
+
+
+class FrozenByItsForward(nn.BatchNorm2d):
+    def forward(self, x):
+        return x
+
+
+class FrozenByNameAlone(nn.BatchNorm2d):
+    """Keeps torch's forward."""
+
+
+def test_fixed_statistics_are_told_by_the_class_that_has_a_forward_of_its_own():
+    told = []
+    parametrized = FrozenByItsForward(3)
+    nn.utils.parametrize.register_parametrization(parametrized, "weight", nn.Identity())
+    syncbn.convert_sync_batchnorm(parametrized, report=told.append)
+    replaced = FrozenByNameAlone(3)
+    replaced.forward = lambda x: x
+    with pytest.warns(UserWarning, match="its forward was replaced"):
+        syncbn.convert_sync_batchnorm(replaced, report=told.append)
+    assert [(one.left_alone[:9], one.local) for one in told] == [
+        ("has fixed", False),
+        ("its forwa", True),
+    ]
