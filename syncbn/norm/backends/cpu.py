@@ -42,7 +42,6 @@ SMALLEST_KEPT_BYTES = 1 << 18
 """Below it glibc keeps what is freed, and PyTorch's own allocation is shorter."""
 
 _DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
-_EMPTY = {d: torch.empty(0, dtype=d, device="cpu") for d in (torch.float32, torch.float64)}
 _CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 _MOMENTS, _NORMALIZE, _BACKWARD_SUMS, _BACKWARD_INPUT, _BACKWARD_RESIDUAL = range(5)
 _NOTHING, _RESIDUAL, _OUTPUT = range(3)
@@ -63,7 +62,6 @@ class Geometry(NamedTuple):
         num_channels: C.
         dtype: of the statistics.
         moments_bytes: of one rank's packed moments.
-        empty: a tensor of that dtype, of which new ones are made at two thirds of the cost.
     """
 
     memory_format: torch.memory_format
@@ -71,7 +69,6 @@ class Geometry(NamedTuple):
     num_channels: int
     dtype: torch.dtype
     moments_bytes: int
-    empty: Tensor
 
 
 @functools.lru_cache(maxsize=4096)
@@ -86,8 +83,7 @@ def geometry_of(shape: torch.Size, stride: tuple[int, ...], dtype: torch.dtype) 
     else:
         memory_format = torch.contiguous_format
     words, kept = (_DTYPES[dtype], samples, channels, size), stats_dtype(dtype)
-    moments_bytes = (2 + 2 * channels) * kept.itemsize
-    return Geometry(memory_format, words, channels, kept, moments_bytes, _EMPTY[kept])
+    return Geometry(memory_format, words, channels, kept, (2 + 2 * channels) * kept.itemsize)
 
 
 class StatisticsBlock:
@@ -99,16 +95,20 @@ class StatisticsBlock:
         geometry: of the pass.
     """
 
-    __slots__ = ("__weakref__", "_num_channels", "_values", "addresses")
+    __slots__ = ("__weakref__", "_num_channels", "_values")
 
     def __init__(self, geometry: Geometry) -> None:
-        self._num_channels, item = geometry.num_channels, geometry.dtype.itemsize
-        size = 8 // item + 2 + 5 * geometry.num_channels
-        self._values = geometry.empty.new_empty(size)
-        total, row = self._values.data_ptr(), geometry.num_channels * item
-        mean = total + 8 + geometry.moments_bytes
-        self.addresses = total, total + 8, mean, mean + row, mean + 2 * row
-        """Of the total, the packed moments, mean, var and invstd."""
+        self._num_channels = geometry.num_channels
+        size = 8 // geometry.dtype.itemsize + 2 + 5 * geometry.num_channels
+        self._values = torch.empty(size, dtype=geometry.dtype, device="cpu")
+
+    @property
+    def addresses(self) -> tuple[int, int, int, int, int]:
+        """Of the total, the packed moments, mean, var and invstd, where their memory lies now."""
+        total, item = self._values.data_ptr(), self._values.itemsize
+        row = self._num_channels * item
+        mean = total + 8 + 2 * item + 2 * row
+        return total, total + 8, mean, mean + row, mean + 2 * row
 
     @property
     def packed(self) -> Tensor:
@@ -154,7 +154,7 @@ class CpuFallback(AtenBackend):
         if args.mask is not None or not _has_kernels(args.x):
             return super().local_stats(args)
         geometry = _geometry(args.x)
-        packed = geometry.empty.new_empty(2 + 2 * geometry.num_channels)
+        packed = torch.empty(2 + 2 * geometry.num_channels, dtype=geometry.dtype, device="cpu")
         self._run(_MOMENTS, args, geometry, packed)
         return packed
 
@@ -238,7 +238,7 @@ class CpuBackend(CpuFallback):
             dy = dz = self.grad_residual(dy, args, stats)
             args = args.before_act()
         geometry = _geometry(args.x)
-        sums = geometry.empty.new_empty(2, geometry.num_channels)
+        sums = torch.empty(2, geometry.num_channels, dtype=geometry.dtype, device="cpu")
         self._run(_BACKWARD_SUMS, args, geometry, sums, stats, dy)
         return sums, dz
 
@@ -293,7 +293,7 @@ class CpuBackend(CpuFallback):
         geometry = _geometry(args.x)
         args, dy = _aligned(args, geometry), _like(dy, geometry)
         dx = _empty(args.x, geometry)
-        sums = geometry.empty.new_empty(2, geometry.num_channels)
+        sums = torch.empty(2, geometry.num_channels, dtype=geometry.dtype, device="cpu")
         ring, turn = 0, NO_TURN
         if exchange is not None:
             ring, turn = exchange.announce_native(BACKWARD, sums.nbytes, what)

@@ -56,7 +56,7 @@ class Exchange:
         self.transport: Transport | None = None
         """Of a CPU group, from its first exchange on."""
         self.ring_address = ELSEWHERE
-        """Of the ring through which a native call exchanges."""
+        """Of the ring through which a native call exchanges; `ELSEWHERE` before ranks share memory."""
         self.serials = Serials()
         """Of the layers without a name whose exchanges took place; a look into `codes` costs less than a call."""
         self._number = 0

@@ -46,6 +46,7 @@ def _declared(found: ctypes.CDLL) -> ctypes.CDLL:
     for name, types in _ARGUMENTS.items():
         getattr(found, f"syncbn_{name}").argtypes = types
     found.syncbn_allocate.restype, found.syncbn_release_memory.restype = _POINTER, _INT
+    found.syncbn_pass.restype = found.syncbn_exchange_fail.restype = None
     return found
 
 

@@ -1,4 +1,4 @@
-"""The two collectives of a pass: batch statistics forward, gradient sums backward.
+"""The collective of a pass: packed moments forward, gradient sums backward, for which alone stands this rank's row.
 
 Everything else in the layer is one rank's own arithmetic. Each collective gives all ranks the same bits.
 """

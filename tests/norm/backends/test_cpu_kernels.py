@@ -1,5 +1,7 @@
 """What the native kernels promise beyond the suite: shapes that are cut in every way, and bits that stay the same."""
 
+import subprocess
+import sys
 from collections.abc import Iterator
 
 import kernel_suite as suite
@@ -9,6 +11,7 @@ from hypothesis import given, settings
 from kernel_suite import ROUNDING, TRUTH, Case, same_bits
 from torch import Tensor
 
+import syncbn
 from syncbn.norm.backends.activations import ACTIVATIONS
 from syncbn.norm.backends.aten import AtenBackend
 from syncbn.norm.backends.base import NormArgs, Running
@@ -257,3 +260,28 @@ def test_a_pass_that_the_kernels_do_not_serve_is_finished_by_them_once_act_is_un
     assert torch.equal(sums, backend.local_grad_sums(dz, rest, stats)[0])
     dx = fallback.finish_backward(dz, rest, stats, sums.view(1, -1))
     assert torch.equal(dx, backend.finish_backward(dz, rest, stats, sums.view(1, -1)))
+
+
+@pytest.mark.parametrize(
+    "mode", ["FakeTensorMode()", "torch.inference_mode()", "torch.device('meta')"]
+)
+def test_a_first_import_within_a_mode_leaves_nothing_behind(mode):
+    code = (
+        "import torch; from torch._subclasses.fake_tensor import FakeTensorMode\n"
+        f"with {mode}:\n    import syncbn.norm.backends.cpu, syncbn\n"
+        "x = torch.randn(8, 64, 56, 56, requires_grad=True)\n"
+        "syncbn.SyncBatchNorm(64, act='relu')(x).sum().backward()\n"
+        "assert x.grad.isfinite().all()"
+    )
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_backward_pass_reads_statistics_where_their_memory_lies_now():
+    x, dy = torch.randn(4, 3, 8, 8, requires_grad=True), torch.randn(4, 3, 8, 8)
+    y = syncbn.sync_batch_norm(x, act="relu")
+    before = torch.autograd.grad(y, x, dy, retain_graph=True)[0]
+    y.grad_fn.stats.mean.share_memory_()
+    assert torch.equal(torch.autograd.grad(y, x, dy)[0], before)
