@@ -7,7 +7,7 @@ BIN = .venv/bin
 STAMP = .venv/.installed
 PYTEST_OPTIONS = --numprocesses 3 --dist loadscope
 
-.PHONY: help setup demo studies studies-fast ui test test-all coverage bench lint lock
+.PHONY: help setup demo studies studies-fast ui test test-all coverage bench lint lock settings
 .DEFAULT_GOAL := help
 
 help: ## List these targets
@@ -53,6 +53,9 @@ bench: $(STAMP) ## Measure the layer against its peers, 10 minutes on 2 quiet co
 	@$(BIN)/uv pip install --quiet --python $(BIN)/python --requirements pyproject.toml --extra bench --constraint constraints.txt || \
 	  echo "the extra bench does not install: measuring without it"
 	@$(BIN)/python -m benchmarks
+
+settings: $(STAMP) ## Write docs/settings.md from the schema
+	@$(BIN)/syncbn settings --page docs/settings.md
 
 lint: $(STAMP) ## Check format, style, types and who imports what
 	@$(BIN)/ruff format --check .

@@ -20,6 +20,7 @@ VERBS = (
     "status",
     "logs",
     "stop",
+    "settings",
     "doctor",
     "ship",
     "ui",

@@ -41,6 +41,7 @@ class ModelConfig:
     init: str = "default"
     """`default` (torch's own) or `normal`: weights from N(0, init_std^2), biases 0."""
     init_std: float = 0.05
+    """Standard deviation of the weights with `model.init=normal`."""
     placement: str = "pre"
     """Where the norm stands in a hidden layer: `pre` or `post` the activation, or on the layer's `input`."""
     width: int = 32
@@ -106,7 +107,7 @@ class NormConfig:
     """One arm of a comparison: what stands where the model asks for batch norm."""
 
     name: str = "sync"
-    """One of `ARMS`."""
+    """`none`, `local`, `local_avg`, `sync`, `sync_group`, `big_batch`, `torch_sync`, `group_norm` or `ghost`."""
     group_size: int | None = None
     """Consecutive ranks that share statistics (sync_group)."""
     num_groups: int = 32
@@ -114,7 +115,9 @@ class NormConfig:
     ghost_size: int = 2
     """Samples that share statistics (ghost)."""
     momentum: float = 0.1
+    """Weight of a batch in the running statistics, as in torch."""
     eps: float = 1e-5
+    """Added to variances, as in torch."""
 
 
 @dataclass
@@ -134,9 +137,13 @@ class OptimConfig:
     name: str = "sgd"
     """`sgd`, `adam`, `adamw`, or an optimiser of an extension."""
     lr: float = 0.05
+    """Learning rate, before the schedule and `optim.lr_scaling`."""
     momentum: float = 0.9
+    """Of sgd."""
     nesterov: bool = False
+    """Nesterov's momentum (sgd)."""
     weight_decay: float = 0.0
+    """Of weights; of norm parameters and biases only with `optim.decay_norm_and_bias`."""
     decay_norm_and_bias: bool = False
     """Apply weight decay to norm parameters and biases too."""
     schedule: str = "cosine"
@@ -146,11 +153,13 @@ class OptimConfig:
     milestones: list[float] = field(default_factory=lambda: [0.5, 0.75])
     """Shares of the budget at which `step` multiplies the rate by gamma."""
     gamma: float = 0.1
+    """Factor of the schedules `step` and `exponential`."""
     decay_steps: int = 1000
     """`exponential` multiplies the rate by gamma every so many steps; fewer steps decay faster."""
     lr_scaling: str = "none"
     """`none`, `linear` or `sqrt` in global batch over base_batch (Goyal et al. 2017; Krizhevsky 2014)."""
     base_batch: int = 256
+    """The global batch at which `optim.lr` is meant, for `optim.lr_scaling`."""
     clip_norm: float | None = None
     """Largest global gradient norm, applied to the reduced gradient."""
     groups: dict[str, ParameterGroup] = field(default_factory=dict)
@@ -165,6 +174,7 @@ class TrainConfig:
     """How long, how much at a time, and what is written down on the way."""
 
     steps: int = 600
+    """Optimiser steps."""
     per_rank_batch: int = 32
     """Samples a rank and micro-batch; the global batch is this times launcher.num_workers and accumulate."""
     accumulate: int = 1
@@ -179,6 +189,7 @@ class TrainConfig:
     eval_every: int = 0
     """Steps between evaluations; 0 evaluates at the end only."""
     eval_batch: int = 512
+    """Samples a rank that an evaluation takes at a time."""
     log_every: int = 1
     """Steps between records of the training loss."""
     agree_every: int = 10
@@ -230,7 +241,9 @@ class LauncherConfig:
     address: str | None = None
     """Ray cluster to join, `host:port`; none starts a local one."""
     cpus_per_worker: int = 1
+    """CPUs that Ray reserves for a rank."""
     gpus_per_worker: int = 0
+    """GPUs that Ray reserves for a rank."""
     processes: int | None = None
     """Processes that share out the trials of a study which take one process each; none means one a core."""
     timeout_s: float = 60.0
@@ -244,7 +257,8 @@ class ProbeConfig:
     """What is looked at in a network while it trains (`syncbn.probes`); nothing by default."""
 
     names: list[str] = field(default_factory=list)
-    """Any of `PROBES`."""
+    """Any of `quantiles`, `shift`, `saturation`, `gradients`, `population`, `smoothness`, `leak`, `exchange` and
+    `oracle`."""
     every: int = 0
     """Steps between looks; 0 looks at the start and at the end only."""
     first: int = 0
@@ -272,7 +286,9 @@ class RunConfig:
     name: str = "run"
     """The run's folder under runs_dir: one plain folder name."""
     seed: int = 0
+    """Decides everything random: weights, order of samples, augmentation, dropout."""
     runs_dir: str = "runs"
+    """Folder of all runs; the default MLflow store is in it too."""
     extensions: list[str] = field(default_factory=list)
     """Modules to import in every process, which register models, data sets, tasks and optimisers of one's own."""
     model: ModelConfig = field(default_factory=ModelConfig)

@@ -21,8 +21,11 @@ class ClaimConfig:
     """
 
     name: str
+    """Of the claim, one word."""
     arm: str = ""
+    """The arm that it is about."""
     against: str | None = None
+    """The arm that it is compared with; none takes the number of `arm` itself."""
     beyond: list[str] = field(default_factory=list)
     """Two arms whose difference is taken off: an interaction."""
     along: list[str] = field(default_factory=list)
@@ -34,6 +37,7 @@ class ClaimConfig:
     `within`: inside `range`. `different`: 0 (or ratio 1) lies outside the interval, and the effect is not shown to be
     within +-threshold. `increasing`, `decreasing`: along the arms."""
     threshold: float = 0.0
+    """What the interval is held against, in the unit of `scale`; how, `kind` says."""
     range: list[float] = field(default_factory=list)
     """Two ends, for `within`."""
     scale: str = "difference"
@@ -56,7 +60,9 @@ class TuneConfig:
     """A search that every arm gets alike, before the study, on held-out training samples."""
 
     key: str = "optim.lr"
+    """What is searched over."""
     values: list[float] = field(default_factory=list)
+    """Its values."""
     seeds: list[int] = field(default_factory=lambda: [1000, 1001])
     """Seeds of the search alone; the study's own are others."""
     validation: float = 0.1
@@ -90,6 +96,7 @@ class PublishedConfig:
     columns: list[str] = field(default_factory=list)
     """Heads, after that of the row's name."""
     rows: dict[str, list[str]] = field(default_factory=dict)
+    """Figures in the order of `columns`, by the name of a row."""
 
 
 @dataclass
@@ -111,6 +118,7 @@ class StudyConfig:
     fast: list[str] = field(default_factory=list)
     """Overrides that make its fast tier of it."""
     seeds: list[int] = field(default_factory=lambda: list(range(6)))
+    """Every arm is trained once with each; arms are compared within a seed."""
     factor: list[str] = field(default_factory=lambda: ["norm"])
     """Config groups (or dotted keys) in which arms may differ; any other difference is refused."""
     arms: dict[str, list[str]] = field(default_factory=dict)
@@ -118,11 +126,15 @@ class StudyConfig:
     grid: dict[str, list[float]] = field(default_factory=dict)
     """Keys and values: every arm is run in every combination, each an arm of its own, `<arm>_<value>_<value>`."""
     tune: TuneConfig | None = None
+    """A search that every arm gets before the study; none tunes nothing."""
     target: TargetConfig | None = None
+    """What `steps_to_target` counts to; none counts nothing."""
     primary_metric: str = "test_error"
     """What the study is about, and what its figures show first."""
     claims: list[ClaimConfig] = field(default_factory=list)
+    """What is claimed, before it runs."""
     published: list[PublishedConfig] = field(default_factory=list)
+    """Tables of figures from the literature, shown beside the study's own."""
     later: str = ""
     """Where later work contradicts or qualifies the statement: two sentences with their source."""
 
