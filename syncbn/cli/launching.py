@@ -15,6 +15,7 @@ from syncbn.compare.study.preflight import refuse_unfit
 from syncbn.compose import compose, config_files
 from syncbn.config import Config
 from syncbn.errors import UsageError
+from syncbn.launch.forks import start_server
 from syncbn.launch.plan import Plan, as_yaml
 from syncbn.layout import require_folders
 
@@ -57,9 +58,10 @@ def follow(plan: Plan) -> dict[str, Any]:
     """
     if plan.config.launcher.address is None:
         require_folders(plan.config.data)
-    launcher = import_module(
-        "syncbn.launch.ray_train" if plan.config.launcher.name == "ray" else "syncbn.launch.local"
-    )
+    on_ray = plan.config.launcher.name == "ray"
+    if not on_ray and plan.num_ranks > 1 and "WORLD_SIZE" not in os.environ:
+        start_server(plan.config.train.num_threads)  # first: it imports torch while we do
+    launcher = import_module("syncbn.launch.ray_train" if on_ray else "syncbn.launch.local")
     if plan.verb == "compare":
         return launcher.launch_study(plan.config)
     return launcher.launch_run(plan.config).to_dict()

@@ -1,7 +1,8 @@
 """Runs and studies on the ranks of this machine.
 
-Several ranks are started by torchrun's own agent, in this process: it gives them their environment, hands signals
-on, and ends the others when one fails. Under torchrun, or for one rank, nothing is started at all.
+Several ranks are started by torchrun's own agent, in this process, as forks (`forks`): it gives them their
+environment, hands signals on, and ends the others when one fails. Under torchrun, or for one rank, nothing is started
+at all.
 """
 
 import logging
@@ -18,23 +19,19 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from syncbn.compare.study.queue import run_trials
 from syncbn.config import Config, RunConfig
+from syncbn.errors import Stopped
 from syncbn.extensions import load_extensions
 from syncbn.launch.children import after_signal, failure, reports_in, told
+from syncbn.launch.forks import end_forks, listen, start_server, wait_for_server
 from syncbn.launch.outcomes import lost_ranks_named
 from syncbn.launch.rank import run_rank
 from syncbn.launch.study import conduct
 from syncbn.runtime import Runtime, from_environment
 from syncbn.train import RunSummary
+from syncbn.train.stopping import stop_on_signals
 
 Work = Callable[[Any, Runtime], Any]
 """What every rank does with the config and its runtime: `run_rank`, or `run_trials` with its wave."""
-
-RANK_ENVIRONMENT = {
-    "MALLOC_MMAP_THRESHOLD_": str(2**30),
-    "MALLOC_TRIM_THRESHOLD_": str(2**31),
-}
-"""glibc keeps freed memory in the process: giving large results back at once costs page faults at every step, up to
-half of a large layer's time (docs/performance.md)."""
 
 
 def launch_run(cfg: RunConfig) -> RunSummary:
@@ -61,8 +58,11 @@ def _on_ranks(cfg: RunConfig, work: Work, num_ranks: int) -> Any:
     """Let `num_ranks` ranks do `work`; return what rank 0's returned."""
     if num_ranks == 1 or "WORLD_SIZE" in os.environ:
         return _work(cfg, work)
-    for name, value in (RANK_ENVIRONMENT | {"OMP_NUM_THREADS": str(cfg.train.num_threads)}).items():
-        os.environ.setdefault(name, value)
+    with stop_on_signals() as stop:
+        start_server(cfg.train.num_threads)
+        wait_for_server()
+    if stop.signal_number:
+        raise Stopped(stop.signal_number, saved=False)
     with tempfile.TemporaryDirectory(prefix="syncbn-ranks-") as folder:
         return _under_an_agent(cfg, work, num_ranks, folder)
 
@@ -79,7 +79,7 @@ def _under_an_agent(cfg: RunConfig, work: Work, num_ranks: int, folder: str) -> 
         run_id="syncbn",
         max_restarts=0,
         monitor_interval=0.1,
-        start_method="spawn",
+        start_method="forkserver",
         logs_specs=DefaultLogsSpecs(log_dir=folder),
     )
     logging.getLogger("torch.distributed.elastic").setLevel(
@@ -88,6 +88,7 @@ def _under_an_agent(cfg: RunConfig, work: Work, num_ranks: int, folder: str) -> 
     try:
         return elastic_launch(launch, _rank)(cfg, work)[0]
     except SignalException as signalled:
+        end_forks(signalled.sigval)
         raise after_signal(signalled.sigval, reports_in(Path(folder)), num_ranks) from signalled
     except ChildFailedError as failed:
         raise failure(reports_in(Path(folder)), num_ranks) from failed
@@ -96,6 +97,7 @@ def _under_an_agent(cfg: RunConfig, work: Work, num_ranks: int, folder: str) -> 
 def _rank(cfg: RunConfig, work: Work) -> Any:
     """What each process that the agent starts runs."""
     with told():
+        listen()
         return _work(cfg, work)
 
 

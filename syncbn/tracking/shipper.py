@@ -40,13 +40,13 @@ class NoShipper:
 
 
 class Shipper:
-    """Pumps sources into the sink that `connect` gives, in a daemon thread that starts at once.
+    """Pumps sources into the sink that `connect` gives, in a daemon thread.
 
     Args:
         connect: returns the sink; called in the thread, again after each failure of its own.
         target: the service in words, for messages.
         sources: what to send, parents before their children; `add` takes more.
-        poll_s: seconds between looks at the journals.
+        poll_s: seconds between looks at the journals, and before the first.
     """
 
     def __init__(
@@ -99,6 +99,7 @@ class Shipper:
         return sum(source.num_unsent() for source in self._sources)
 
     def _run(self) -> None:
+        self._closing.wait(self._poll_s)  # importing MLflow would hold up what begins just now
         while True:
             closing = self._closing.is_set()
             if self._pump(closing):

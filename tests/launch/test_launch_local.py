@@ -1,5 +1,6 @@
 """Ranks of this machine, killed and signalled: what the launch says of it, and what can go on from there."""
 
+import os
 import signal
 import subprocess
 
@@ -22,12 +23,15 @@ def ended(process):
 
 
 def ranks_of(process, number=2):
-    """Its ranks, once they are there: the processes that a spawn started."""
+    """Its ranks, once they are there: the forks of the server that it started."""
     ranks = []
 
     def there():
-        children = psutil.Process(process.pid).children(recursive=True)
-        ranks[:] = [child for child in children if "spawn_main" in cmdline(child.pid)]
+        children = psutil.Process(process.pid).children()
+        servers = [
+            child for child in children if "multiprocessing.forkserver" in cmdline(child.pid)
+        ]
+        ranks[:] = [rank for server in servers for rank in server.children()]
         return len(ranks) == number
 
     wait_until(there)
@@ -59,6 +63,26 @@ def test_a_signal_to_the_launch_says_that_a_checkpoint_was_saved(bench):
         143,
         "syncbn: error: stopped by signal 15, checkpoint saved",
     )
+    assert (bench.folder / "runs" / "run" / "checkpoints" / "LATEST").is_file()
+
+
+def test_a_signal_to_all_processes_of_the_job_says_that_a_checkpoint_was_saved(bench):
+    process = start(bench)
+    wait_for_losses(bench)
+    os.killpg(process.pid, signal.SIGTERM)
+    result = ended(process)
+    assert (result.returncode, complaint(result)) == (
+        143,
+        "syncbn: error: stopped by signal 15, checkpoint saved",
+    )
+
+
+def test_ranks_save_and_end_when_the_launch_is_killed(bench):
+    process = start(bench)
+    wait_for_losses(bench)
+    process.kill()
+    ended(process)
+    assert not bench.left_running()
     assert (bench.folder / "runs" / "run" / "checkpoints" / "LATEST").is_file()
 
 

@@ -1,0 +1,104 @@
+"""Ranks of this machine as forks of one process that has imported what they need.
+
+An interpreter of its own for each rank would import torch and, once it makes an optimiser, torch's compiler: 4 s of a
+core. Python's fork server imports both once, while the program that starts it imports what it needs itself; its forks
+share that memory. Nothing else happens in the server, so it has no threads and has not touched a GPU.
+"""
+
+import os
+import signal
+import threading
+from multiprocessing import (
+    active_children,
+    forkserver,
+    get_context,
+    parent_process,
+    resource_tracker,
+)
+from multiprocessing.process import BaseProcess
+
+from syncbn.errors import InfrastructureError
+
+PRELOADED = ["torch._dynamo", "syncbn.launch.local"]
+
+RANK_ENVIRONMENT = {
+    "MALLOC_MMAP_THRESHOLD_": str(2**30),
+    "MALLOC_TRIM_THRESHOLD_": str(2**31),
+}
+"""glibc keeps freed memory in the process: giving large results back at once costs page faults at every step, up to
+half of a large layer's time (docs/performance.md)."""
+
+SAVING_S = 30.0
+
+_STOPPING = (signal.SIGINT, signal.SIGTERM)
+
+
+def start_server(num_threads: int) -> None:
+    """Let the server begin to import, unless it runs; returns at once.
+
+    It blocks signals, and so do its forks until they call `listen`: a signal to all processes of the terminal or job
+    must not end the server before its ranks, and one to a rank must not come before its handler.
+
+    Args:
+        num_threads: threads of each rank.
+    """
+    for name, value in (RANK_ENVIRONMENT | {"OMP_NUM_THREADS": str(num_threads)}).items():
+        os.environ.setdefault(name, value)
+    forkserver.set_forkserver_preload(PRELOADED)
+    resource_tracker.ensure_running()  # which would unblock signals when it starts
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _STOPPING)
+    try:
+        forkserver.ensure_running()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def wait_for_server() -> None:
+    """Return once the server has imported everything and forks at once.
+
+    Raises:
+        InfrastructureError: it has died.
+    """
+    first = get_context("forkserver").Process(target=_return)
+    try:
+        first.start()
+    except (EOFError, OSError) as error:
+        raise InfrastructureError(
+            "the process that ranks are forked from died: start it again"
+        ) from error
+    first.join()
+
+
+def _return() -> None:
+    """What the first fork does."""
+
+
+def end_forks(signal_number: int) -> None:
+    """Hand a signal on to ranks that torchrun's agent does not know: it came while the agent was starting them.
+
+    They have `SAVING_S` to save and to leave; torchrun allows its own as much.
+    """
+    for rank in active_children():
+        assert rank.pid is not None
+        os.kill(rank.pid, signal_number)
+        rank.join(SAVING_S)
+        rank.kill()
+
+
+def listen() -> None:
+    """In a rank that has handlers for signals: let them come, and one more when the process that started it is gone.
+
+    Raises:
+        SystemExit: it is gone already.
+    """
+    starter = parent_process()
+    assert starter is not None
+    if not starter.is_alive():
+        raise SystemExit(128 + signal.SIGINT)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOPPING)
+    threading.Thread(target=_interrupted_after, args=(starter,), daemon=True).start()
+
+
+def _interrupted_after(starter: BaseProcess) -> None:
+    starter.join()
+    os.kill(os.getpid(), signal.SIGINT)
