@@ -7,7 +7,8 @@ code 2, nothing may be written before the config is known to be good, and two ra
 import difflib
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from copy import deepcopy
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from syncbn.checks import check
 from syncbn.config import Config, RunConfig
 from syncbn.errors import UsageError
 from syncbn.extensions import load_extensions
+from syncbn.overrides import Grid, Point, explain_hydra, grid_of, refuse_several
 from syncbn.registry import REGISTRIES
 
 ENV_ALLOWED = ("HOME", "USER", "TMPDIR", "SYNCBN_DATA_ROOT")
@@ -34,6 +36,9 @@ ENV_ALLOWED = ("HOME", "USER", "TMPDIR", "SYNCBN_DATA_ROOT")
 
 RENAMED = {"dtype": "train.precision"}
 """Keys that have another name now, by their last part."""
+
+_NOISE = ("full_key:", "object_type=", "reference_type=")
+"""Lines of OmegaConf's messages that mean nothing to a user."""
 
 ConfigStore.instance().store("schema", node=Config)
 
@@ -88,19 +93,89 @@ def compose(overrides: Sequence[str] = ()) -> Config:
             environment variable outside `ENV_ALLOWED`.
     """
     refuse_unsafe(overrides)
+    refuse_several(overrides)
+    _prepare(overrides)
+    return _checked(_tree(overrides))
+
+
+def compose_grid(overrides: Sequence[str]) -> tuple[Grid, Iterator[tuple[Point, Config]]]:
+    """The grid that `overrides` make, and the config of each of its points in order, checked as it is asked for.
+
+    Hydra composes once for each choice of groups, 0.1 s, and keys are set in a copy of that, as Hydra sets them.
+
+    Raises:
+        UsageError: as `compose` and `grid_of`; at a point, with the values that it has there.
+    """
+    refuse_unsafe(overrides)
+    _prepare(overrides)
+    grid = grid_of(overrides, _options_of)
+    return grid, _configs(grid)
+
+
+def _configs(grid: Grid) -> Iterator[tuple[Point, Config]]:
+    trees: dict[tuple[str, ...], DictConfig] = {}
+    for point in grid.points():
+        chosen = tuple(f"{key}={value.text}" for key, value in point.items() if _is_group(key))
+        try:
+            if chosen not in trees:
+                trees[chosen] = _tree([*grid.fixed, *chosen])
+            yield point, _checked(_with_values(trees[chosen], point))
+        except UsageError as error:
+            said = " ".join(f"{key}={value.text}" for key, value in point.items())
+            raise UsageError(f"trial {said}: {error}") from error
+
+
+def _with_values(tree: DictConfig, point: Point) -> DictConfig:
+    """A copy of `tree` with the dotted keys of `point` set."""
+    tree = deepcopy(tree)
+    for key, value in point.items():
+        if _is_group(key):
+            continue
+        try:
+            OmegaConf.update(tree, key, value.plain, force_add=key.startswith("optim.groups"))
+        except OmegaConfBaseException as error:
+            raise UsageError(f"{key}={value.text} is not allowed: {_one_line(error)}") from error
+    return tree
+
+
+def _prepare(overrides: Sequence[str]) -> None:
+    """Import what the job's extensions register, so that it can be composed."""
     _refuse_unfounded()
     load_extensions(_named_extensions(overrides))
     _offer_registered()
+
+
+def _tree(overrides: Sequence[str]) -> DictConfig:
+    """What Hydra makes of `overrides`."""
     try:
         with initialize_config_dir(str(config_folder()), version_base="1.3"):
-            tree = hydra_compose("main", overrides=[*map(_with_new_names, overrides)])
-        _refuse_environment(tree)
-        cfg = OmegaConf.to_object(tree)
+            return hydra_compose("main", overrides=[*map(_with_new_names, overrides)])
     except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
+        raise UsageError(_one_line(error)) from error
+
+
+def _checked(tree: DictConfig) -> Config:
+    """`tree` as a typed config, its values in their ranges."""
+    _refuse_environment(tree)
+    try:
+        cfg = OmegaConf.to_object(tree)
+    except OmegaConfBaseException as error:
         raise UsageError(_one_line(error)) from error
     assert isinstance(cfg, Config)
     check(cfg)
     return cfg
+
+
+def _is_group(key: str) -> bool:
+    return any((folder / key).is_dir() for folder in config_folders()) or key in REGISTRIES
+
+
+def _options_of(group: str) -> list[str]:
+    """What can be chosen in a config group; nothing where there is no such group."""
+    if not _is_group(group):
+        return []
+    registered = REGISTRIES[group].extensions() if group in REGISTRIES else []
+    return list(dict.fromkeys([*config_files(group), *(entry.name for entry in registered)]))
 
 
 def _named_extensions(overrides: Sequence[str]) -> list[str]:
@@ -165,7 +240,7 @@ def vary(cfg: Config, overrides: Sequence[str]) -> RunConfig:
     try:
         for override in overrides:
             key, value = override.split("=", 1)
-            if any((folder / key).is_dir() for folder in config_folders()):
+            if _is_group(key):
                 chosen = _group(key, value)
                 if key in REGISTRIES and chosen.get("name") != tree[key].name:
                     tree[key].options = {}  # those of another function
@@ -192,27 +267,46 @@ def _group(group: str, option: str) -> DictConfig:
     if entry is not None and option not in files:
         return OmegaConf.create({"name": entry.name, "options": entry.defaults})
     if option not in files:
-        options = ", ".join([*files, *(entry.name for entry in registered)])
-        raise UsageError(f"{group}={option} is not allowed: one of {options}")
+        raise UsageError(f"{group}={option} is not allowed: one of {', '.join(_options_of(group))}")
     tree = OmegaConf.load(files[option])
     assert isinstance(tree, DictConfig)
     return tree
 
 
 def refuse_unsafe(overrides: Sequence[str]) -> None:
-    """Raise `UsageError` for overrides that could reach beyond the schema: Hydra's own keys, `_target_`."""
+    """Raise `UsageError` for overrides that could reach beyond the schema, or have a form that is no setting's."""
     for override in overrides:
-        key = override.lstrip("+~").split("=", 1)[0]
+        key, equals, value = override.lstrip("+~").partition("=")
         if override.startswith("-"):
             raise UsageError(f"unknown option {override!r}: settings are given as key=value")
-        if "=" not in override and not override.startswith("~"):
+        if not key or not (equals or override.startswith("~")):
             raise UsageError(f"{override!r} is not a setting: give key=value")
-        if override.startswith("+") and not key.startswith("study.arms."):
-            raise UsageError(f"unknown key {key!r}{_did_you_mean(key)}")
-        if key.startswith("hydra") or "_target_" in override:
-            raise UsageError(
-                f"{override!r} is not allowed: Hydra's own settings and _target_ are refused"
-            )
+        if key.startswith("hydra"):
+            raise UsageError(explain_hydra(override))
+        if "_target_" in override:
+            raise UsageError(f"{override!r} is not allowed: _target_ is refused")
+        for complaint in _about_form(override, key, value):
+            raise UsageError(complaint)
+
+
+def _about_form(override: str, key: str, value: str) -> Iterator[str]:
+    """Complaints about forms that Hydra knows and a typed config has no use for."""
+    plain = key.partition("@")[0].replace("/", ".")
+    known = plain in known_keys() or _is_group(plain) or ".options." in plain
+    if plain != key:
+        yield (
+            f"{override!r} is not allowed: keys are written with dots, and each group has one place: "
+            f"give {plain}={value}"
+        )
+    if override.startswith("+") and not key.startswith("study.arms."):
+        sign = override[: len(override) - len(override.lstrip("+"))]
+        yield (
+            f"{override!r} is not allowed: {key} is there already, and needs no {sign}: give {key}={value}"
+            if known
+            else f"unknown key {key!r}{_did_you_mean(key)}"
+        )
+    if override.startswith("~") and known and not key.startswith("study."):
+        yield f"{override!r} is not allowed: no key of a run can be left out: give it a value, {key}=VALUE"
 
 
 def _refuse_environment(tree: DictConfig) -> None:
@@ -230,7 +324,7 @@ def _one_line(error: Exception) -> str:
     cause = error.__cause__
     text = str(error) if cause is None else f"{error}: {cause}"
     lines = [line.strip() for line in text.split("Config search path")[0].splitlines()]
-    text = " ".join(line for line in lines if not line.startswith(("full_key:", "object_type=")))
+    text = " ".join(line for line in lines if not line.startswith(_NOISE))
     option = re.search(r"Could not override '(\w+)\.options\.(\w+)'", text)
     if option:
         return f"{option[0][20:-1]} is no option of what {option[1]}= chooses{_options_like(*option.groups())}"

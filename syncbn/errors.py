@@ -79,6 +79,19 @@ class StudyFailed(SyncbnError):
         self.exit_code = exit_code
 
 
+class TrialsFailed(SyncbnError):
+    """A sweep of which some trials failed, its results written.
+
+    Args:
+        message: which, and how.
+        exit_code: that of the worst failure.
+    """
+
+    def __init__(self, message: str, exit_code: int) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
 class InfrastructureError(SyncbnError):
     """A worker, node or service that died under a run: the same command may succeed when tried again."""
 

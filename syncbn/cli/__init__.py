@@ -11,6 +11,7 @@ import click
 VERBS = (
     "new",
     "train",
+    "sweep",
     "compare",
     "compare-to",
     "advise",

@@ -15,6 +15,7 @@ from typing import Any
 
 import click
 
+from syncbn.cli.hydra_flags import explain
 from syncbn.errors import UsageError, exit_code
 from syncbn.launch.streams import make_unbreakable
 
@@ -24,6 +25,9 @@ def invoke(command: click.Command, argv: Sequence[str], prog_name: str | None = 
     make_unbreakable()
     try:
         return int(command.main(list(argv), prog_name=prog_name, standalone_mode=False) or 0)
+    except click.NoSuchOption as error:
+        instead = explain(argv, error.option_name)
+        return _complain(UsageError(instead or error.format_message()))
     except click.ClickException as error:
         return _complain(UsageError(error.format_message()))
     except (click.Abort, KeyboardInterrupt):

@@ -1,4 +1,4 @@
-"""What `train` and `compare` share: overrides become a checked plan, and the plan is printed or followed.
+"""What `train`, `compare` and `sweep` share: overrides become a checked plan, and the plan is printed or followed.
 
 The config is checked before torch or Ray is imported, so that a mistake is answered at once.
 """
@@ -12,6 +12,7 @@ from typing import Any
 
 from syncbn.cli.guard import invoke, logged, say
 from syncbn.compare.study.preflight import refuse_unfit
+from syncbn.compare.sweep.design import sweep_of
 from syncbn.compose import compose, config_files
 from syncbn.config import Config
 from syncbn.errors import UsageError
@@ -21,7 +22,7 @@ from syncbn.layout import require_folders
 
 
 def launch(verb: str, overrides: Sequence[str], dry_run: bool, as_json: bool) -> None:
-    """Plan `verb` (`train` or `compare`) with `overrides`; print the plan, or follow it and print the outcome.
+    """Plan `verb` (`train`, `compare` or `sweep`) with `overrides`; print the plan, or follow it and print the outcome.
 
     Raises:
         SyncbnError: the overrides cannot be used, or the run failed.
@@ -33,6 +34,10 @@ def launch(verb: str, overrides: Sequence[str], dry_run: bool, as_json: bool) ->
     with logged(plan.config.folder), redirect_stdout(sys.stderr) if as_json else nullcontext():
         summary = follow(plan)
     say_on_main(summary, _in_words(plan, summary), as_json)
+    if plan.verb == "sweep":
+        from syncbn.launch.sweep import raise_failures
+
+        raise_failures(summary)
 
 
 def make_plan(verb: str, overrides: Sequence[str], environ: Mapping[str, str]) -> Plan:
@@ -43,11 +48,12 @@ def make_plan(verb: str, overrides: Sequence[str], environ: Mapping[str, str]) -
     """
     world_size = _torchrun_world_size(environ)
     of_torchrun = [] if world_size is None else [f"launcher.num_workers={world_size}"]
-    cfg = compose([*overrides, *of_torchrun])
+    sweep = sweep_of(overrides, of_torchrun) if verb == "sweep" else None
+    cfg = compose([*overrides, *of_torchrun]) if sweep is None else sweep.config
     _refuse_wrong_verb(verb, cfg)
     if world_size is not None:
         _refuse_under_torchrun(verb, cfg, world_size)
-    return Plan(verb, cfg, tuple(overrides))
+    return Plan(verb, cfg, tuple(overrides), sweep)
 
 
 def follow(plan: Plan) -> dict[str, Any]:
@@ -57,11 +63,15 @@ def follow(plan: Plan) -> dict[str, Any]:
         SyncbnError: the data's folder is missing, which on a cluster its nodes find out, or the run failed.
     """
     if plan.config.launcher.address is None:
-        require_folders(plan.config.data)
+        trials = plan.sweep.trials if plan.sweep is not None else ()
+        for data in [plan.config.data, *(trial.config.data for trial in trials)]:
+            require_folders(data)
     on_ray = plan.config.launcher.name == "ray"
     if not on_ray and plan.num_ranks > 1 and "WORLD_SIZE" not in os.environ:
         start_server(plan.config.train.num_threads)  # first: it imports torch while we do
     launcher = import_module("syncbn.launch.ray_train" if on_ray else "syncbn.launch.local")
+    if plan.sweep is not None:
+        return launcher.launch_sweep(plan.sweep)
     if plan.verb == "compare":
         return launcher.launch_study(plan.config)
     return launcher.launch_run(plan.config).to_dict()
@@ -96,15 +106,16 @@ def _whole(name: str, environ: Mapping[str, str]) -> int:
 def _refuse_wrong_verb(verb: str, cfg: Config) -> None:
     if verb == "compare" and cfg.study is None:
         raise UsageError(f"compare needs study=NAME; studies: {', '.join(config_files('study'))}")
-    if verb == "train" and cfg.study is not None:
-        raise UsageError("train runs one run and takes no study; give it to compare")
+    if verb != "compare" and cfg.study is not None:
+        one = "one run" if verb == "train" else "one run in each combination"
+        raise UsageError(f"{verb} runs {one} and takes no study; give it to compare")
     if cfg.study is not None:
         refuse_unfit(cfg, cfg.study)
 
 
 def _refuse_under_torchrun(verb: str, cfg: Config, world_size: int) -> None:
-    if verb == "compare":
-        raise UsageError("compare starts its own ranks: run it with python, not with torchrun")
+    if verb != "train":
+        raise UsageError(f"{verb} starts its own ranks: run it with python, not with torchrun")
     if cfg.launcher.name == "ray":
         raise UsageError("launcher=ray starts its own ranks: run it with python, not with torchrun")
     if cfg.norm.name == "big_batch" and world_size > 1:
@@ -117,6 +128,8 @@ def _refuse_under_torchrun(verb: str, cfg: Config, world_size: int) -> None:
 def _in_words(plan: Plan, summary: Mapping[str, Any]) -> str:
     """One line on how it ended and where to look."""
     folder = plan.config.folder
+    if plan.sweep is not None:
+        return f"sweep {plan.config.name}: {len(plan.trials)} trials -> {folder / 'report.md'}"
     if plan.verb == "compare":
         return f"study {plan.config.name}: {len(plan.trials)} trials -> {folder / 'report.md'}"
     final = ", ".join(f"{name} {value:.4g}" for name, value in summary["final"].items())

@@ -1,4 +1,4 @@
-"""`syncbn submit`: send a run or a study to a Ray cluster."""
+"""`syncbn submit`: send a run, a study or a sweep to a Ray cluster."""
 
 from pathlib import Path
 from typing import Any
@@ -9,7 +9,7 @@ from syncbn.cli.options import address, as_json, dry_run, overrides, token_file
 
 
 @click.command()
-@click.argument("verb", type=click.Choice(["train", "compare"]))
+@click.argument("verb", type=click.Choice(["train", "compare", "sweep"]))
 @overrides
 @address
 @token_file
@@ -23,7 +23,7 @@ def submit(
     dry_run: bool,
     as_json: bool,
 ) -> None:
-    """Send a run (train) or a study (compare) to a Ray cluster. OVERRIDES are key=value settings.
+    """Send a run (train), a study (compare) or a sweep to a Ray cluster. OVERRIDES are key=value settings.
 
     The current folder goes along where it is a project, one with a conf/ or extensions, and so does this syncbn. Files
     go to runs_dir on the cluster, storage that its nodes share; without it, to ~/syncbn-runs there.

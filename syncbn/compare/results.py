@@ -49,12 +49,14 @@ def write_results(cfg: Config) -> dict[str, Any]:
         config={**identity(cfg), "study": asdict(study)},
         pictures=pictures,
     )
-    _write(cfg.folder / "metrics.parquet", parquet(trials))
+    write_whole(cfg.folder / "metrics.parquet", parquet(trials))
     for picture in pictures:
-        _write(cfg.folder / "figures" / f"{picture.name}.png", picture.png)
-    _write(cfg.folder / "report.md", markdown(page).encode())
-    _write(cfg.folder / "report.html", html(page).encode())
-    _write(cfg.folder / "summary.json", json.dumps(summary, indent=2, allow_nan=False).encode())
+        write_whole(cfg.folder / "figures" / f"{picture.name}.png", picture.png)
+    write_whole(cfg.folder / "report.md", markdown(page).encode())
+    write_whole(cfg.folder / "report.html", html(page).encode())
+    write_whole(
+        cfg.folder / "summary.json", json.dumps(summary, indent=2, allow_nan=False).encode()
+    )
     return summary
 
 
@@ -86,7 +88,7 @@ def parquet(trials: Sequence[TrialRecord]) -> bytes:
     return buffer.getvalue().to_pybytes()
 
 
-def _write(path: Path, content: bytes) -> None:
+def write_whole(path: Path, content: bytes) -> None:
     """Put `content` at `path` at once: a reader sees the old file or the new one, never half of it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:

@@ -18,6 +18,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from syncbn.compare.study.queue import run_trials
+from syncbn.compare.sweep.design import Sweep
 from syncbn.config import Config, RunConfig
 from syncbn.errors import Stopped
 from syncbn.extensions import load_extensions
@@ -26,6 +27,7 @@ from syncbn.launch.forks import end_forks, listen, start_server, wait_for_server
 from syncbn.launch.outcomes import lost_ranks_named
 from syncbn.launch.rank import run_rank
 from syncbn.launch.study import conduct
+from syncbn.launch.sweep import conduct_sweep
 from syncbn.runtime import Runtime, from_environment
 from syncbn.train import RunSummary
 from syncbn.train.stopping import stop_on_signals
@@ -51,6 +53,20 @@ def launch_study(cfg: Config) -> dict[str, Any]:
     """
     return conduct(
         cfg, lambda wave, processes: _on_ranks(cfg, partial(run_trials, wave), processes)
+    )
+
+
+def launch_sweep(sweep: Sweep) -> dict[str, Any]:
+    """Run every trial of `sweep`, as a study's; write and return its summary, those that failed in it.
+
+    Raises:
+        SyncbnError: the sweep was stopped, or cannot be run; finished trials are kept.
+    """
+    return conduct_sweep(
+        sweep,
+        lambda wave, processes: _on_ranks(
+            sweep.config, partial(run_trials, wave, go_on=True), processes
+        ),
     )
 
 

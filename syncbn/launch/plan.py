@@ -13,6 +13,7 @@ from typing import Any
 import yaml
 
 from syncbn.compare.study.design import arms_of, most_processes
+from syncbn.compare.sweep.design import Sweep
 from syncbn.config import Config
 from syncbn.tracking.redact import redact
 
@@ -22,14 +23,16 @@ class Plan:
     """One launch of one verb.
 
     Args:
-        verb: `train` (one run) or `compare` (one study).
+        verb: `train` (one run), `compare` (one study) or `sweep`.
         config: the composed config.
         overrides: the settings it was composed from, in the order given.
+        sweep: its trials, where it is a sweep; `config` is then what these have in common.
     """
 
     verb: str
     config: Config
     overrides: tuple[str, ...]
+    sweep: Sweep | None = None
 
     @property
     def command(self) -> str:
@@ -45,7 +48,9 @@ class Plan:
 
     @property
     def num_ranks(self) -> int:
-        """Processes that train; of a study, those of its largest wave."""
+        """Processes that train; of a study or sweep, those of its largest wave."""
+        if self.sweep is not None:
+            return self.sweep.most_processes
         return self.config.num_ranks if self.verb == "train" else most_processes(self.config)
 
     @property
@@ -62,7 +67,9 @@ class Plan:
 
     @property
     def trials(self) -> list[str]:
-        """Names of a study's trials, `<arm>-<seed>`; none for a run."""
+        """Names of the trials of a study or sweep, `<arm>-<seed>`; none for a run."""
+        if self.sweep is not None:
+            return [trial.name for trial in self.sweep.trials]
         study = self.config.study
         return [f"{a.name}-{seed}" for a in arms_of(study) for seed in study.seeds] if study else []
 

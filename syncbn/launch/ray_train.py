@@ -10,6 +10,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from syncbn.compare.study.design import most_processes
+from syncbn.compare.sweep.design import Sweep
 from syncbn.config import Config
 from syncbn.launch.ray_access import prepare_environment
 
@@ -42,6 +43,24 @@ def launch_study(cfg: Config) -> dict[str, Any]:
         from syncbn.launch.study import conduct
 
         return conduct(cfg, lambda wave, processes: fit(cfg, partial(run_trials, wave), processes))
+
+
+def launch_sweep(sweep: Sweep) -> dict[str, Any]:
+    """Run every trial of `sweep`, a worker group a wave; write and return its summary, those that failed in it.
+
+    Raises:
+        SyncbnError: see `prepare_environment`, `ray_cluster.connected` and `launch.sweep.conduct_sweep`.
+    """
+    cfg = sweep.config
+    with _ray(cfg, sweep.most_processes):
+        from syncbn.compare.study.queue import run_trials
+        from syncbn.launch.ray_fit import fit
+        from syncbn.launch.sweep import conduct_sweep
+
+        return conduct_sweep(
+            sweep,
+            lambda wave, processes: fit(cfg, partial(run_trials, wave, go_on=True), processes),
+        )
 
 
 @contextmanager

@@ -39,14 +39,14 @@ def conduct(cfg: Config, run: RunWave) -> dict[str, Any]:
     clock = Clock()
     folders = [trial.config.folder for trial in trials(cfg)]
     probe_tracking(cfg)
-    with RunLock(cfg.folder), _tracked(cfg, clock) as tracker:
+    with RunLock(cfg.folder), tracked(StudyTracker(cfg), clock) as tracker:
         if not cfg.train.resume:
-            _forget([*folders, *(trial.config.folder for trial in search(cfg))])
+            forget([*folders, *(trial.config.folder for trial in search(cfg))])
         tracker.follow(folders)
         _search(cfg, run, clock)
         began = time.time()
         _take(trials(cfg, tuned_values(chosen(cfg))), cfg, run)
-        first = _first_start(folders, since=began)
+        first = first_start(folders, since=began)
         clock.lap("start", until=first)
         clock.lap("training")
         from syncbn.compare.results import write_results
@@ -76,7 +76,7 @@ def _take(wanted: Sequence[Trial], cfg: Config, run: RunWave) -> None:
         run(wave, processes)
 
 
-def _forget(folders: Sequence[Path]) -> None:
+def forget(folders: Sequence[Path]) -> None:
     """Begin anew: what earlier trials left no longer counts as finished, nor as begun."""
     for folder in folders:
         (folder / "summary.json").unlink(missing_ok=True)
@@ -84,9 +84,8 @@ def _forget(folders: Sequence[Path]) -> None:
 
 
 @contextmanager
-def _tracked(cfg: Config, clock: "Clock") -> Iterator[StudyTracker]:
-    """The study's launch as MLflow sees it, ended in its true state."""
-    tracker = StudyTracker(cfg)
+def tracked(tracker: StudyTracker, clock: "Clock") -> Iterator[StudyTracker]:
+    """A launch as MLflow sees it, ended in its true state."""
     try:
         yield tracker
     except BaseException as error:
@@ -97,7 +96,7 @@ def _tracked(cfg: Config, clock: "Clock") -> Iterator[StudyTracker]:
     clock.lap("last records to MLflow")
 
 
-def _first_start(folders: list[Path], since: float) -> float | None:
+def first_start(folders: Sequence[Path], since: float) -> float | None:
     """When the first trial of this launch began, in seconds since the epoch; None where none had to."""
     journals = [folder / "journal.jsonl" for folder in folders]
     records = (record for path in journals if path.is_file() for record in read_journal(path))

@@ -32,6 +32,27 @@ def closing_words(folder: Path, time_ms: int) -> Update:
     return Update(tags=tags, points=points)
 
 
+def sweep_words(folder: Path, time_ms: int) -> Update:
+    """Description, best trial and its measure of the sweep in `folder`; nothing without results.
+
+    Args:
+        folder: the sweep's folder, with `summary.json` and `report.md`.
+        time_ms: when the numbers are said to be from; milliseconds since the epoch.
+    """
+    if not (folder / "summary.json").is_file():
+        return Update()
+    summary = json.loads((folder / "summary.json").read_text())
+    failed = sum(trial["exit_code"] != 0 for trial in summary["trials"])
+    tags = {"mlflow.note.content": note((folder / "report.md").read_text())}
+    tags |= {"trials": str(len(summary["trials"])), "failed": str(failed)}
+    if summary["best"] is None:
+        return Update(tags=tags)
+    best = next(trial for trial in summary["trials"] if trial["name"] == summary["best"])
+    measure = summary["measure"]["name"]
+    point = Point(f"best/{measure}", best["final"][measure], int(best["steps"]), time_ms)
+    return Update(tags=tags | {"best": shorten(best["overrides"])}, points=[point])
+
+
 def note(report: str) -> str:
     """The part of a markdown report before its figures, which a description cannot show, and where those are."""
     words = report.split("\n## Figures")[0].rstrip()

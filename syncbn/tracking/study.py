@@ -1,4 +1,4 @@
-"""What of a run or study goes to MLflow, and when: the functions that the rest of the project calls.
+"""What of a run, study or sweep goes to MLflow, and when: the functions that the rest of the project calls.
 
 A launch of a study keeps a journal of its own (`launch.jsonl`), so that the parent run is shipped by the same means as
 its trials, at once or later. A trial finished by an earlier launch keeps its MLflow run and moves under the parent of
@@ -13,14 +13,18 @@ from typing import Any
 from syncbn.config import Config, RunConfig
 from syncbn.errors import ServiceUnreachable, UsageError
 from syncbn.tracking.connect import connect
-from syncbn.tracking.describe import closing_words
+from syncbn.tracking.describe import closing_words, sweep_words
 from syncbn.tracking.journal import Journal, read_journal
 from syncbn.tracking.redact import HIDDEN, redact
 from syncbn.tracking.service import probe, store_uri, tracking_uri
 from syncbn.tracking.shipper import CLOSE_S, NoShipper, Shipper, Shipping, one_line
 from syncbn.tracking.source import RunSource
+from syncbn.tracking.update import shorten
 
 LAUNCH = "launch.jsonl"
+Swept = Mapping[str, Mapping[str, str]]
+"""Of a sweep: name of a trial to its swept keys with their values, as overrides have them."""
+
 STUDY_FILES = ("figures/*.png", "report.html", "report.md", "summary.json", "metrics.parquet")
 
 
@@ -40,15 +44,20 @@ def run_source(folder: Path, experiment: str | None, arm: str) -> RunSource:
 
 
 class StudyTracker:
-    """One launch of the study in `cfg`: its own record, and with MLflow its run and its trials' runs.
+    """One launch of the study, or of the sweep, in `cfg`: its own record, and with MLflow its run and its trials' runs.
 
     To be made by the process that starts the workers, before they start; nothing in it waits for MLflow but `finish`.
+
+    Args:
+        cfg: the study's, or what a sweep's trials have in common.
+        swept: the trials of a sweep; None for a study.
     """
 
-    def __init__(self, cfg: Config) -> None:
+    def __init__(self, cfg: Config, swept: Swept | None = None) -> None:
         self._experiment = cfg.tracking.experiment or cfg.name
-        self._launch = begin_launch(cfg)
-        self._source = study_source(cfg.folder, self._experiment)
+        self._swept = swept
+        self._launch = begin_launch(cfg, swept)
+        self._source = launch_source(cfg.folder, self._experiment, swept)
         self._shipper: Shipper | None = None
         if cfg.tracking.name != "journal":
             uri = tracking_uri(cfg)
@@ -58,7 +67,7 @@ class StudyTracker:
         """Ship the trials in `folders`, `<arm>-<seed>` each, which need not exist yet."""
         if self._shipper is not None:
             for folder in folders:
-                self._shipper.add(trial_source(folder, self._experiment, self._source))
+                self._shipper.add(trial_source(folder, self._experiment, self._source, self._swept))
 
     def finish(
         self, status: str = "finished", error: str | None = None, timeout_s: float = CLOSE_S
@@ -80,8 +89,8 @@ class StudyTracker:
         return self._shipper.close(timeout_s) if self._shipper is not None else 0
 
 
-def begin_launch(cfg: Config) -> Journal:
-    """A new launch record in the study's folder, in place of an earlier launch's."""
+def begin_launch(cfg: Config, swept: Swept | None = None) -> Journal:
+    """A new launch record in the folder of the study or sweep, in place of an earlier launch's."""
     path = cfg.folder / LAUNCH
     earlier = list(read_journal(path)) if path.exists() else []
     path.unlink(missing_ok=True)
@@ -96,26 +105,37 @@ def begin_launch(cfg: Config) -> Journal:
         seeds=", ".join(map(str, study.seeds)) if study else "",
         attempt=(earlier[0].get("attempt", 1) + 1) if earlier else 1,
         world_size=cfg.launcher.num_workers,
+        **({} if swept is None else {"swept": swept}),
     )
     return journal
 
 
-def study_source(folder: Path, experiment: str) -> RunSource:
-    """The launch of the study in `folder`."""
+def launch_source(folder: Path, experiment: str, swept: Swept | None = None) -> RunSource:
+    """The launch of the study in `folder`, or of the sweep."""
+    kind, verb = ("study", "compare") if swept is None else ("sweep", "sweep")
     return RunSource(
         folder,
         experiment,
         journal=LAUNCH,
-        tags={"study": folder.name, "mlflow.source.name": "syncbn compare"},
+        tags={kind: folder.name, "mlflow.source.name": f"syncbn {verb}"},
         artifacts=STUDY_FILES,
-        closing_words=closing_words,
+        closing_words=closing_words if swept is None else sweep_words,
     )
 
 
-def trial_source(folder: Path, experiment: str, parent: RunSource) -> RunSource:
-    """The trial in `folder`, whose name is `<arm>-<seed>`."""
+def trial_source(
+    folder: Path, experiment: str, parent: RunSource, swept: Swept | None = None
+) -> RunSource:
+    """The trial in `folder`, whose name is `<arm>-<seed>`; that of a sweep is tagged with each of its settings."""
     arm, _, seed = folder.name.rpartition("-")
-    tags = {"arm": arm, "seed": seed, "mlflow.source.name": "syncbn compare"}
+    if swept is None:
+        tags = {"arm": arm, "seed": seed, "mlflow.source.name": "syncbn compare"}
+    else:
+        own = swept.get(folder.name, {})
+        overrides = " ".join(f"{key}={text}" for key, text in own.items())
+        tags = {f"sweep.{key}": shorten(text) for key, text in own.items()}
+        tags |= {"overrides": shorten(overrides), "seed": seed}
+        tags |= {"mlflow.source.name": "syncbn sweep"}
     return RunSource(folder, experiment, parent=parent, tags=tags)
 
 
@@ -138,10 +158,10 @@ def ship(folder: Path, uri: str | None = None) -> int:
     """
     if (folder.parent.parent / LAUNCH).is_file():
         folder = folder.parent.parent
-    config = recorded_config(folder)
+    config = recorded_start(folder)["config"]
     uri = uri or recorded_uri(folder, config)
     probe(uri)
-    sources = sources_in(folder, config)
+    sources = sources_in(folder)
     try:
         sink = connect(uri)
         for source in sources:
@@ -153,19 +173,26 @@ def ship(folder: Path, uri: str | None = None) -> int:
     return len(sources)
 
 
-def sources_in(folder: Path, config: Mapping[str, Any]) -> list[RunSource]:
+def sources_in(folder: Path) -> list[RunSource]:
     """What there is to ship in `folder`: a launch and its trials, or one run."""
+    start = recorded_start(folder)
+    config, swept = start["config"], start.get("swept")
     experiment = config["tracking"]["experiment"]
     if not (folder / LAUNCH).is_file():
         return [run_source(folder, experiment, config["norm"]["name"])]
     experiment = experiment or folder.name
-    study = study_source(folder, experiment)
-    trials = sorted(path.parent for path in folder.glob("trials/*/journal.jsonl"))
-    return [study, *(trial_source(trial, experiment, study) for trial in trials)]
+    launch = launch_source(folder, experiment, swept)
+    found = sorted(path.parent for path in folder.glob("trials/*/journal.jsonl"))
+    trials = [trial for trial in found if swept is None or trial.name in swept]
+    return [launch, *(trial_source(trial, experiment, launch, swept) for trial in trials)]
 
 
-def recorded_config(folder: Path) -> dict[str, Any]:
-    """The config in the `start` record of the run or launch in `folder`."""
+def recorded_start(folder: Path) -> dict[str, Any]:
+    """The `start` record of the run or launch in `folder`.
+
+    Raises:
+        UsageError: there is none.
+    """
     path = next((p for p in (folder / LAUNCH, folder / "journal.jsonl") if p.is_file()), None)
     records = read_journal(path) if path else iter(())
     start = next((record for record in records if record.get("event") == "start"), None)
@@ -173,7 +200,7 @@ def recorded_config(folder: Path) -> dict[str, Any]:
         raise UsageError(
             f"{folder} holds no run: give runs/<name>, a folder with a journal.jsonl or a {LAUNCH}"
         )
-    return start["config"]
+    return start
 
 
 def recorded_uri(folder: Path, config: dict[str, Any]) -> str:

@@ -78,11 +78,15 @@ pre { overflow-x: auto; overflow-wrap: normal; background: #f5f5f5; padding: .8r
 def html(page: Page) -> str:
     """The report as one HTML file that loads nothing from outside itself."""
     body = "\n".join([*_lead(page), *_evidence(page), *_literature(page), *_repeat(page)])
-    title = escape(f"{page.summary['study']}: {page.question}")
+    return document(f"{page.summary['study']}: {page.question}", body)
+
+
+def document(title: str, body: str) -> str:
+    """A page in the style of all reports; `title` is plain text, `body` HTML."""
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{title}</title>
+<title>{escape(title)}</title>
 <style>{_CSS}</style></head><body>
 {body}
 </body></html>
@@ -97,7 +101,8 @@ def _text(text: str) -> str:
     return _UNIT.sub("&nbsp;", escape(text))
 
 
-def _paragraph(text: str, kind: str = "") -> str:
+def paragraph(text: str, kind: str = "") -> str:
+    """Plain text as a paragraph, of the style `kind`."""
     named = f' class="{kind}"' if kind else ""
     return f"<p{named}>{_text(text)}</p>"
 
@@ -111,14 +116,14 @@ def _lead(page: Page) -> Iterator[str]:
     summary = page.summary
     verdict = verdict_of(summary)
     yield f'<p class="soft">{escape(summary["study"])}</p><h1>{escape(page.question)}</h1>'
-    yield f'<div class="lead {verdict}">{_pill(verdict)}{_paragraph(headline(summary))}</div>'
-    yield _paragraph(f"{tally(summary['claims'])}. {setting(summary)}.", "soft")
+    yield f'<div class="lead {verdict}">{_pill(verdict)}{paragraph(headline(summary))}</div>'
+    yield paragraph(f"{tally(summary['claims'])}. {setting(summary)}.", "soft")
     if is_fast(summary):
-        yield _paragraph(FAST)
+        yield paragraph(FAST)
     if summary["design"].get("statement"):
         statement = escape(summary["design"]["statement"])
         yield f"<p><strong>The text says:</strong> {statement}</p>"
-    yield from map(_picture, page.pictures[:1])
+    yield from map(figure, page.pictures[:1])
 
 
 def _evidence(page: Page) -> Iterator[str]:
@@ -127,11 +132,11 @@ def _evidence(page: Page) -> Iterator[str]:
         yield "<h2>Verdicts</h2>"
         yield f'<div class="cards">{"".join(map(_card, summary["claims"]))}</div>'
     yield "<h2>Arms</h2>"
-    yield _grid(*arm_table(page))
+    yield grid(*arm_table(page))
     yield from map(_table, cell_tables(summary))
     if page.pictures[1:]:
         yield "<h2>More figures</h2>"
-    yield from map(_picture, page.pictures[1:])
+    yield from map(figure, page.pictures[1:])
 
 
 def _card(claim: Claim) -> str:
@@ -148,13 +153,14 @@ def _card(claim: Claim) -> str:
     rows = "".join(f"<dt>{escape(k)}</dt><dd>{_text(v)}</dd>" for k, v in facts.items())
     return (
         f'<article class="card {claim["verdict"]}">{_pill(claim["verdict"])}'
-        f"<h3>{escape(claim['name']).replace('_', '_<wbr>')}{secondary}</h3>{_paragraph(claim['statement'])}"
+        f"<h3>{escape(claim['name']).replace('_', '_<wbr>')}{secondary}</h3>{paragraph(claim['statement'])}"
         f'<p class="effect">{_text(effect_words(claim, claim["effect"]))}</p>'
-        f"<dl>{rows}</dl>{_paragraph(conclusion(claim), 'soft')}</article>"
+        f"<dl>{rows}</dl>{paragraph(conclusion(claim), 'soft')}</article>"
     )
 
 
-def _grid(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def grid(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table of plain text that scrolls inside its own box."""
     head = "".join(f'<th scope="col">{escape(cell)}</th>' for cell in header)
     body = "".join(f"<tr>{''.join(map(_cell, row))}</tr>" for row in rows)
     return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
@@ -165,11 +171,11 @@ def _cell(text: str) -> str:
 
 
 def _table(table: Table) -> str:
-    note = _paragraph(table.note, "soft")
-    return f"<h3>{escape(table.title)}</h3>{note}{_grid(table.header, table.rows)}"
+    note = paragraph(table.note, "soft")
+    return f"<h3>{escape(table.title)}</h3>{note}{grid(table.header, table.rows)}"
 
 
-def _picture(picture: Picture) -> str:
+def figure(picture: Picture) -> str:
     """The figure; on a phone also its caption as text, which is small in the picture."""
     data = base64.b64encode(picture.png).decode()
     return (
@@ -183,13 +189,13 @@ def _literature(page: Page) -> Iterator[str]:
     published = published_tables(page.summary)
     if published:
         yield "<h2>Published figures</h2>"
-        yield _paragraph(
+        yield paragraph(
             "Of other data, networks or budgets, beside which the study's own are to be read."
         )
         yield from map(_table, published)
     if page.summary["design"].get("later"):
         yield "<h2>Where later work differs</h2>"
-        yield _paragraph(page.summary["design"]["later"])
+        yield paragraph(page.summary["design"]["later"])
 
 
 def _repeat(page: Page) -> Iterator[str]:
@@ -199,9 +205,9 @@ def _repeat(page: Page) -> Iterator[str]:
         yield _table(tuned)
     yield "<h2>Repeat it</h2>"
     command = page.command
-    yield f'<pre class="wrap">{escape(command)}</pre>' if command else _paragraph(NO_COMMAND)
+    yield f'<pre class="wrap">{escape(command)}</pre>' if command else paragraph(NO_COMMAND)
     yield "<h2>Versions</h2>"
-    yield _grid(("package", "version"), version_rows(page.summary))
+    yield grid(("package", "version"), version_rows(page.summary))
     config = escape(json.dumps(page.config, indent=2))
     yield "<h2>Config</h2>"
     yield f"<details><summary>Everything that decides the numbers</summary><pre>{config}</pre></details>"

@@ -6,11 +6,12 @@ communicate.
 """
 
 import math
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext, suppress
 
 from syncbn.checkpoint import FolderInUse, RunLock
 from syncbn.compare.study.design import Trial
+from syncbn.compare.study.failure import note_failure, of_the_trial
 from syncbn.config import RunConfig, config_hash
 from syncbn.data import kept_in_memory
 from syncbn.errors import NonFinite, Stopped
@@ -21,11 +22,20 @@ from syncbn.train.stopping import stop_on_signals
 from syncbn.train.summary import RunSummary
 
 
-def run_trials(trials: Sequence[Trial], cfg: RunConfig, runtime: Runtime) -> None:
+def run_trials(
+    trials: Sequence[Trial], cfg: RunConfig, runtime: Runtime, *, go_on: bool = False
+) -> None:
     """Run those of `trials` that have not finished; every rank calls it.
 
     A trial whose loss stops being finite counts as finished, with `diverged` 1, a test error of 1 and an infinite
     training loss.
+
+    Args:
+        trials: in the order in which they run.
+        cfg: what every rank is given.
+        runtime: this rank's.
+        go_on: a trial of one process that fails is noted in its folder, and the next is taken. One on several ranks
+            leaves these in different places, so that its failure ends the group.
 
     Raises:
         Stopped: by a signal, in a trial (its checkpoint is saved) or between two.
@@ -42,8 +52,20 @@ def run_trials(trials: Sequence[Trial], cfg: RunConfig, runtime: Runtime) -> Non
             _run(trial, runtime)
         for trial in alone:
             _stop_if(stop.signal_number)
-            with suppress(FolderInUse), RunLock(trial.config.folder):  # else another process has it
-                _run(trial, runtime.solo())
+            noted = _noted(trial) if go_on else nullcontext()
+            with suppress(FolderInUse), RunLock(trial.config.folder), noted:
+                _run(trial, runtime.solo())  # unless another process has it
+
+
+@contextmanager
+def _noted(trial: Trial) -> Iterator[None]:
+    """Keep a failure that is the trial's own in its folder, and go on."""
+    try:
+        yield
+    except Exception as error:
+        if not of_the_trial(error):
+            raise
+        note_failure(trial.config.folder, error)
 
 
 def _stop_if(signal_number: int) -> None:

@@ -38,7 +38,7 @@ def summarise(
     verdicts = claims.judge(study.judged, table, study.seeds, curves)
     summary = {
         "study": cfg.name,
-        "versions": _shared([trial.versions for trial in trials]),
+        "versions": shared_versions([trial.versions for trial in trials]),
         "git": ", ".join(sorted({trial.git for trial in trials})),
         "design": _design(cfg, study, targets, choices or {}),
         "arms": table,
@@ -109,7 +109,7 @@ def _claim_entry(verdict: Verdict) -> dict[str, Any]:
     }
 
 
-def _shared(versions: Sequence[Mapping[str, str]]) -> dict[str, str]:
+def shared_versions(versions: Sequence[Mapping[str, str]]) -> dict[str, str]:
     """One version a package; all that were used where trials ran under several."""
     packages = dict.fromkeys(package for each in versions for package in each)
     return {
