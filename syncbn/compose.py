@@ -185,8 +185,8 @@ def _named_extensions(overrides: Sequence[str]) -> list[str]:
     ]
     try:
         given = yaml.safe_load(named[-1]) if named else _own_extensions()
-    except (yaml.YAMLError, OmegaConfBaseException) as error:
-        raise UsageError(_one_line(error)) from error
+    except (yaml.YAMLError, OmegaConfBaseException):
+        given = named[-1] if named else "?"
     given = [] if given is None else given
     if not isinstance(given, list) or not all(isinstance(name, str) for name in given):
         raise UsageError(f"extensions={given!r} is not allowed: a list of module names, as [mine]")

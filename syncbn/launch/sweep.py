@@ -69,10 +69,12 @@ def raise_failures(summary: dict[str, Any]) -> None:
         return
     named = [f"{trial['name']} ({MEANINGS[trial['exit_code']]})" for trial in failed[:MOST_NAMED]]
     more = [f"{len(failed) - MOST_NAMED} more"] if len(failed) > MOST_NAMED else []
-    raise TrialsFailed(
+    error = TrialsFailed(
         f"{len(failed)} of {len(summary['trials'])} trials failed: {', '.join([*named, *more])}",
         worst([trial["exit_code"] for trial in failed]),
     )
+    error.add_note("(what each said stands in the report, and in its error.log)")
+    raise error
 
 
 def _refuse_other_folder(folder: Path) -> None:

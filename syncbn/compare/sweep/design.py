@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from syncbn.compare.report.words.sweep import short_keys
 from syncbn.compare.study.design import TRIALS, Trial, waves
 from syncbn.compose import compose_grid
 from syncbn.config import Config, RunConfig
@@ -81,7 +82,8 @@ def sweep_of(overrides: Sequence[str], forced: Sequence[str] = ()) -> Sweep:
 
 def _trial(base: Config, point: Point, cfg: Config) -> SweepTrial:
     texts = {key: value.text for key, value in point.items()}
-    arm = trial_name({key: text for key, text in texts.items() if key != "seed"})
+    names = short_keys(list(texts))
+    arm = trial_name({names[key]: text for key, text in texts.items() if key != "seed"})
     folder = str(base.folder.absolute() / TRIALS)
     run = replace(_run(cfg), name=f"{arm}-{cfg.seed}", runs_dir=folder)
     plain = {key: value.plain for key, value in point.items()}
@@ -94,7 +96,7 @@ def _run(cfg: Config) -> RunConfig:
 
 
 def trial_name(texts: Mapping[str, str]) -> str:
-    """One folder name for these values, which no other values have: `optim.lr_0.01-model_cnn`.
+    """One folder name for these values, which no other values have: `lr_0.01-model_cnn`.
 
     Where signs had to be left out, it ends in a digest of the whole.
     """

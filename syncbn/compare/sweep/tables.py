@@ -19,7 +19,7 @@ from syncbn.compare.report.words.text import capital
 if TYPE_CHECKING:
     from rich.console import Console
 
-MOST_ROWS = 40
+MOST_ROWS, MOST_FAILURES = 40, 5
 """In the terminal; the report has all."""
 
 
@@ -73,7 +73,9 @@ def print_table(summary: SweepSummary, console: "Console", folder: Path) -> None
         table.add_row(*map(plain, row))
     console.print(table)
     lines = [f"... and {len(rows) - MOST_ROWS} more in the report"] if len(rows) > MOST_ROWS else []
-    lines += [f"  {overrides}: {error}" for overrides, error in failure_rows(summary)[:MOST_ROWS]]
+    lines += [
+        f"  {overrides}: {error}" for overrides, error in failure_rows(summary)[:MOST_FAILURES]
+    ]
     lines += [f"{headline(summary)}.", f"Report: {folder / 'report.html'}"]
     for line in lines:
-        console.print(line, markup=False, highlight=False)
+        console.print(line, markup=False, highlight=False, soft_wrap=True)

@@ -181,8 +181,12 @@ def styled() -> Any:
 def finish(figure: "Figure", name: str, title: str, caption: str) -> Picture:
     """Put title and caption on `figure` and turn it into a `Picture`."""
     left = {"x": 0.01, "horizontalalignment": "left"}
-    figure.suptitle(textwrap.fill(title, 66), **left, fontsize=13, fontweight="bold")
-    figure.supxlabel(textwrap.fill(caption, 112), **left, fontsize=9.2, color=SOFT)
+    wider = figure.get_figwidth() / WIDTH
+    title_lines, caption_lines = (
+        textwrap.fill(text, int(letters * wider)) for text, letters in ((title, 66), (caption, 112))
+    )
+    figure.suptitle(title_lines, **left, fontsize=13, fontweight="bold")
+    figure.supxlabel(caption_lines, **left, fontsize=9.2, color=SOFT)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")
     return Picture(name, title, caption, buffer.getvalue())

@@ -6,7 +6,7 @@ apart, ordered by their outcome, so that up to about a hundred lines can be foll
 
 import math
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
@@ -57,19 +57,39 @@ def parallel_coordinates(summary: SweepSummary) -> Picture:
         figure.set_figwidth(min(WIDEST, max(figure.get_figwidth(), AXIS_WIDTH * (len(keys) + 1.6))))
         axes = figure.add_subplot()
         axes.axis("off")
-        axes.set_xlim(-0.25, len(keys) + 0.5)
-        axes.set_ylim(-0.04, 1.34)
-        scales = {key: scale_of([t["texts"][key] for t in summary["trials"]],
-                                [t["settings"][key] for t in summary["trials"]]) for key in keys}  # fmt: skip
+        lines = max(_wrapped(name).count("\n") for name in short_keys(keys).values())
+        axes.set_xlim(-0.35, len(keys) + 0.5)
+        axes.set_ylim(-0.04, _head(summary) + 0.07 + 0.06 * lines)
+        scales = {key: _scale_in(summary, key) for key in keys}
         _draw_trials(axes, summary, scales)
         _draw_axes(axes, summary, scales)
-        failed = any(trial["exit_code"] for trial in summary["trials"])
-        caption = (
-            f"A line a trial ({tally(summary)}), from its settings to its {measure_words(summary)} in the end; the "
-            f"thick line is the best.{' Dashed grey: it diverged or failed.' if failed else ''}"
-        )
+        caption = " ".join(_caption(summary))
         title = textwrap.shorten(headline(summary), 190, placeholder=" ...")
-        return finish(figure, "parallel_coordinates", title, caption)
+        unbroken = title.replace(" %", "\N{NO-BREAK SPACE}%")
+        return finish(figure, "parallel_coordinates", unbroken, caption)
+
+
+def _caption(summary: SweepSummary) -> Iterator[str]:
+    yield f"A line a trial ({tally(summary)}), from its settings to its {measure_words(summary)} in the end."
+    if summary["best"] is not None:
+        yield "The thick line is the best."
+    if any(trial["exit_code"] for trial in summary["trials"]):
+        yield "Dashed grey: it diverged or failed."
+
+
+def _head(summary: SweepSummary) -> float:
+    """Where the names of the axes stand: over the place of trials without a result, where there are some."""
+    return FAILED_AT + 0.07 if any(trial["exit_code"] for trial in summary["trials"]) else 1.06
+
+
+def _scale_in(summary: SweepSummary, key: str) -> Scale:
+    """The axis of a key, its values in the order in which they were given."""
+    given = summary["keys"][key]
+    pairs = sorted(
+        ((t["texts"][key], t["settings"][key]) for t in summary["trials"]),
+        key=lambda pair: given.index(pair[1]),
+    )
+    return scale_of([text for text, _ in pairs], [value for _, value in pairs])
 
 
 def scale_of(texts: Sequence[str], values: Sequence[Any]) -> Scale:
@@ -78,7 +98,7 @@ def scale_of(texts: Sequence[str], values: Sequence[Any]) -> Scale:
     if not all(isinstance(v, int | float) and not isinstance(v, bool) for v in plain.values()):
         places = dict(zip(plain, _spaced(len(plain)), strict=True))
         return Scale(places, thinned({places[text]: _shortened(text) for text in plain}))
-    at = placed(list(plain.values()), decades=10)
+    at = placed(list(plain.values()), ratio=10)
     places = dict(zip(plain, at, strict=True))
     shown = {
         places[text]: number(float(value), 4).rstrip("0").rstrip(".")
@@ -89,9 +109,9 @@ def scale_of(texts: Sequence[str], values: Sequence[Any]) -> Scale:
     return Scale(places, thinned(shown))
 
 
-def placed(values: Sequence[float], decades: float) -> list[float]:
-    """Where numbers lie from 0 to 1; by their logarithms where the largest is `decades` times the smallest or more."""
-    if min(values) > 0 and max(values) >= decades * min(values):
+def placed(values: Sequence[float], ratio: float) -> list[float]:
+    """Where numbers lie from 0 to 1; by their logarithms where the largest is `ratio` times the smallest or more."""
+    if min(values) > 0 and max(values) >= ratio * min(values):
         values = [math.log(value) for value in values]
     low, high = min(values), max(values)
     return [(value - low) / (high - low) if high > low else 0.5 for value in values]
@@ -121,7 +141,8 @@ def _outcomes(summary: SweepSummary) -> list[float | None]:
     """Where each trial ends on the last axis; None for those without an outcome."""
     values = [value_of(summary, trial) for trial in summary["trials"]]
     known = [value for value in values if value is not None]
-    at = iter(placed(known, decades=30) if known else [])
+    least = 30 if summary["measure"]["lower_is_better"] else math.inf
+    at = iter(placed(known, least) if known else [])
     return [None if value is None else next(at) for value in values]
 
 
@@ -188,12 +209,12 @@ def _colour(summary: SweepSummary, end: float) -> Any:
 
 
 def _draw_axes(axes: "Axes", summary: SweepSummary, scales: Mapping[str, Scale]) -> None:
-    names = short_keys(list(scales))
+    names, head = short_keys(list(scales)), _head(summary)
     for x, (key, scale) in enumerate(scales.items()):
-        _axis(axes, x, names[key], scale.labels)
+        _axis(axes, x, head, names[key], scale.labels)
     last = len(scales)
     labels = _outcome_labels(summary)
-    _axis(axes, last, measure_label(summary), labels)
+    _axis(axes, last, head, measure_label(summary), labels)
     if labels:
         heights = np.linspace(0, 1, 129)
         for low, high in pairwise(heights):
@@ -205,13 +226,14 @@ def _draw_axes(axes: "Axes", summary: SweepSummary, scales: Mapping[str, Scale])
                 zorder=5,
                 solid_capstyle="butt",
             )
-    if any(value_of(summary, trial) is None for trial in summary["trials"]):
+    if any(trial["exit_code"] for trial in summary["trials"]):
         axes.text(last + 0.06, FAILED_AT, "no result", va="center", fontsize=10, color=SOFT)
 
 
-def _axis(axes: "Axes", x: float, name: str, labels: Mapping[float, str]) -> None:
+def _axis(axes: "Axes", x: float, head: float, name: str, labels: Mapping[float, str]) -> None:
+    """One axis with its name at the height `head`."""
     axes.plot([x, x], [0, 1], color="#333333", linewidth=1.2, zorder=5)
-    axes.text(x, 1.19, _wrapped(name), ha="center", va="bottom", fontsize=11, fontweight="bold")
+    axes.text(x, head, _wrapped(name), ha="center", va="bottom", fontsize=11, fontweight="bold")
     for place, label in labels.items():
         axes.plot([x - 0.02, x + 0.02], [place, place], color="#333333", linewidth=1.2, zorder=6)
         axes.text(

@@ -61,7 +61,7 @@ def headline(summary: SweepSummary) -> str:
         return f"None of {len(summary['trials'])} trials has a {measure_words(summary)}"
     value = measured(summary, value_of(summary, best))
     of = counted(len(summary["trials"]), "trial", "trials")
-    return f"Best of {of}: {setting_words(best)}, {measure_words(summary)} {value}"
+    return f"Best of {of}: {measure_words(summary)} {value} with {setting_words(best)}"
 
 
 def tally(summary: SweepSummary) -> str:
