@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from syncbn.compare.report.figures.canvas import SOFT, Picture, finish, new_figure, styled
-from syncbn.compare.report.words.numbers import number
 from syncbn.compare.report.words.sweep import (
     SweepSummary,
     headline,
@@ -95,18 +94,10 @@ def _scale_in(summary: SweepSummary, key: str) -> Scale:
 def scale_of(texts: Sequence[str], values: Sequence[Any]) -> Scale:
     """The axis of a key, from the value of every trial, as text and plain."""
     plain = dict(zip(texts, values, strict=True))
-    if not all(isinstance(v, int | float) and not isinstance(v, bool) for v in plain.values()):
-        places = dict(zip(plain, _spaced(len(plain)), strict=True))
-        return Scale(places, thinned({places[text]: _shortened(text) for text in plain}))
-    at = placed(list(plain.values()), ratio=10)
+    numbers = all(isinstance(v, int | float) and not isinstance(v, bool) for v in plain.values())
+    at = placed(list(plain.values()), ratio=10) if numbers else _spaced(len(plain))
     places = dict(zip(plain, at, strict=True))
-    shown = {
-        places[text]: number(float(value), 4).rstrip("0").rstrip(".")
-        if isinstance(value, float)
-        else str(value)
-        for text, value in plain.items()
-    }
-    return Scale(places, thinned(shown))
+    return Scale(places, thinned({place: _shortened(text) for text, place in places.items()}))
 
 
 def placed(values: Sequence[float], ratio: float) -> list[float]:
