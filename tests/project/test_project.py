@@ -27,7 +27,7 @@ MODULES = sorted(
 )
 PAGES = ["README.md", *sorted(p.relative_to(ROOT).as_posix() for p in ROOT.glob("docs/*.md"))]
 JOB = re.compile(
-    r"(?:torchrun .*--nproc-per-node (\d+) -m syncbn|(?:^|\s)syncbn|python -m syncbn) (train|compare)(?=\s|$)(.*)"
+    r"(?:torchrun .*--nproc-per-node (\d+) -m syncbn|(?:^|\s)syncbn|python -m syncbn) (train|compare|sweep)(?=\s|$)(.*)"
 )
 
 
