@@ -23,12 +23,14 @@ TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone")
 
 @pytest.fixture
 def project(bench):
-    """The page's files in an empty folder."""
+    """The page's files in an empty folder; what a test imports of them is forgotten."""
     for name, text in FILES.items():
         path = bench.folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
-    return bench
+    yield bench
+    for name in FILES:
+        sys.modules.pop(name.removesuffix(".py"), None)
 
 
 def test_what_is_registered_takes_twenty_lines():
@@ -41,8 +43,6 @@ def test_every_launch_of_the_page_composes_with_its_own_names(project, monkeypat
     monkeypatch.syspath_prepend(str(project.folder))
     for registry in REGISTRIES.values():
         monkeypatch.setattr(registry, "_entries", dict(registry._entries))
-    for module in ("mine", "network"):
-        monkeypatch.delitem(sys.modules, module, raising=False)
     launches = [
         match for line in COMMANDS if (match := LAUNCH.match(line)) and match[2] != "advise"
     ]
