@@ -49,7 +49,7 @@ coverage: $(STAMP) ## Run the tests of `make test`, then list the lines of the w
 	@$(BIN)/python -m pytest $(PYTEST_OPTIONS) -m "not gpu and not slow" --cov --cov-report=
 	@$(BIN)/coverage report --skip-covered --show-missing
 
-bench: $(STAMP) ## Measure the layer against its peers, 10 minutes on 2 quiet cores; rewrites docs/performance.md
+bench: $(STAMP) ## Measure the layer against its peers and the service, 15 minutes on 2 quiet cores; rewrites docs/performance.md
 	@$(BIN)/uv pip install --quiet --python $(BIN)/python --requirements pyproject.toml --extra bench --constraint constraints.txt || \
 	  echo "the extra bench does not install: measuring without it"
 	@$(BIN)/python -m benchmarks

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks import machine, page, plots, ranks
+from benchmarks import machine, page, plots, ranks, service
 from benchmarks.cases import DTYPES, LAYOUTS, SHAPES, Shape
 from benchmarks.contenders import LAYERS, PEERS, installed
 from benchmarks.verdicts import verdicts
@@ -105,6 +105,9 @@ SECTIONS: dict[str, Callable[[Effort], list[dict[str, Any]]]] = {
     "model": model,
     "exchange": exchange,
     "fused": fused,
+    "service": lambda effort: service.loops(effort.scale),
+    "ways": lambda effort: service.ways_of_training(effort.scale),
+    "start": lambda effort: service.starts(effort.scale),
 }
 
 

@@ -33,7 +33,12 @@ NAMES = {
     "floor": "memory passes",
     "floor_fresh": "memory passes, fresh memory",
     "without": "no norm layers",
+    "by_hand": "loop written by hand",
+    "service": "service",
+    "service_journal": "service, with its journal",
 }
+SERVICE_SHARE = 0.97
+"""Images a second of the service over those of a loop written by hand that are aimed at."""
 EXCHANGES = {
     "shared": "shared memory",
     "sockets": "sockets",
@@ -68,6 +73,7 @@ def generated(results: Results) -> str:
         scaling_table(results),
         "### Fused residual and ReLU",
         fused_table(results["fused"]),
+        *service_parts(results),
     ]
     return "\n\n".join(parts)
 
@@ -262,3 +268,57 @@ def fused_table(rows: Sequence[Row]) -> str:
     mean = f"{geometric_mean(ratios(rows, 'fused', 'sequence')):.2f}"
     head = ["shape, fp32", "fused, ms", "norm, add, ReLU, ms", "ratio"]
     return table(head, [*body, ["geometric mean", "", "", mean]])
+
+
+def service_parts(results: Results) -> list[str]:
+    """What the service costs; nothing where it was not measured."""
+    if not results.get("service"):
+        return []
+    return [
+        "### The service around a step",
+        f"Images a second over those of the loop written by hand; the target is ≥ {SERVICE_SHARE}.",
+        service_table(results["service"]),
+        "Ways of training, two ranks:",
+        ways_table(results["ways"]),
+        "From the command `syncbn train launcher.num_workers=2 train.steps=1`, the least of several runs:",
+        start_table(results["start"]),
+    ]
+
+
+def service_table(rows: Sequence[Row]) -> str:
+    """Images a second of each loop, and their ratio to the loop by hand."""
+    body = []
+    for row in rows:
+        for name, ms in row["ms"].items():
+            share = row["ms"]["by_hand"] / ms
+            verdict = _service_words(share) if name == "service" else f"{share:.3f}"
+            images = f"{1000 * row['global_batch'] / ms:.0f}"
+            body.append([_case(row), NAMES[name], f"{ms:.3f}", images, verdict])
+    return table(["network", "loop", "ms a step", "images a second", "ratio"], body)
+
+
+def _service_words(share: float) -> str:
+    return f"{share:.3f} met" if share >= SERVICE_SHARE else f"**{share:.3f} NOT met**"
+
+
+def _case(row: Row) -> str:
+    return f"{row['case']}, {row['global_batch']} samples a step"
+
+
+def ways_table(rows: Sequence[Row]) -> str:
+    """Milliseconds of a step by way of training, and their ratio to float32."""
+    body = [
+        [_case(row), name, f"{ms:.1f}", f"{ms / row['ms']['float32']:.2f}"]
+        for row in rows
+        for name, ms in row["ms"].items()
+    ]
+    return table(["network", "way", "ms a step", "ratio to float32"], body)
+
+
+def start_table(rows: Sequence[Row]) -> str:
+    """Seconds to the first step, to the end, and of processor time."""
+    body = [
+        [row["tracking"], *(f"{row[name]:.1f}" for name in ("first_step_s", "run_s", "cpu_s"))]
+        for row in rows
+    ]
+    return table(["tracking", "first step done, s", "run over, s", "processor time, s"], body)

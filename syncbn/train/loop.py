@@ -6,6 +6,7 @@ are reduced; and whether to go on is decided only where ranks agree (`Agreement`
 """
 
 import time
+from collections.abc import Iterator
 from contextlib import nullcontext
 from typing import Any
 
@@ -47,10 +48,10 @@ def train(cfg: RunConfig, runtime: Runtime, tracker: Tracker) -> RunSummary:
     state = build(cfg, runtime)
     resume(state, tracker)
     with stop_on_signals() as stop, progress(cfg, runtime.is_main) as advance, state.probes:
-        return _Loop(state, tracker, stop).run(advance)
+        return Loop(state, tracker, stop).run(advance)
 
 
-class _Loop:
+class Loop:
     """One run of the loop, from the state's step to the end of the budget, or sooner."""
 
     def __init__(self, state: State, tracker: Tracker, stop: StopRequest) -> None:
@@ -63,7 +64,8 @@ class _Loop:
         """Take the steps that are left, measure, save, and summarise."""
         state, cfg = self.state, self.state.cfg
         try:
-            self._take_steps(advance)
+            for step in self.steps():
+                advance(step)
             if state.standing.measured_at != state.step:
                 self._measure()
             concluded = self._conclude() if state.probes else {}
@@ -81,11 +83,13 @@ class _Loop:
             config_hash=config_hash(cfg),
         )
 
-    def _take_steps(self, advance: Advance) -> None:
+    def steps(self) -> Iterator[int]:
+        """Take the steps that are left, each when it is asked for, with what it makes due; yields its number."""
         for global_batch, x, y in self.state.batches():
             self._step(global_batch, x, y)
-            advance(self.state.step)
-            if self._enough():
+            enough = self._enough()
+            yield self.state.step
+            if enough:
                 return
 
     def _step(self, global_batch: int, x: Tensor, y: Tensor) -> None:

@@ -260,6 +260,39 @@ def test_two_ranks_measure_each_way_of_an_exchange() -> None:
     assert all(us > 0 for us in row["us"].values())
 
 
+def test_two_ranks_measure_the_service_and_a_loop_by_hand() -> None:
+    row = ranks.run("service:measure", 2, timeout_s=120, case="mlp", budget_s=0.01)
+    assert row["global_batch"] == 4
+    assert list(row["ms"]) == ["by_hand", "service", "service_journal"]
+    assert all(ms > 0 for ms in row["ms"].values())
+
+
+def _service() -> dict[str, Any]:
+    ms = {"by_hand": 1.0, "service": 1.02, "service_journal": 1.25}
+    times = {"first_step_s": 3.51, "run_s": 4.2, "cpu_s": 5.0}
+    return {
+        "service": [{"case": "mlp", "global_batch": 4, "ms": ms, "rounds": 9}],
+        "ways": [{"case": "mlp", "global_batch": 4, "ms": {"float32": 2.0, "bf16": 1.0}}],
+        "start": [{"tracking": "journal", "runs": 2, **times}],
+    }
+
+
+def test_the_services_share_of_the_loop_by_hand_is_shown_with_its_target() -> None:
+    shown = "\n".join(page.service_parts(_service()))
+    assert "| service | 1.020 | 3922 | 0.980 met |" in shown
+    assert "| service, with its journal | 1.250 | 3200 | 0.800 |" in shown
+    assert "| bf16 | 1.0 | 0.50 |" in shown
+    assert "| journal | 3.5 | 4.2 | 5.0 |" in shown
+    slow = _service()
+    slow["service"][0]["ms"]["service"] = 2.0
+    assert "**0.500 NOT met**" in "\n".join(page.service_parts(slow))
+
+
+def test_results_from_before_the_service_was_measured_are_shown_without_it() -> None:
+    assert "The service" not in page.generated(_results())
+    assert "The service" in page.generated(_results() | _service())
+
+
 def test_a_rank_that_fails_ends_the_run() -> None:
     with pytest.raises(RuntimeError, match="layer:nothing"):
         ranks.run("layer:nothing", timeout_s=60)

@@ -109,7 +109,7 @@ def test_stopped_with_averages_accumulation_and_bf16_a_run_goes_on_bit_by_bit(wo
     runtime = TorchrunRuntime(CPU)
     straight, cfg = (_config(tmp_path / part, 2, **options) for part in ("straight", "stopped"))
     whole = recorded_run(straight, runtime)
-    with patch.object(loop._Loop, "_agree", _stop_at(7)), pytest.raises(Stopped):
+    with patch.object(loop.Loop, "_agree", _stop_at(7)), pytest.raises(Stopped):
         recorded_run(cfg, runtime)
     assert load_latest(cfg.folder / "checkpoints").meta.step == 7
     assert recorded_run(cfg, runtime).final == whole.final
@@ -123,7 +123,7 @@ def test_stopped_with_averages_accumulation_and_bf16_a_run_goes_on_bit_by_bit(wo
 
 
 def _stop_at(step):
-    real = loop._Loop._agree
+    real = loop.Loop._agree
 
     def agree(self):
         late, asked = real(self)
