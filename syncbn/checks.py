@@ -4,15 +4,16 @@ Each check is a row (key, test, what is allowed), so that an error always names 
 allowed range, and so that the whole set can be read at a glance.
 """
 
+import difflib
 import math
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from syncbn.config import ARMS, PROBES, Config, ParameterGroup, StudyConfig
+from syncbn.config import ARMS, PROBES, Config, DataConfig, ParameterGroup, StudyConfig
 from syncbn.errors import UsageError
-from syncbn.registry import DATA, MODELS, OPTIMIZERS, REGISTRIES, TASKS, Registry
+from syncbn.registry import DATA, MODELS, OPTIMIZERS, REGISTRIES, TASKS, TRANSFORMS, Registry
 from syncbn.study_checks import complaints
 
 
@@ -183,7 +184,7 @@ def check(cfg: Config) -> None:
             raise UsageError(
                 f"{group}.options is not allowed with {group}={chosen.name}, which has keys of its own"
             )
-    for complaint in _across_keys(cfg):
+    for complaint in (*_of_transforms(cfg.data), *_across_keys(cfg)):
         raise UsageError(complaint)
     if cfg.study is not None:
         if cfg.train.time_limit_s is not None:
@@ -192,6 +193,20 @@ def check(cfg: Config) -> None:
                 "after equal numbers of steps"
             )
         _check_study(cfg.study)
+
+
+def _of_transforms(data: DataConfig) -> Iterator[str]:
+    """Complaints about names of transforms; their options raise `UsageError` themselves."""
+    for name, given in data.transforms.items():
+        entry, known = TRANSFORMS.find(name), TRANSFORMS.names()
+        if entry is None:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"one of {', '.join(known) or 'none'}"
+            yield f"data.transforms.{name} is not a transform of an extension: {hint}"
+        elif not isinstance(given, dict | None):
+            yield f"data.transforms.{name}={given!r} is not allowed: its options by name, {{}} for none"
+        else:
+            entry.typed(given or {})
 
 
 def _across_keys(cfg: Config) -> Iterator[str]:
@@ -213,6 +228,8 @@ def _across_keys(cfg: Config) -> Iterator[str]:
             f"launcher.num_workers={cfg.launcher.num_workers} normalises samples of model=mlp one by one, which leaves "
             "nothing of them: at least 2 samples must share their statistics"
         )
+    if cfg.data.pin_memory and cfg.train.device == "cpu":
+        yield "data.pin_memory=True is not allowed with train.device=cpu: it is of use to GPUs alone"
     if cfg.train.virtual and cfg.norm.name == "torch_sync":
         yield (
             "norm=torch_sync is not allowed with train.virtual=True: torch's layer needs real ranks; "

@@ -29,7 +29,7 @@ from syncbn.config import Config, RunConfig
 from syncbn.errors import UsageError
 from syncbn.extensions import load_extensions
 from syncbn.overrides import Grid, Point, explain_hydra, grid_of, refuse_several
-from syncbn.registry import REGISTRIES
+from syncbn.registry import REGISTRIES, TRANSFORMS
 
 ENV_ALLOWED = ("HOME", "USER", "TMPDIR", "SYNCBN_DATA_ROOT")
 """Environment variables that a config may read through `${oc.env:NAME}`."""
@@ -39,6 +39,8 @@ RENAMED = {"dtype": "train.precision"}
 
 _NOISE = ("full_key:", "object_type=", "reference_type=")
 """Lines of OmegaConf's messages that mean nothing to a user."""
+_OWN_NAMES = ("optim.groups", "data.transforms")
+"""Keys under which users give names of their own."""
 
 ConfigStore.instance().store("schema", node=Config)
 
@@ -162,7 +164,7 @@ def _checked(tree: DictConfig) -> Config:
     except OmegaConfBaseException as error:
         raise UsageError(_one_line(error)) from error
     assert isinstance(cfg, Config)
-    check(cfg)
+    _check(cfg)
     return cfg
 
 
@@ -176,6 +178,15 @@ def _options_of(group: str) -> list[str]:
         return []
     registered = REGISTRIES[group].extensions() if group in REGISTRIES else []
     return list(dict.fromkeys([*config_files(group), *(entry.name for entry in registered)]))
+
+
+def _check(cfg: Config) -> None:
+    """`check` it, and write down every option of its transforms, so that the hash has them."""
+    check(cfg)
+    cfg.data.transforms = {
+        name: TRANSFORMS[name].defaults | dict(given or {})
+        for name, given in cfg.data.transforms.items()
+    }
 
 
 def _named_extensions(overrides: Sequence[str]) -> list[str]:
@@ -223,8 +234,8 @@ def _refuse_unfounded() -> None:
 
 
 def _with_new_names(override: str) -> str:
-    """`override` as Hydra takes it where it adds names of the user's own to the schema: parameter groups."""
-    return f"++{override}" if override.startswith("optim.groups") else override
+    """`override` as Hydra takes it where it adds names of the user's own to the schema."""
+    return f"++{override}" if override.startswith(_OWN_NAMES) else override
 
 
 def vary(cfg: Config, overrides: Sequence[str]) -> RunConfig:
@@ -251,7 +262,7 @@ def vary(cfg: Config, overrides: Sequence[str]) -> RunConfig:
     except OmegaConfBaseException as error:
         raise UsageError(_one_line(error)) from error
     assert isinstance(varied, Config)
-    check(varied)
+    _check(varied)
     return RunConfig(**{field.name: getattr(varied, field.name) for field in fields(RunConfig)})
 
 
@@ -328,6 +339,8 @@ def _one_line(error: Exception) -> str:
     option = re.search(r"Could not override '(\w+)\.options\.(\w+)'", text)
     if option:
         return f"{option[0][20:-1]} is no option of what {option[1]}= chooses{_options_like(*option.groups())}"
+    if "data.transforms=" in text:
+        return "data.transforms takes names, each with its options: data.transforms={jitter:{strength:0.2},blur:{}}"
     unknown = re.search(r"Could not override '([^']+)'|Key '([^']+)'", text)
     return text.strip() + (_did_you_mean(unknown.group(1) or unknown.group(2)) if unknown else "")
 

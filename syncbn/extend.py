@@ -1,4 +1,4 @@
-"""Models, data sets, tasks and optimisers of one's own, for a config to choose by name.
+"""Models, data sets, transforms, tasks and optimisers of one's own, for a config to choose by name.
 
     import syncbn.extend as extend
 
@@ -8,17 +8,30 @@
     @extend.data("tiles")
     def tiles(root: Path, split: str, *, size: int = 256) -> Dataset: ...
 
+    @extend.transform("noise")
+    def noise(input: Tensor, *, std: float = 0.1) -> Tensor: ...
+
     @extend.task("depth")
     class Depth(extend.Task): ...
 
-With `extensions=[mine]` for `mine.py` in the current folder: `model=unet model.options.width=64 data=tiles task=depth`.
+With `extensions=[mine]` for `mine.py` in the current folder:
+`model=unet model.options.width=64 data=tiles data.transforms.noise.std=0.2 task=depth`.
 Keyword-only parameters are options, typed by their annotations.
 """
 
-from syncbn.registry import DATA, MODELS, OPTIMIZERS, TASKS
+from syncbn.registry import DATA, MODELS, OPTIMIZERS, TASKS, TRANSFORMS
 from syncbn.tasks import Classification, Regression, Task
 
-__all__ = ["Classification", "Regression", "Task", "data", "model", "optimizer", "task"]
+__all__ = [
+    "Classification",
+    "Regression",
+    "Task",
+    "data",
+    "model",
+    "optimizer",
+    "task",
+    "transform",
+]
 
 model = MODELS.register
 """`(shape, num_classes, *, options) -> nn.Module` for inputs `(N, *shape)`; outputs are `(N, num_classes)` where the
@@ -27,7 +40,12 @@ seeded by the run. Its batch norms are torch's own, which the run's `norm` repla
 data = DATA.register
 """`(root, split, *, options) -> Dataset`, with `split` "train" or "test": a map-style Dataset of (input, target), where
 inputs are float tensors of one shape, and targets tensors or numbers of one shape. Classes are int; their number is the
-data set's `num_classes`, or the length of its `classes`, or else one more than the largest target."""
+data set's `num_classes`, or the length of its `classes`, or else one more than the largest target. Whatever it draws
+from the global generators of Python, numpy or torch is decided by the run's seed, and for a sample by the step too."""
+transform = TRANSFORMS.register
+"""`(input, *, options) -> input`, or `(input, target, *, options) -> (input, target)` where the target changes with the
+input: what is done to each training sample, and with `transform(name, on_test=True)` to test samples too. What it draws
+from the global generators of Python, numpy or torch is decided by the run's seed, the step and the sample."""
 task = TASKS.register
 """A subclass of `Task`; options are keyword-only parameters of its `__init__`."""
 optimizer = OPTIMIZERS.register

@@ -1,4 +1,4 @@
-"""What a config chooses by name: models, data sets, tasks and optimisers, each with the options that it takes.
+"""What a config chooses by name: models, data sets, transforms, tasks, optimisers, each with the options that it takes.
 
 A name is registered with the function that builds what it stands for. The function's keyword-only parameters are its
 options: their annotations are the types that a config is checked against, their defaults the values where it says
@@ -22,6 +22,8 @@ from omegaconf.errors import (
 from syncbn.errors import UsageError
 
 _WHOLE = "cfg"
+TRANSFORM = "transform"
+"""The one group of which a config chooses several at once, in `data.transforms`."""
 
 Build = TypeVar("Build", bound=Callable[..., Any])
 
@@ -35,12 +37,16 @@ class Entry:
         name: in that group.
         build: makes what it stands for.
         options: a dataclass of the options of `build`, with their types and defaults.
+        num_taken: parameters of `build` before its options.
+        on_test: of a transform, whether test samples go through it too.
     """
 
     group: str
     name: str
     build: Callable[..., Any]
     options: type
+    num_taken: int = 0
+    on_test: bool = False
 
     @property
     def defaults(self) -> dict[str, Any]:
@@ -57,21 +63,35 @@ class Entry:
         Raises:
             UsageError: an unknown option (with the nearest known one), one of the wrong type, or one that is missing.
         """
-        given = dict(cfg.options)
-        if not given and _WHOLE in self._known():
+        if not cfg.options and _WHOLE in self._known():
             return {_WHOLE: cfg}
+        return self.typed(cfg.options)
+
+    def typed(self, options: Mapping[str, Any]) -> dict[str, Any]:
+        """`options` over the defaults, typed; raises as `keywords` does."""
+        given = dict(options)
         try:
             tree = OmegaConf.merge(OmegaConf.structured(self.options), given)
             typed = OmegaConf.to_object(tree)
         except ConfigKeyError as error:
             raise UsageError(self._unknown(given)) from error
         except MissingMandatoryValue as error:
-            raise UsageError(
-                f"{self.group}={self.name} needs {self.group}.options.{error.key}"
-            ) from error
+            raise UsageError(f"{self._chosen} needs {self._key}.{error.key}") from error
         except ValidationError as error:
             raise UsageError(self._ill_typed(error, given)) from error
         return {field.name: getattr(typed, field.name) for field in fields(self.options)}
+
+    @property
+    def _key(self) -> str:
+        """Where a config has its options."""
+        whole = self.group == TRANSFORM
+        return f"data.transforms.{self.name}" if whole else f"{self.group}.options"
+
+    @property
+    def _chosen(self) -> str:
+        """How it is called in errors."""
+        whole = self.group == TRANSFORM
+        return f"transform {self.name}" if whole else f"{self.group}={self.name}"
 
     def _known(self) -> list[str]:
         return [field.name for field in fields(self.options)]
@@ -81,15 +101,13 @@ class Entry:
         wrong = next(key for key in given if key not in known)
         near = difflib.get_close_matches(wrong, known, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else f": one of {', '.join(known) or 'none'}"
-        return f"{self.group}.options.{wrong} is not an option of {self.group}={self.name}{hint}"
+        return f"{self._key}.{wrong} is not an option of {self._chosen}{hint}"
 
     def _ill_typed(self, error: OmegaConfBaseException, given: Mapping[str, Any]) -> str:
         option = str(error.full_key or error.key).partition("[")[0]
         annotation = {field.name: field.type for field in fields(self.options)}.get(option)
         allowed = getattr(annotation, "__name__", str(annotation))
-        return (
-            f"{self.group}.options.{option}={given.get(option)!r} is not allowed: of type {allowed}"
-        )
+        return f"{self._key}.{option}={given.get(option)!r} is not allowed: of type {allowed}"
 
 
 class Registry:
@@ -99,14 +117,18 @@ class Registry:
         group: of the config.
         takes: the names of the parameters that `build` is called with, before its options.
         built_in: names that the package itself registers, known before its modules are imported.
+        may_take: the name of a parameter after those, which `build` may have.
     """
 
-    def __init__(self, group: str, takes: Sequence[str], built_in: Sequence[str]) -> None:
+    def __init__(
+        self, group: str, takes: Sequence[str], built_in: Sequence[str], may_take: str | None = None
+    ) -> None:
         self.group, self.takes, self.built_in = group, tuple(takes), tuple(built_in)
+        self.may_take = may_take
         self._entries: dict[str, Entry] = {}
 
-    def register(self, name: str) -> Callable[[Build], Build]:
-        """A decorator for the function or class that builds what `name` stands for.
+    def register(self, name: str, *, on_test: bool = False) -> Callable[[Build], Build]:
+        """A decorator for the function or class that builds what `name` stands for; see `Entry` for `on_test`.
 
         Raises:
             UsageError: a name that is no plain word or is taken, parameters other than `takes` and options by keyword,
@@ -115,7 +137,8 @@ class Registry:
 
         def decorate(build: Build) -> Build:
             self._refuse_taken(name, build)
-            self._entries[name] = Entry(self.group, name, build, self._options_of(name, build))
+            taken, options = self._parameters_of(name, build)
+            self._entries[name] = Entry(self.group, name, build, options, len(taken), on_test)
             return build
 
         return decorate
@@ -151,17 +174,18 @@ class Registry:
                 f"{self.group} name {name!r} is taken: {_place(taken.build)} has registered it"
             )
 
-    def _options_of(self, name: str, build: Callable[..., Any]) -> type:
-        """The options of `build` as a dataclass."""
+    def _parameters_of(self, name: str, build: Callable[..., Any]) -> tuple[list[str], type]:
+        """What `build` takes before its options, and these as a dataclass."""
         what = f"{self.group} {name!r} ({_place(build)})"
         parameters = list(inspect.signature(build).parameters.values())
         options = [p for p in parameters if p.kind is p.KEYWORD_ONLY]
         taken = [p.name for p in parameters if p not in options]
-        if len(taken) != len(self.takes):
-            wanted = ", ".join((*self.takes, "*", "option: type = default"))
-            raise UsageError(
-                f"{what} must be callable as ({wanted}), it takes ({', '.join(taken)})"
+        allowed = [self.takes, (*self.takes, self.may_take)] if self.may_take else [self.takes]
+        if len(taken) not in map(len, allowed):
+            wanted = " or ".join(
+                f"({', '.join((*names, '*', 'option: type = default'))})" for names in allowed
             )
+            raise UsageError(f"{what} must be callable as {wanted}, it takes ({', '.join(taken)})")
         hints = get_type_hints(build.__init__ if inspect.isclass(build) else build)
         rows = [(p.name, hints.get(p.name, Any), _default(p)) for p in options]
         made = make_dataclass(f"{name}_options", rows)
@@ -171,7 +195,7 @@ class Registry:
             raise UsageError(
                 f"{what} has an option of a type that no config can hold: {str(error).splitlines()[0]}"
             ) from error
-        return made
+        return taken, made
 
 
 def _default(parameter: inspect.Parameter) -> Any:
@@ -196,6 +220,8 @@ DATA = Registry(
     ("digits", "mnist", "fashion_mnist", "cifar10", "image_folder", "synthetic"),
 )
 """Build a map-style Dataset of (input, target) pairs for a split, `train` or `test`."""
+TRANSFORMS = Registry(TRANSFORM, ("input",), (), may_take="target")
+"""Are applied to a sample: its input alone, or (input, target) as a pair."""
 TASKS = Registry("task", (), ("classification", "regression"))
 """Build a `syncbn.tasks.Task`."""
 OPTIMIZERS = Registry("optim", ("groups", "lr"), ("sgd", "adam", "adamw"))

@@ -14,7 +14,7 @@ from syncbn.config.run import RunConfig, TaskConfig
 
 _NOT_IN_HASH = {"name", "runs_dir", "tracking", "study", "extensions"}
 _NOT_IN_HASH_OF = {
-    "data": {"root", "download", "num_loaders"},
+    "data": {"root", "download", "num_loaders", "pin_memory"},
     "train": {"resume", "progress", "checkpoint_every", "keep_best", "time_limit_s"},
     "launcher": {
         "name",
@@ -27,7 +27,7 @@ _NOT_IN_HASH_OF = {
 }
 _LATER: dict[str, dict[str, Any]] = {
     "model": {"options": {}},
-    "data": {"options": {}},
+    "data": {"options": {}, "transforms": {}},
     "task": asdict(TaskConfig()),
     "optim": {"groups": {}, "options": {}},
     "train": {
@@ -57,6 +57,8 @@ def identity_of(config: Mapping[str, Any]) -> dict[str, Any]:
             for key, value in tree.get(group, {}).items()
             if key not in defaults or value != defaults[key]
         }
+    if "transforms" in tree["data"]:  # their order counts
+        tree["data"]["transforms"] = list(tree["data"]["transforms"].items())
     if not tree["task"]:
         del tree["task"]
     if "dtype" in tree["train"]:  # of a journal from before the key's present name

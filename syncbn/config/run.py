@@ -83,7 +83,14 @@ class DataConfig:
     num_samples: int = 1024
     """Training samples (synthetic)."""
     num_loaders: int = 0
-    """Processes that load samples beside each rank (image_folder, data sets of extensions)."""
+    """Processes beside each rank that load and transform samples; they change no number. A data set in memory whose
+    samples are neither augmented nor transformed needs none, and starts none."""
+    pin_memory: bool | None = None
+    """Copy batches to page-locked memory first, from where a GPU fetches them while it computes; `null` does so where
+    ranks compute on GPUs."""
+    transforms: dict[str, Any] = field(default_factory=dict)
+    """Transforms of extensions, each with its options, applied in this order to every sample:
+    `{jitter: {strength: 0.2}, blur: {}}`."""
     options: dict[str, Any] = field(default_factory=dict)
     """What an extension's data set takes by keyword."""
 
@@ -290,7 +297,8 @@ class RunConfig:
     runs_dir: str = "runs"
     """Folder of all runs; the default MLflow store is in it too."""
     extensions: list[str] = field(default_factory=list)
-    """Modules to import in every process, which register models, data sets, tasks and optimisers of one's own."""
+    """Modules to import in every process, which register models, data sets, transforms, tasks and optimisers of one's
+    own."""
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     task: TaskConfig = field(default_factory=TaskConfig)

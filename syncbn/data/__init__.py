@@ -4,7 +4,7 @@ A split is asked for batches by sample *index* and knows nothing of ranks, epoch
 `syncbn.sampling`, so a sample looks the same whichever rank fetches it.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -13,25 +13,16 @@ import torch
 from torch import Tensor
 
 from syncbn.config import DataConfig
+from syncbn.data import embedded, folder, torchvision_sets  # noqa: F401 - they register their data sets
 from syncbn.data.augment import Augment
-from syncbn.data.embedded import read_digits, read_synthetic
-from syncbn.data.folder import read_image_folder
-from syncbn.data.registered import read_registered
-from syncbn.data.source import Source, Split
-from syncbn.data.torchvision_sets import read_cifar10, read_fashion_mnist, read_mnist
+from syncbn.data.loaders import Loading
+from syncbn.data.registered import read
+from syncbn.data.source import Split
+from syncbn.data.transforms import Treatment, chosen
 from syncbn.errors import DataError, UsageError
+from syncbn.registry import DATA
 
 __all__ = ["DataSets", "Split", "kept_in_memory", "load_data"]
-
-READERS: dict[str, Callable[[DataConfig, int], Source]] = {
-    "digits": read_digits,
-    "mnist": read_mnist,
-    "fashion_mnist": read_fashion_mnist,
-    "cifar10": read_cifar10,
-    "image_folder": read_image_folder,
-    "synthetic": read_synthetic,
-}
-"""What reads the data set of a name, given its config and the run's seed (only `synthetic` depends on it)."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +35,7 @@ class DataSets:
     shape: tuple[int, int, int]
 
 
-def load_data(cfg: DataConfig, seed: int) -> DataSets:
+def load_data(cfg: DataConfig, seed: int, pin_memory: bool = False) -> DataSets:
     """The data set that `cfg` names.
 
     Which samples are the test set, are held out (`validation`) or left out (`limit`) is fixed once for all
@@ -52,18 +43,28 @@ def load_data(cfg: DataConfig, seed: int) -> DataSets:
 
     Args:
         cfg: which data set, and how it is prepared.
-        seed: decides augmentation, and the samples of `synthetic`.
+        seed: decides augmentation, transforms, and what a data set draws at random.
+        pin_memory: hand batches over in page-locked memory, unless `cfg` says otherwise.
 
     Raises:
-        DataError: a data set that is missing, damaged or too small for `limit` or `validation`.
+        DataError: a data set that is missing, damaged or too small for `limit` or `validation`, or whose samples are
+            not what they must be.
+        UsageError: what `cfg` asks for is not possible with this data set.
     """
+    loading = Loading(cfg.num_loaders, pin_memory if cfg.pin_memory is None else cfg.pin_memory)
     if _kept is None:
-        return _load(cfg, seed)
-    key = repr((cfg, seed if cfg.augment or cfg.name == "synthetic" else None))
+        return _load(cfg, seed, loading)
+    key = repr((cfg, loading, seed if _is_random(cfg) else None))
     if key not in _kept:
         _kept.clear()  # one at a time: MNIST takes 220 MB
-        _kept[key] = _load(cfg, seed)
+        _kept[key] = _load(cfg, seed, loading)
     return _kept[key]
+
+
+def _is_random(cfg: DataConfig) -> bool:
+    """Whether samples may depend on the run's seed."""
+    fixed = cfg.name in DATA.built_in and cfg.name != "synthetic"
+    return not fixed or cfg.augment or bool(cfg.transforms)
 
 
 @contextmanager
@@ -80,24 +81,40 @@ def kept_in_memory() -> Iterator[None]:
 _kept: dict[str, DataSets] | None = None
 
 
-def _load(cfg: DataConfig, seed: int) -> DataSets:
-    if cfg.name in READERS:
-        source = READERS[cfg.name](cfg, seed)
-        for part, samples in (("training", source.train), ("test", source.test)):
-            _check_labels(samples.labels, source.num_classes, f"{cfg.name}: {part}")
-    else:
-        source = read_registered(cfg)
-    train, test = source.train, source.test
-    if cfg.limit is not None or cfg.validation:
-        kept, held_out = hold_out(len(train), cfg.validation, cfg.limit)
-        train = source.train.take(kept)
-        test = source.train.take(held_out) if cfg.validation else source.test
-    if cfg.augment and cfg.name not in READERS:
+def _load(cfg: DataConfig, seed: int, loading: Loading) -> DataSets:
+    if cfg.augment and cfg.name not in DATA.built_in:
         raise UsageError(
-            f"data.augment=true is not allowed with data={cfg.name}: an extension varies its images itself"
+            f"data.augment=true is not allowed with data={cfg.name}: an extension varies its images itself, or by a "
+            "transform of its own"
         )
-    augment = Augment(seed, source.mirrors) if cfg.augment else None
-    return DataSets(train.split(augment), test.split(None), source.num_classes, source.shape)
+    of_train, of_test = read(cfg, seed)
+    num_classes = of_train.num_classes
+    assert num_classes is not None
+    if cfg.limit is not None or cfg.validation:
+        kept, held_out = hold_out(len(of_train), cfg.validation, cfg.limit)
+        of_test = of_train.take(held_out) if cfg.validation else of_test
+        of_train = of_train.take(kept)
+    augment = Augment(seed, of_train.mirrors) if cfg.augment else None
+    train = of_train.split(Treatment(seed, augment, chosen(cfg.transforms, False)), loading)
+    test = of_test.split(
+        Treatment(seed, None, chosen(cfg.transforms, True), by_step=False), loading
+    )
+    return DataSets(train, test, num_classes, _image_shape(cfg, train, test))
+
+
+def _image_shape(cfg: DataConfig, train: Split, test: Split) -> tuple[int, int, int]:
+    """(C, H, W) of every input."""
+    if len(train.shape) != 3:
+        raise DataError(
+            f"data={cfg.name}: inputs have shape {train.shape}: (channels, height, width) is needed"
+        )
+    if train.shape != test.shape:
+        raise DataError(
+            f"data={cfg.name}: training and test images differ in size, {train.shape} and {test.shape}: make them "
+            "equal; a transform that changes sizes must be registered with on_test=True"
+        )
+    channels, height, width = train.shape
+    return channels, height, width
 
 
 def hold_out(num_samples: int, share: float, limit: int | None) -> tuple[Tensor, Tensor]:
@@ -120,13 +137,3 @@ def hold_out(num_samples: int, share: float, limit: int | None) -> tuple[Tensor,
         raise DataError(f"data.limit={limit} is not allowed: there are {left} training samples")
     kept = order[num_held_out:][:limit]
     return kept.sort().values, order[:num_held_out].sort().values
-
-
-def _check_labels(labels: Tensor, num_classes: int, what: str) -> None:
-    """Raise `DataError` for a label outside 0 to `num_classes` - 1."""
-    wrong = ((labels < 0) | (labels >= num_classes)).nonzero()
-    if len(wrong):
-        first = int(wrong[0])
-        raise DataError(
-            f"{what} sample {first} has label {int(labels[first])}: allowed are 0 to {num_classes - 1}"
-        )

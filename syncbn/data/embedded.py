@@ -5,6 +5,7 @@ tested anywhere. Their split is fixed here once, because scikit-learn ships them
 file is read without importing scikit-learn: the import costs each rank 2 s of a core, the file 8 ms.
 """
 
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -14,27 +15,34 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from syncbn.config import DataConfig
-from syncbn.data.source import Source, TensorSamples, binarized
+from syncbn.data.memory import TensorSamples, binarized, unchanged
 from syncbn.errors import DataError
+from syncbn.registry import DATA
 
 NUM_TEST_DIGITS = 500
 """Of 1797 digits; 1297 are left to train on."""
 
 
-def read_digits(cfg: DataConfig, seed: int) -> Source:
+@DATA.register("digits")
+def digits(root: Path, split: str, *, cfg: DataConfig) -> TensorSamples:
     """1297 training and 500 test digits in 10 classes, (1, 8, 8), pixels in [0, 1] or binarised."""
-    del seed
-    table = np.loadtxt(_digits_file(), delimiter=",", dtype=np.int64)
-    images, labels = table[:, :64], table[:, 64]
-    images = torch.from_numpy(images / 16).to(torch.float32).reshape(-1, 1, 8, 8)
-    everything = TensorSamples(
-        images, torch.from_numpy(labels), binarized if cfg.binarize else _unchanged
-    )
+    del root
+    images, labels = _all_digits()
+    prepare = binarized if cfg.binarize else unchanged
+    everything = TensorSamples(images, torch.from_numpy(labels), prepare, 10)
     test = torch.from_numpy(stratified(labels, NUM_TEST_DIGITS))
-    train = (
-        torch.ones(len(labels), dtype=torch.bool).index_fill_(0, test, False).nonzero().flatten()
-    )
-    return Source(everything.take(train), everything.take(test), 10, (1, 8, 8), mirrors=False)
+    if split == "test":
+        return everything.take(test)
+    is_train = torch.ones(len(labels), dtype=torch.bool).index_fill_(0, test, False)
+    return everything.take(is_train.nonzero().flatten())
+
+
+@cache
+def _all_digits() -> tuple[Tensor, np.ndarray]:
+    """Images float32 (1797, 1, 8, 8) from 0 to 1, and labels."""
+    table = np.loadtxt(_digits_file(), delimiter=",", dtype=np.int64)
+    images = torch.from_numpy(table[:, :64] / 16)
+    return images.to(torch.float32).reshape(-1, 1, 8, 8), table[:, 64]
 
 
 def _digits_file() -> Path:
@@ -58,28 +66,25 @@ def stratified(labels: np.ndarray, num_chosen: int) -> np.ndarray:
     return np.sort(by_class[positions.astype(np.int64)])
 
 
-def read_synthetic(cfg: DataConfig, seed: int) -> Source:
+@DATA.register("synthetic")
+def synthetic(root: Path, split: str, *, cfg: DataConfig) -> TensorSamples:
     """Gaussian classes: x = mean of its class + N(0, 1), and a quarter as many test samples.
 
     Class means are N(0, 1/4) on a coarse 4x4 grid, enlarged, so that convolutions can tell classes apart.
-    Everything is decided by `seed`.
+    Everything is drawn from torch's global generator: means, training samples, test samples.
     """
-    generator = torch.Generator().manual_seed(seed)
-    size = (cfg.image_size, cfg.image_size)
-    coarse = torch.randn(cfg.num_classes, cfg.channels, 4, 4, generator=generator) / 2
-    means = interpolate(coarse, size=size)
-    train = _gaussian(means, cfg.num_samples, cfg.binarize, generator)
-    test = _gaussian(means, -(-cfg.num_samples // 4), cfg.binarize, generator)
-    return Source(train, test, cfg.num_classes, (cfg.channels, *size), mirrors=False)
+    del root
+    coarse = torch.randn(cfg.num_classes, cfg.channels, 4, 4) / 2
+    means = interpolate(coarse, size=(cfg.image_size, cfg.image_size))
+    train = _gaussian(means, cfg.num_samples)
+    images, labels = train if split == "train" else _gaussian(means, -(-cfg.num_samples // 4))
+    return TensorSamples(
+        images, labels, binarized if cfg.binarize else unchanged, num_classes=cfg.num_classes
+    )
 
 
-def _gaussian(
-    means: Tensor, num_samples: int, binarize: bool, generator: torch.Generator
-) -> TensorSamples:
-    labels = torch.randint(len(means), (num_samples,), generator=generator)
-    noise = torch.randn(num_samples, *means.shape[1:], generator=generator)
-    return TensorSamples(noise.add_(means[labels]), labels, binarized if binarize else _unchanged)
-
-
-def _unchanged(images: Tensor) -> Tensor:
-    return images
+def _gaussian(means: Tensor, num_samples: int) -> tuple[Tensor, Tensor]:
+    """Images (num_samples, *) and classes of samples around `means` (num_classes, *)."""
+    labels = torch.randint(len(means), (num_samples,))
+    noise = torch.randn(num_samples, *means.shape[1:])
+    return noise.add_(means[labels]), labels

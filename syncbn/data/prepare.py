@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from syncbn.data.source import binarized
+from syncbn.data.memory import binarized
 
 
 def preparation(

@@ -1,80 +1,124 @@
-"""Data sets of extensions: any map-style Dataset of (input, target), cut into batches like the others."""
+"""Data sets by name: what the registry builds, read as samples.
 
-from collections.abc import Iterable, Iterator, Sized
+Those of the package hand over `Samples` themselves. Those of extensions are map-style Datasets of (input, target), of
+which a `TensorDataset` lies in memory as ours do, and any other is asked sample by sample.
+"""
+
+from collections.abc import Sized
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset, TensorDataset
 
 from syncbn.config import DataConfig
-from syncbn.data.augment import Augment
-from syncbn.data.source import Source, Split
+from syncbn.data.chance import isolated, seed_generators
+from syncbn.data.memory import TensorSamples
+from syncbn.data.source import Samples, as_classes
+from syncbn.data.transforms import Treatment
 from syncbn.errors import DataError, SyncbnError
 from syncbn.registry import DATA
 
 
-def read_registered(cfg: DataConfig) -> Source:
-    """Both splits of the data set that `cfg` names, as an extension builds them.
+def read(cfg: DataConfig, seed: int) -> tuple[Samples, Samples]:
+    """Training and test samples of the data set that `cfg` names; what it draws at random is decided by `seed`.
 
     Raises:
-        DataError: it cannot be built, is no map-style Dataset, is empty, or its samples are not (input, target).
+        DataError: it cannot be built, is no map-style Dataset, is empty, its samples are not (input, target), or its
+            two splits have different classes.
     """
-    train, test = (_built(cfg, split) for split in ("train", "test"))
-    x, target = train.sample(0)
-    if x.dim() != 3:
-        raise DataError(
-            f"{train.what}: inputs have shape {tuple(x.shape)}: (channels, height, width) is needed"
-        )
-    shape = x.shape[0], x.shape[1], x.shape[2]
-    num_outputs = _num_outputs(train)
-    if not target.is_floating_point() and target.dim() == 0:
-        train, test = (replace(one, num_classes=num_outputs) for one in (train, test))
-    return Source(train, test, num_outputs, shape, mirrors=False)
+    (train, known), (test, others) = (_built(cfg, split, seed) for split in ("train", "test"))
+    if known and others and known != others:
+        odd = ", ".join(sorted(set(known) ^ set(others)))
+        raise DataError(f"data={cfg.name}: classes of the training and the test set differ: {odd}")
+    target = train.target()
+    num_outputs = _num_outputs(train, target)
+    if target.dim() == 0 and not target.is_floating_point():
+        train, test = (one.called(one.what, num_classes=num_outputs) for one in (train, test))
+        for one in (train, test):
+            _check_labels(one)
+        return train, test
+    return train.called(train.what, num_classes=num_outputs), test
 
 
-def _built(cfg: DataConfig, split: str) -> "DatasetSamples":
+def _built(cfg: DataConfig, split: str, seed: int) -> tuple[Samples, list[str]]:
+    """One split, and the names of its classes where it has them."""
     entry, what = DATA[cfg.name], f"data={cfg.name} ({split})"
     try:
-        dataset = entry.build(Path(cfg.root).expanduser(), split, **entry.keywords(cfg))
+        with isolated():
+            seed_generators(seed)
+            dataset = entry.build(Path(cfg.root).expanduser(), split, **entry.keywords(cfg))
     except SyncbnError:
         raise
     except Exception as error:
-        raise DataError(f"{what} cannot be read: {type(error).__name__}: {error}") from error
+        if cfg.name in DATA.built_in:
+            raise
+        why = " ".join(f"{type(error).__name__}: {error}".split())
+        raise DataError(f"{what} cannot be read: {why}") from error
+    classes = getattr(dataset, "classes", None)
+    names = [str(name) for name in classes] if isinstance(classes, list | tuple) else []
+    return _samples_of(dataset, what), names
+
+
+def _samples_of(dataset: Any, what: str) -> Samples:
+    if isinstance(dataset, Samples):
+        return dataset.called(what)
     if not hasattr(dataset, "__getitem__") or not isinstance(dataset, Sized):
         raise DataError(
             f"{what} is a {type(dataset).__name__}: a map-style Dataset is needed, with __getitem__ and __len__"
         )
     if not len(dataset):
         raise DataError(f"{what} has no samples")
-    indices = torch.arange(len(dataset))
-    return DatasetSamples(cast(Dataset[Any], dataset), indices, what, cfg.num_loaders)
+    if type(dataset) is TensorDataset and len(dataset.tensors) == 2:
+        return TensorSamples(*dataset.tensors, what=what)
+    return DatasetSamples(cast(Dataset[Any], dataset), torch.arange(len(dataset)), what)
 
 
-def _num_outputs(samples: "DatasetSamples") -> int:
+def _num_outputs(samples: Samples, target: Tensor) -> int:
     """What `num_classes` a model is built with: classes, or the values of a float target."""
-    dataset: Any = samples.dataset
-    if isinstance(count := getattr(dataset, "num_classes", None), int):
-        return count
-    if isinstance(classes := getattr(dataset, "classes", None), Sized):
-        return len(classes)
-    _, target = samples.sample(0)
-    if isinstance(target, Tensor) and target.is_floating_point():
-        return target.numel()
-    return int(samples.labels.max()) + 1
+    if samples.num_classes is not None:
+        return samples.num_classes
+    return target.numel() if target.is_floating_point() else int(samples.labels.max()) + 1
+
+
+def _check_labels(samples: Samples) -> None:
+    """Raise `DataError` for a class outside 0 to `num_classes` - 1, where all are at hand."""
+    if isinstance(samples, DatasetSamples):
+        return  # each when it is fetched
+    assert samples.num_classes is not None
+    wrong = ((samples.labels < 0) | (samples.labels >= samples.num_classes)).nonzero()
+    if len(wrong):
+        first = int(wrong[0])
+        raise _out_of_range(samples, first, int(samples.labels[first]))
+
+
+def _out_of_range(samples: Samples, index: int, target: int) -> DataError:
+    allowed = f"allowed are 0 to {(samples.num_classes or 1) - 1}"
+    return DataError(f"{samples.name(index)} has target {target}: {allowed}")
 
 
 @dataclass(frozen=True)
-class DatasetSamples:
-    """The samples of `dataset` at `indices`, called `what` in errors; targets lie below `num_classes`, if it is set."""
+class DatasetSamples(Samples):
+    """The samples of an extension's `dataset` at `indices`; see `Samples` for the other fields."""
 
     dataset: Dataset[Any]
     indices: Tensor
     what: str
-    num_loaders: int
     num_classes: int | None = None
+    mirrors: bool = False
+
+    def __post_init__(self) -> None:
+        """Take over the number of classes that the data set says it has."""
+        if self.num_classes is not None:
+            return
+        dataset: Any = self.dataset
+        count, classes = getattr(dataset, "num_classes", None), getattr(dataset, "classes", None)
+        if isinstance(count, int):
+            object.__setattr__(self, "num_classes", count)
+        elif isinstance(classes, Sized):
+            object.__setattr__(self, "num_classes", len(classes))
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -88,105 +132,55 @@ class DatasetSamples:
         """
         given: Any = getattr(self.dataset, "targets", None)
         if given is None:
-            given = [self.sample(i)[1] for i in range(len(self))]
-            targets = torch.stack(given)
+            with isolated():
+                targets = torch.stack([self._sample(i)[1] for i in range(len(self))])
         else:
             targets = torch.as_tensor(given)[self.indices]
-        if targets.dim() != 1 or targets.is_floating_point():
-            raise DataError(
-                f"{self.what} has targets of shape {tuple(targets.shape[1:])} and {targets.dtype}, no classes"
-            )
-        return targets.to(torch.int64)
+        return as_classes(targets, self.what)
+
+    def target(self) -> Tensor:
+        """See `Samples.target`."""
+        with isolated():
+            return self._sample(0)[1]
 
     def take(self, indices: Tensor) -> "DatasetSamples":
-        """The samples at `indices`, renumbered from 0."""
+        """See `Samples.take`."""
         return replace(self, indices=self.indices[indices])
 
-    def split(self, augment: Augment | None) -> Split:
-        """A split that fetches each sample when it is wanted."""
-        del augment  # an extension varies its images itself
-        return DatasetSplit(self)
+    def name(self, index: int) -> str:
+        """Called by its index in the data set."""
+        return f"{self.what}: sample {int(self.indices[index])}"
 
-    def sample(self, index: int) -> tuple[Tensor, Tensor]:
+    def fetch(self, step: int, indices: Tensor, treatment: Treatment) -> tuple[Tensor, Tensor]:
+        """See `Samples.fetch`; what the data set itself draws at random is seeded too.
+
+        Raises:
+            DataError: a sample that cannot be fetched, or is of another shape than the first.
+        """
+        samples = []
+        with isolated():
+            for index in indices.tolist():
+                treatment.seed_for(step, index)
+                samples.append(treatment.transformed(*self._sample(index), self.name(index)))
+        return treatment.stacked(samples, indices, self.name)
+
+    def _sample(self, index: int) -> tuple[Tensor, Tensor]:
         """Input and target of one sample as tensors.
 
         Raises:
             DataError: it cannot be fetched, or is not (input tensor, target).
         """
-        at = int(self.indices[index])
         try:
-            x, target = self.dataset[at]
+            x, target = self.dataset[int(self.indices[index])]
             x, target = torch.as_tensor(x), torch.as_tensor(target)
         except SyncbnError:
             raise
         except Exception as error:
+            why = " ".join(f"{type(error).__name__}: {error}".split())
             raise DataError(
-                f"{self.what}: sample {at} is no pair of tensors (input, target): {type(error).__name__}: {error}"
+                f"{self.name(index)} is no pair of tensors (input, target): {why}"
             ) from error
-        classes = self.num_classes
-        if classes is not None and target.dim() == 0 and not 0 <= int(target) < classes:
-            raise DataError(
-                f"{self.what}: sample {at} has target {int(target)}: allowed are 0 to {classes - 1}"
-            )
+        whole = target.dim() == 0 and not target.is_floating_point()
+        if whole and self.num_classes is not None and not 0 <= int(target) < self.num_classes:
+            raise _out_of_range(self, index, int(target))
         return x, target
-
-
-class DatasetSplit:
-    """A split over an extension's data set."""
-
-    def __init__(self, samples: DatasetSamples) -> None:
-        self._samples = samples
-        self._first = samples.sample(0)
-
-    def __len__(self) -> int:
-        return len(self._samples)
-
-    @property
-    def labels(self) -> Tensor:
-        """See `Split.labels`."""
-        return self._samples.labels
-
-    def batches(
-        self, plan: Iterable[Tensor], first_step: int = 0
-    ) -> Iterator[tuple[Tensor, Tensor]]:
-        """See `Split.batches`.
-
-        Raises:
-            DataError: a sample that cannot be fetched, or is of another shape than the first.
-        """
-        del first_step
-        loader = DataLoader(
-            _Tensors(self._samples),
-            batch_sampler=(at.tolist() for at in plan),  # pyright: ignore[reportArgumentType]  # any iterable will do
-            num_workers=self._samples.num_loaders,
-            collate_fn=self._collate,
-            generator=torch.Generator(),  # else the loader draws from the global one
-        )
-        try:
-            yield from loader
-        except DataError as error:  # from a loader process, it comes with that process's traceback
-            line = str(error).strip().splitlines()[-1]
-            raise DataError(line.removeprefix("syncbn.errors.DataError: ")) from None
-
-    def _collate(self, items: list[tuple[int, Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-        """Inputs (n, *) and targets (n, *), also for n = 0."""
-        x, target = self._first
-        for index, one, aim in items:
-            if one.shape != x.shape or aim.shape != target.shape:
-                raise DataError(
-                    f"{self._samples.what}: sample {index} has an input of shape {tuple(one.shape)} and a target of "
-                    f"shape {tuple(aim.shape)}, sample 0 {tuple(x.shape)} and {tuple(target.shape)}: make them equal"
-                )
-        if not items:
-            return x.new_empty((0, *x.shape)), target.new_empty((0, *target.shape))
-        return torch.stack([one for _, one, _ in items]), torch.stack([aim for *_, aim in items])
-
-
-class _Tensors(Dataset[tuple[int, Tensor, Tensor]]):
-    """Samples with their index."""
-
-    def __init__(self, samples: DatasetSamples) -> None:
-        self._samples = samples
-
-    def __getitem__(self, index: int) -> tuple[int, Tensor, Tensor]:
-        return index, *self._samples.sample(index)

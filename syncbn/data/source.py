@@ -1,20 +1,20 @@
-"""What a reader hands over (`Source` of raw `Samples`) and what training asks for (`Split`), and both in memory.
+"""What a reader hands over (raw `Samples`) and what training asks for (`Split`).
 
-Raw samples and ready splits are two things, because augmentation works on raw pixels, while a set that is not
-augmented is normalised once: fetching two MNIST samples then costs 8 us instead of 37 us.
+Raw samples and ready splits are two things, because augmentation and transforms work on raw pixels, while a set in
+memory to which nothing is done is normalised once (`syncbn.data.memory`).
 """
 
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
-from typing import Protocol
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
+from typing import Any, Protocol, Self
 
 import torch
 from torch import Tensor
 
-from syncbn.data.augment import Augment
-
-READY_BYTES = 256 * 2**20
-"""A set whose float32 images take no more than this is normalised once; MNIST takes 180 MiB."""
+from syncbn.data.loaders import Loading, fetched
+from syncbn.data.transforms import Shape, Treatment
+from syncbn.errors import DataError
 
 
 class Split(Protocol):
@@ -27,6 +27,11 @@ class Split(Protocol):
     @property
     def labels(self) -> Tensor:
         """int64 (N,)."""
+        ...
+
+    @property
+    def shape(self) -> Shape:
+        """Of one input, (C, H, W)."""
         ...
 
     def batches(
@@ -45,113 +50,102 @@ class Split(Protocol):
         ...
 
 
-class Samples(Protocol):
-    """Labelled raw images, before anything is chosen among them or done to them."""
+class Samples(ABC):
+    """Raw samples with targets, before anything is chosen among them or done to them.
 
-    def __len__(self) -> int:
-        """Number of samples."""
-        ...
-
-    @property
-    def labels(self) -> Tensor:
-        """int64 (N,)."""
-        ...
-
-    def take(self, indices: Tensor) -> "Samples":
-        """The samples at `indices`, renumbered from 0."""
-        ...
-
-    def split(self, augment: Augment | None) -> Split:
-        """These samples as a split, augmented or not."""
-        ...
-
-
-@dataclass(frozen=True)
-class Source:
-    """A data set as read: raw samples of one image `shape` = (C, H, W)."""
-
-    train: Samples
-    test: Samples
-    num_classes: int
-    shape: tuple[int, int, int]
-    mirrors: bool
-    """Whether a mirrored image still belongs to its class; a mirrored digit does not."""
-
-
-@dataclass(frozen=True)
-class TensorSamples:
-    """Samples in memory.
-
-    Args:
-        images: (N, C, H, W), uint8 from 0 to 255 or float32.
-        labels: int64 (N,).
-        prepare: raw images (n, C, H, W) to what the model sees, float32 of the same shape.
+    Attributes:
+        what: what they are called in errors.
+        num_classes: classes, or the values of a float target; None where only the samples tell.
+        mirrors: whether a mirrored image still belongs to its class; a mirrored digit does not.
     """
 
-    images: Tensor
-    labels: Tensor
-    prepare: Callable[[Tensor], Tensor]
+    what: str
+    num_classes: int | None
+    mirrors: bool
+
+    @abstractmethod
+    def __len__(self) -> int:
+        """Number of samples."""
+
+    @property
+    @abstractmethod
+    def labels(self) -> Tensor:
+        """Classes, int64 (N,)."""
+
+    @abstractmethod
+    def target(self) -> Tensor:
+        """The target of the first sample."""
+
+    @abstractmethod
+    def take(self, indices: Tensor) -> Self:
+        """The samples at `indices`, renumbered from 0."""
+
+    @abstractmethod
+    def fetch(self, step: int, indices: Tensor, treatment: Treatment) -> tuple[Tensor, Tensor]:
+        """Inputs (n, *) and targets (n, *) of n > 0 samples as they are at `step`, ready for a model."""
+
+    def name(self, index: int) -> str:
+        """What the sample at `index` is called in errors."""
+        return f"{self.what}: sample {index}"
+
+    def called(self, what: str, **known: Any) -> Self:
+        """The same samples under another name, and with what else is `known` of them."""
+        return replace(self, what=what, **known)  # pyright: ignore[reportArgumentType]  # each is a dataclass
+
+    def split(self, treatment: Treatment, loading: Loading) -> Split:
+        """These samples as a split, to which `treatment` is done."""
+        return FetchedSplit(self, treatment, loading)
+
+
+def as_classes(targets: Tensor, what: str) -> Tensor:
+    """`targets` (N,) as int64.
+
+    Raises:
+        DataError: they are no single whole numbers.
+    """
+    if targets.dim() != 1 or targets.is_floating_point():
+        raise DataError(
+            f"{what} has targets of shape {tuple(targets.shape[1:])} and {targets.dtype}, no classes"
+        )
+    return targets.to(torch.int64)
+
+
+class FetchedSplit:
+    """A split that reads, transforms and prepares samples when they are fetched."""
+
+    def __init__(self, samples: Samples, treatment: Treatment, loading: Loading) -> None:
+        self._samples, self._loading = samples, loading
+        self._first = x, target = samples.fetch(0, torch.tensor([0]), treatment)
+        shapes = tuple(x.shape[1:]), tuple(target.shape[1:])
+        self._treatment = replace(treatment, shapes=shapes)
 
     def __len__(self) -> int:
-        return len(self.labels)
-
-    def take(self, indices: Tensor) -> "TensorSamples":
-        """The samples at `indices`, copied."""
-        return replace(self, images=self.images[indices], labels=self.labels[indices])
-
-    def split(self, augment: Augment | None) -> Split:
-        """A split that prepares now where nothing is augmented and memory allows, else batch by batch."""
-        if augment is None and 4 * self.images.numel() <= READY_BYTES:
-            return ReadySplit(self.prepare(self.images), self.labels)
-        return RawSplit(self, augment)
-
-
-class ReadySplit:
-    """A split whose batches are copies of rows: images float32 (N, C, H, W), labels int64 (N,)."""
-
-    def __init__(self, images: Tensor, labels: Tensor) -> None:
-        self._images = images
-        self.labels = labels
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def batches(
-        self, plan: Iterable[Tensor], first_step: int = 0
-    ) -> Iterator[tuple[Tensor, Tensor]]:
-        """See `Split.batches`; nothing depends on the step."""
-        del first_step
-        for indices in plan:
-            # index_select costs half of what images[indices] does at two samples.
-            yield self._images.index_select(0, indices), self.labels.index_select(0, indices)
-
-
-class RawSplit:
-    """A split that augments and prepares each batch when it is fetched."""
-
-    def __init__(self, samples: TensorSamples, augment: Augment | None) -> None:
-        self._samples = samples
-        self._augment = augment
-
-    def __len__(self) -> int:
-        return len(self._samples.labels)
+        return len(self._samples)
 
     @property
     def labels(self) -> Tensor:
         """See `Split.labels`."""
         return self._samples.labels
 
+    @property
+    def shape(self) -> Shape:
+        """See `Split.shape`."""
+        return tuple(self._first[0].shape[1:])
+
     def batches(
         self, plan: Iterable[Tensor], first_step: int = 0
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        """See `Split.batches`."""
-        for step, indices in enumerate(plan, first_step):
-            images = self._samples.images.index_select(0, indices)
-            if self._augment is not None and len(indices):
-                images = self._augment.batch(images, step, indices)
-            yield self._samples.prepare(images), self._samples.labels.index_select(0, indices)
+        """See `Split.batches`; a single batch is worth no loader processes.
 
+        Raises:
+            DataError: a sample that cannot be fetched, or is of another shape than the first.
+        """
+        single = isinstance(plan, Sequence) and len(plan) == 1
+        loading = Loading(0, self._loading.pin_memory) if single else self._loading
+        return fetched(self._fetch, enumerate(plan, first_step), loading)
 
-def binarized(images: Tensor) -> Tensor:
-    """1 where a pixel in [0, 1] is above one half, else 0; float32, same shape."""
-    return (images > 0.5).to(torch.float32)
+    def _fetch(self, step: int, indices: Tensor) -> tuple[Tensor, Tensor]:
+        x, target = self._first
+        if not len(indices):
+            return x[:0], target[:0]
+        return self._samples.fetch(step, indices, self._treatment)

@@ -16,10 +16,11 @@ import torch
 from torch import Tensor
 
 from syncbn.config import DataConfig
+from syncbn.data.memory import TensorSamples
 from syncbn.data.prepare import preparation
-from syncbn.data.source import Source, TensorSamples
 from syncbn.errors import DataError
 from syncbn.layout import PUBLISHED, check_files, check_folder, remedy
+from syncbn.registry import DATA
 
 
 @dataclass(frozen=True)
@@ -57,38 +58,32 @@ CIFAR10 = Published(
 )
 
 
-def read_mnist(cfg: DataConfig, seed: int) -> Source:
+@DATA.register("mnist")
+def mnist(root: Path, split: str, *, cfg: DataConfig) -> TensorSamples:
     """60 000 training and 10 000 test digits in 10 classes, (1, 28, 28)."""
-    del seed
-    return _read(MNIST, cfg)
+    return _read(MNIST, root, split, cfg)
 
 
-def read_fashion_mnist(cfg: DataConfig, seed: int) -> Source:
+@DATA.register("fashion_mnist")
+def fashion_mnist(root: Path, split: str, *, cfg: DataConfig) -> TensorSamples:
     """60 000 training and 10 000 test pictures of clothes in 10 classes, (1, 28, 28)."""
-    del seed
-    return _read(FASHION_MNIST, cfg)
+    return _read(FASHION_MNIST, root, split, cfg)
 
 
-def read_cifar10(cfg: DataConfig, seed: int) -> Source:
+@DATA.register("cifar10")
+def cifar10(root: Path, split: str, *, cfg: DataConfig) -> TensorSamples:
     """50 000 training and 10 000 test pictures in 10 classes, (3, 32, 32)."""
-    del seed
-    return _read(CIFAR10, cfg)
+    return _read(CIFAR10, root, split, cfg)
 
 
-def _read(which: Published, cfg: DataConfig) -> Source:
+def _read(which: Published, root: Path, split: str, cfg: DataConfig) -> TensorSamples:
     from torchvision import datasets
 
     dataset = getattr(datasets, which.class_name)
-    root = Path(cfg.root).expanduser()
     _check(which, dataset, root, cfg.download)
+    images, labels = _tensors(dataset, root, split == "train")
     prepare = preparation(cfg.binarize, which.mean, which.std)
-    train, test = (TensorSamples(*_tensors(dataset, root, half), prepare) for half in (True, False))
-    channels, height, width = train.images.shape[1:]
-    if test.images.shape[1:] != train.images.shape[1:]:
-        raise DataError(
-            f"{root / which.folder} is damaged: training and test images differ in size"
-        )
-    return Source(train, test, 10, (channels, height, width), which.mirrors)
+    return TensorSamples(images, labels, prepare, 10, which.mirrors)
 
 
 def _check(which: Published, dataset: Any, root: Path, download: bool) -> None:

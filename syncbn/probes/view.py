@@ -65,7 +65,8 @@ class View:
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """`split.batches`, as the model takes them."""
         for images, labels in split.batches(plan, first_step):
-            yield images.to(self.runtime.device, self.dtype), labels.to(self.runtime.device)
+            images = images.to(self.runtime.device, self.dtype, non_blocking=True)
+            yield images, labels.to(self.runtime.device, non_blocking=True)
 
     def whole(self, split: Split) -> Iterator[tuple[Tensor, Tensor]]:
         """All of `split`, in batches to evaluate."""

@@ -65,8 +65,9 @@ def evaluate(
     names: list[str] = []
     totals = torch.zeros((), dtype=torch.float64, device=runtime.device)
     for x, y in batches:
-        y = y.to(runtime.device)
-        found = measures_of(task, model(x.to(runtime.device, dtype)), y)
+        y = y.to(runtime.device, non_blocking=True)
+        output = model(x.to(runtime.device, dtype, non_blocking=True))
+        found = measures_of(task, output, y)
         count = torch.tensor(float(task.num_samples(y)), device=runtime.device)
         names = list(found)
         totals = totals + torch.stack([*found.values(), count.double()])

@@ -100,7 +100,8 @@ class State:
         sizes: deque[int] = deque()
         shares = self.sets.train.batches(self._shares(sizes), first_step=self.step)
         for x, y in shares:
-            yield sizes.popleft(), x.to(self.runtime.device, self.dtype), y.to(self.runtime.device)
+            x = x.to(self.runtime.device, self.dtype, non_blocking=True)
+            yield sizes.popleft(), x, y.to(self.runtime.device, non_blocking=True)
 
     def _shares(self, sizes: deque[int]) -> Iterator[Tensor]:
         """This rank's sample indices step by step; appends the global batch's size to `sizes` as it goes."""
@@ -130,7 +131,8 @@ def build(cfg: RunConfig, runtime: Runtime) -> State:
             f"{cfg.num_ranks} rank(s), but {runtime.world_size} were started"
         )
     task = build_task(cfg.task)
-    sets = load_data(cfg.data, cfg.seed)
+    _refuse_pinning(cfg, runtime)
+    sets = load_data(cfg.data, cfg.seed, pin_memory=runtime.device.type == "cuda")
     labels = sets.train.labels if cfg.train.shares == "by_class" else None
     stream = SampleStream(len(sets.train), cfg.global_batch, cfg.seed, cfg.train.drop_last, labels)
     model = build_model(cfg.model, sets.shape, sets.num_classes, cfg.seed)
@@ -156,6 +158,13 @@ def build(cfg: RunConfig, runtime: Runtime) -> State:
         None if cfg.train.ema is None else Ema(model, cfg.train.ema),
         loss_scale(cfg.train.precision, runtime.device),
     )
+
+
+def _refuse_pinning(cfg: RunConfig, runtime: Runtime) -> None:
+    if cfg.data.pin_memory and runtime.device.type != "cuda":
+        raise UsageError(
+            f"data.pin_memory=True is not allowed on a rank that computes on {runtime.device}: leave it out"
+        )
 
 
 def _leave_alone(model: nn.Module) -> None:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from sklearn.datasets import load_digits
 
 from syncbn.config import DataConfig
-from syncbn.data import embedded, hold_out, kept_in_memory, load_data, source
+from syncbn.data import embedded, hold_out, kept_in_memory, load_data, memory
 from syncbn.data.augment import Augment
 from syncbn.data.embedded import stratified
 from syncbn.errors import DataError
@@ -52,6 +52,7 @@ def test_a_split_has_the_labels_of_its_batches_at_hand(tmp_path, options):
 
 def test_digits_without_scikit_learn_say_what_to_install(monkeypatch):
     monkeypatch.setattr(embedded, "find_spec", lambda name: None)
+    embedded._all_digits.cache_clear()
     with pytest.raises(DataError, match=r"install syncbn\[service\]"):
         load_data(DataConfig(name="digits"), seed=0)
 
@@ -153,7 +154,7 @@ def test_a_set_too_large_to_keep_ready_gives_the_same_batches(tmp_path, monkeypa
     write_mnist(tmp_path)
     cfg = DataConfig(name="mnist", root=str(tmp_path))
     ready = load_data(cfg, seed=0).train
-    monkeypatch.setattr(source, "READY_BYTES", 0)
+    monkeypatch.setattr(memory, "READY_BYTES", 0)
     raw = load_data(cfg, seed=0).train
     assert type(raw) is not type(ready)
     assert torch.equal(fetch(raw, 4, 2)[0], fetch(ready, 4, 2)[0])

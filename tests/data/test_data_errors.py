@@ -98,7 +98,7 @@ def test_a_label_out_of_range(tmp_path):
     labels[7] = 12
     write_idx(tmp_path / TRAIN_LABELS, labels)
     text = complaint("mnist", tmp_path)
-    assert text == "mnist: training sample 7 has label 12: allowed are 0 to 9"
+    assert text == "data=mnist (train): sample 7 has target 12: allowed are 0 to 9"
 
 
 def test_a_set_without_samples(tmp_path):

@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 from syncbn.config import RunConfig
 from syncbn.data import DataSets
-from syncbn.data.source import ReadySplit
+from syncbn.data.memory import ReadySplit
 from syncbn.probes import Batch, View
 from syncbn.runtime import Solo
 from syncbn.sampling import SampleStream

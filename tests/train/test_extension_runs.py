@@ -1,6 +1,7 @@
 """Runs of a project's own model, data and task: the page's example, and what is refused."""
 
 import re
+import shutil
 import sys
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import torch
 from syncbn.compose import compose, vary
 from syncbn.errors import DataError, SyncbnError, UsageError
 from syncbn.extensions import load_extensions
-from syncbn.registry import REGISTRIES
+from syncbn.registry import REGISTRIES, TRANSFORMS
 from syncbn.runtime.base import Solo
 from syncbn.train import recorded_run
 
@@ -27,7 +28,7 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "mine.py").write_text(EXAMPLE)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [p for p in sys.path if p not in ("", str(tmp_path))])
-    for registry in REGISTRIES.values():
+    for registry in (*REGISTRIES.values(), TRANSFORMS):
         monkeypatch.setattr(registry, "_entries", dict(registry._entries))
     monkeypatch.delitem(sys.modules, "mine", raising=False)
     yield tmp_path
@@ -75,7 +76,7 @@ BEFORE = {
     "model.options.widht=3": "model.options.widht is no option of what model= chooses; did you mean 'width'",
     "model.options.width=wide": "model.options.width='wide' is not allowed: of type int",
     "data.options.size=[1]": "data.options.size=.* is not allowed: of type int",
-    "+optim.options.beta=1": "unknown key|is no option",
+    "+optim.options.beta=1": "optim.options.beta is there already|is no option",
     "task.label_smoothing=1": "task.label_smoothing=1.0 is not allowed",
 }
 
@@ -172,7 +173,19 @@ def test_what_a_run_cannot_use_ends_it_with_one_line(project, overrides):
 
 @pytest.mark.parametrize("loaders", [0, 1])
 def test_samples_come_from_loaders_as_from_the_rank_itself(project, loaders):
-    cfg = compose([*OWN, f"data.num_loaders={loaders}", "name=loaded"])
+    own = [*OWN, "data.transforms={half:{},noise:{std:0.5}}"]
+    cfg = compose([*own, f"data.num_loaders={loaders}", "name=loaded"])
     assert recorded_run(cfg, Solo(torch.device("cpu"))).final == pytest.approx(
-        recorded_run(compose([*OWN, "name=plain"]), Solo(torch.device("cpu"))).final, abs=0
+        recorded_run(compose([*own, "name=plain"]), Solo(torch.device("cpu"))).final, abs=0
     )
+
+
+def test_a_run_with_transforms_goes_on_as_if_it_had_not_stopped(project):
+    own = [*OWN, "data.transforms.noise.std=0.5", "train.steps=4", "train.checkpoint_every=2"]
+    whole = recorded_run(compose([*own, "name=whole"]), Solo(torch.device("cpu"))).final
+    recorded_run(compose([*own, "name=cut"]), Solo(torch.device("cpu")))
+    newest = project / "runs/cut/checkpoints"
+    shutil.rmtree(newest / "step-000004")
+    (project / "runs/cut/summary.json").unlink()
+    (newest / "LATEST").write_text("step-000002\n")
+    assert recorded_run(compose([*own, "name=cut"]), Solo(torch.device("cpu"))).final == whole

@@ -1,0 +1,39 @@
+"""Random numbers of samples: decided by the run's seed, the step and the sample, and by nothing else.
+
+Code of an extension draws from the global generators of Python, numpy and torch. They are seeded anew for each sample
+and given back as they were, so that what a sample looks like depends neither on the rank that fetches it, nor on loader
+processes, nor on where a run was resumed, and so that fetching changes none of the run's own random numbers. It costs
+about 20 us a sample.
+"""
+
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from hashlib import blake2b
+
+import numpy as np
+import torch
+
+
+@contextmanager
+def isolated() -> Iterator[None]:
+    """Within, the global generators may be seeded and drawn from; afterwards they are as they were."""
+    python, numpy, own = random.getstate(), np.random.get_state(), torch.get_rng_state()  # noqa: NPY002 - others use it
+    try:
+        yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)  # noqa: NPY002
+        torch.set_rng_state(own)
+
+
+def seed_generators(seed: int) -> None:
+    """Seed the global generators; those of GPUs are left alone."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)  # noqa: NPY002
+    torch.default_generator.manual_seed(seed)
+
+
+def seed_of(*key: int) -> int:
+    """32 bits that `key` decides, such as (seed, step, sample)."""
+    return int.from_bytes(blake2b(repr(key).encode(), digest_size=4).digest())
