@@ -8,6 +8,7 @@ import torch
 
 from syncbn.checkpoint import RunLock
 from syncbn.cli.launching import make_plan
+from syncbn.compare.report.figures.canvas import Picture
 from syncbn.compare.study.failure import failure_in
 from syncbn.compare.study.queue import run_trials
 from syncbn.compare.sweep.design import sweep_of
@@ -35,6 +36,15 @@ WILD = (
 
 def tiny(tmp_path, *overrides):
     return sweep_of([*TINY, f"runs_dir={tmp_path}", *overrides])
+
+
+@pytest.fixture
+def undrawn(monkeypatch):
+    """Sweeps without their figure, which takes longer than all else here."""
+    picture = Picture("parallel_coordinates", "a title", "a caption", b"PNG")
+    monkeypatch.setattr(
+        "syncbn.compare.sweep.results.parallel_coordinates", lambda summary: picture
+    )
 
 
 def test_the_whole_of_two_trials(tmp_path, capsys):
@@ -88,6 +98,7 @@ def end(trial, error=0.5):
     write_summary(trial.config.folder, done)
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_trial_that_fails_on_several_ranks_ends_its_group_and_the_rest_go_on(tmp_path):
     sweep = tiny(tmp_path, "seed=0,1,2", "launcher.num_workers=2", "norm=local")
     groups = []
@@ -151,6 +162,7 @@ def test_what_says_nothing_of_one_trial_ends_the_sweep(tmp_path):
     assert (end["event"], end["status"]) == ("end", "failed")
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_ranks_of_each_number_are_a_group_of_their_own(tmp_path):
     sweep = tiny(tmp_path, "launcher.num_workers=1,2,3", "norm=local", "launcher.processes=4")
     sizes = []
@@ -164,6 +176,7 @@ def test_ranks_of_each_number_are_a_group_of_their_own(tmp_path):
     assert sweep.most_processes == 3
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_sweep_does_not_write_over_a_run_or_over_trials_of_other_settings(tmp_path):
     sweep = tiny(tmp_path, "seed=0,1", "name=mine")
     (tmp_path / "mine").mkdir()
@@ -176,6 +189,7 @@ def test_a_sweep_does_not_write_over_a_run_or_over_trials_of_other_settings(tmp_
         conduct_sweep(tiny(tmp_path, "seed=0,1", "name=mine", "optim.lr=0.3"), noting([]))
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_what_goes_to_mlflow_is_a_run_and_a_child_a_trial_tagged_with_its_settings(tmp_path):
     sweep = tiny(tmp_path, "optim.lr=0.1,0.2", "seed=4", "train.steps=1")
     conduct_sweep(sweep, noting([]))
