@@ -48,7 +48,7 @@ def test_values_are_given_in_hydras_grammar(override, values):
 def test_a_point_is_what_its_settings_alone_compose_to():
     """Keys are set in a copy of what Hydra composed once, which must not show."""
     fixed = ("optim.momentum=0.5", "train.eval_batch=7")
-    swept = ("optim=sgd,adam", "model.hidden=[4],[6,6]")
+    swept = ("optim=sgd,adam", "optim.groups={a.*:{lr_scale:0.1}},{b.*:{lr_scale:0.2}}")
     for point, cfg in compose_grid([*fixed, *swept])[1]:
         alone = compose([*fixed, *(f"{key}={value.text}" for key, value in point.items())])
         assert cfg == alone

@@ -1,6 +1,7 @@
 """A sweep from its settings to its files: failures noted, the rest going on, the same command continuing."""
 
 import json
+import shutil
 from dataclasses import asdict
 
 import pytest
@@ -193,7 +194,8 @@ def test_a_sweep_does_not_write_over_a_run_or_over_trials_of_other_settings(tmp_
 def test_what_goes_to_mlflow_is_a_run_and_a_child_a_trial_tagged_with_its_settings(tmp_path):
     sweep = tiny(tmp_path, "optim.lr=0.1,0.2", "seed=4", "train.steps=1")
     conduct_sweep(sweep, noting([]))
-    (sweep.config.folder / "trials" / "of_an_earlier_grid-0").mkdir()
+    trials = sweep.config.folder / "trials"
+    shutil.copytree(trials / "lr_0.1-4", trials / "lr_0.05-4")  # of an earlier grid
     service = Service()
     for source in sources_in(sweep.config.folder):
         source.pump(service, final=True)
