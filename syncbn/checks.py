@@ -140,6 +140,7 @@ CHECKS = (
     _whole("train.patience", 1),
     _between("train.target_error", 0.0, 1.0),
     _one_of("train.precision", "float32", "float64", "bf16", "fp16"),
+    _one_of("train.parallel", "ddp", "fsdp"),
     Check("train.ema", lambda decay: decay is None or 0 < decay < 1, "a number between 0 and 1"),
     _one_of("train.device", "auto", "cpu", "cuda"),
     _whole("train.num_threads", 1),
@@ -273,6 +274,8 @@ def _of_training(cfg: Config) -> Iterator[str]:
             "train.compile=True is not allowed with train.checkpoint_activations=True: the compiler decides itself "
             "what is computed again"
         )
+    if train.parallel == "fsdp" and cfg.num_ranks > 1:
+        yield from _of_shards(cfg)
     own = [name for name in cfg.probe.names if name not in _PROBES_OF_THE_STEP]
     for key, value, other in (
         ("accumulate", train.accumulate, train.accumulate > 1),
@@ -282,6 +285,21 @@ def _of_training(cfg: Config) -> Iterator[str]:
             yield (
                 f"probe {own[0]} is not allowed with train.{key}={value}, since it runs the network on whole batches "
                 f"in the parameters' precision: one of {', '.join(_PROBES_OF_THE_STEP)}"
+            )
+
+
+def _of_shards(cfg: Config) -> Iterator[str]:
+    """Complaints about what cannot be done where each rank holds a part of the network."""
+    if cfg.train.compile:
+        yield (
+            "train.compile=True is not allowed with train.parallel=fsdp, whose gathering of parameters would cut the "
+            "compiled graph at every block: train.parallel=ddp, or train.compile=false"
+        )
+    for name in cfg.probe.names:
+        if name != "exchange":
+            yield (
+                f"probe {name} is not allowed with train.parallel=fsdp, since it reads parameters of which rank 0 "
+                "holds a part: exchange, or train.parallel=ddp"
             )
 
 

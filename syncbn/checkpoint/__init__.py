@@ -4,7 +4,7 @@ Nothing here knows of ranks: rank 0 saves, and the training loop gathers random 
 """
 
 from syncbn.checkpoint.format import Meta
-from syncbn.checkpoint.match import check_matches, restore_model
+from syncbn.checkpoint.match import check_matches, restore_model, restore_optimizer
 from syncbn.checkpoint.runlock import FolderInUse, RunLock
 from syncbn.checkpoint.store import Checkpoint, load, load_best, load_latest, save
 
@@ -18,5 +18,6 @@ __all__ = [
     "load_best",
     "load_latest",
     "restore_model",
+    "restore_optimizer",
     "save",
 ]

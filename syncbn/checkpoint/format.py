@@ -42,6 +42,8 @@ class Meta:
     """Samples a step, over all ranks."""
     rng: list[str] = field(default_factory=list)
     """Random state of each rank (`rng.to_text`), in rank order."""
+    parallel: str = "ddp"
+    """How the network was spread over ranks; whole in the checkpoint."""
 
 
 def encode(

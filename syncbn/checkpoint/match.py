@@ -1,17 +1,24 @@
 """Whether a checkpoint fits the run that wants to resume from it, in words that name what does not."""
 
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from syncbn.checkpoint.store import Checkpoint
 from syncbn.errors import CheckpointError
+from syncbn.sharded import shared_out, shared_out_beside
 
 
 def check_matches(
-    checkpoint: Checkpoint, config_hash: str, world_size: int, global_batch: int
+    checkpoint: Checkpoint,
+    config_hash: str,
+    world_size: int,
+    global_batch: int,
+    parallel: str = "ddp",
 ) -> list[str]:
-    """What to tell the user before `checkpoint` is resumed at `world_size`; empty where it is bit-exact.
+    """What to tell the user before `checkpoint` is resumed so; empty where it is bit-exact.
 
     Raises:
         CheckpointError: it was made by another config, or with another global batch.
@@ -26,12 +33,17 @@ def check_matches(
             raise CheckpointError(
                 f"{path} was made with {what} {saved}, this run has {wanted}: {remedy}"
             )
-    if meta.world_size == world_size:
-        return []
-    return [
-        f"resuming on {world_size} ranks a run saved on {meta.world_size}: same global batch "
-        f"of {global_batch} and same sample order, but sums round differently"
-    ]
+    notes = []
+    if meta.world_size != world_size:
+        notes.append(
+            f"resuming on {world_size} ranks a run saved on {meta.world_size}: same global batch "
+            f"of {global_batch} and same sample order, but sums round differently"
+        )
+    if meta.parallel != parallel:
+        notes.append(
+            f"resuming with train.parallel={parallel} a run saved with {meta.parallel}: sums round differently"
+        )
+    return notes
 
 
 def restore_model(model: nn.Module, state: Mapping[str, Tensor]) -> list[str]:
@@ -51,8 +63,30 @@ def restore_model(model: nn.Module, state: Mapping[str, Tensor]) -> list[str]:
     differences = _differences(own, state)
     if differences:
         raise CheckpointError(f"the checkpoint is of another architecture: {differences}")
-    model.load_state_dict(dict(state))
+    model.load_state_dict({name: shared_out(tensor, own[name]) for name, tensor in state.items()})
     return notes
+
+
+def restore_optimizer(optimizer: Optimizer, state: Mapping[str, Any]) -> None:
+    """Load `state`, an optimiser's state_dict of whole tensors, into `optimizer`.
+
+    Whether its step is fused stays as it was built: that depends on how parameters are spread over ranks.
+    """
+    groups = [
+        saved | {key: own[key] for key in ("fused",) if key in own}
+        for saved, own in zip(state["param_groups"], optimizer.param_groups, strict=False)
+    ]
+    parameters = {
+        number: parameter
+        for saved, own in zip(groups, optimizer.param_groups, strict=False)
+        for number, parameter in zip(saved["params"], own["params"], strict=False)
+    }
+    states = {
+        number: {k: shared_out_beside(value, parameters[number]) for k, value in values.items()}
+        for number, values in state["state"].items()
+        if number in parameters
+    }
+    optimizer.load_state_dict({**state, "param_groups": groups, "state": states})
 
 
 def _all_start_with(names: Iterable[str], prefix: str) -> bool:

@@ -36,6 +36,7 @@ _LATER: dict[str, dict[str, Any]] = {
         "compile": False,
         "checkpoint_activations": False,
         "ema": None,
+        "parallel": "ddp",
     },
 }
 """Keys by group with the value at which they are left out."""
@@ -72,11 +73,14 @@ def config_hash(cfg: RunConfig) -> str:
 
 
 def resume_hash(cfg: RunConfig) -> str:
-    """`config_hash` without the world size and the batch a rank, which may change where their product does not.
+    """`config_hash` without how the work is spread over ranks, which changes how sums round and nothing else.
+
+    That is `train.parallel`, the world size and the batch a rank, which may change where their product does not.
 
     Virtual ranks are not processes but part of the arithmetic: their number may not change.
     """
     tree = identity(cfg)
+    tree["train"].pop("parallel", None)
     if not cfg.train.virtual:
         del tree["launcher"]["num_workers"], tree["train"]["per_rank_batch"]
     return _digest(tree)

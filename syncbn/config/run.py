@@ -215,6 +215,9 @@ class TrainConfig:
     """Keep the checkpoint with the lowest test error too, which `checkpoints/BEST` names; needs `eval_every`."""
     precision: str = "float32"
     """`float32`, `float64`, or `bf16` or `fp16`: float32 parameters and statistics, the rest under autocast."""
+    parallel: str = "ddp"
+    """`ddp`: each rank has the whole network; `fsdp`: a part of each parameter, its gradient and its optimiser state,
+    gathered block by block when it is computed with."""
     channels_last: bool = False
     """Keep images and convolutions in the memory format channels_last."""
     compile: bool = False

@@ -11,8 +11,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
+from torch import Tensor
 
 from syncbn.sampling import rank_share, share_sizes
 
@@ -30,7 +29,7 @@ def accumulated_share(whole: Tensor, micro_batch: int, rank: int, world_size: in
 
 def accumulate(
     backward: Callable[[Tensor, Tensor], Tensor],
-    wrapped: nn.Module,
+    unreduced: Callable[[], AbstractContextManager[Any]],
     own_sizes: list[int],
     x: Tensor,
     y: Tensor,
@@ -39,7 +38,7 @@ def accumulate(
 
     Args:
         backward: adds the gradient of one micro-batch and returns its part of the share.
-        wrapped: gradients of a DistributedDataParallel are reduced once, with the last micro-batch.
+        unreduced: within it `backward` reduces no gradients over ranks; the last micro-batch runs outside.
         own_sizes: this rank's samples in each micro-batch.
         x: this rank's samples of the step, micro-batch after micro-batch.
         y: their labels.
@@ -47,7 +46,7 @@ def accumulate(
     total = torch.zeros((), dtype=x.dtype, device=x.device)
     parts = list(zip(x.split(own_sizes), y.split(own_sizes), strict=True))
     for part, reduces in zip(parts, _reduces(len(parts)), strict=True):
-        with nullcontext() if reduces else _no_sync(wrapped):
+        with nullcontext() if reduces else unreduced():
             total = total + backward(*part).detach()
     return total
 
@@ -60,7 +59,3 @@ def own_sizes(num_samples: int, micro_batch: int, rank: int, world_size: int) ->
 
 def _reduces(num_parts: int) -> Iterator[bool]:
     yield from (part == num_parts - 1 for part in range(num_parts))
-
-
-def _no_sync(wrapped: nn.Module) -> AbstractContextManager[Any]:
-    return wrapped.no_sync() if isinstance(wrapped, DistributedDataParallel) else nullcontext()

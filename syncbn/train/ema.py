@@ -5,13 +5,14 @@ correction for the start. Buffers are not averaged: the averaged network takes t
 statistics of norms are moving averages already, and counts cannot be averaged.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
 from syncbn.errors import CheckpointError
+from syncbn.sharded import shared_out
 
 
 class Ema:
@@ -20,8 +21,8 @@ class Ema:
     def __init__(self, model: nn.Module, decay: float) -> None:
         self.decay = decay
         self._names = [name for name, _ in model.named_parameters()]
-        self._parameters = [parameter.detach() for parameter in model.parameters()]
-        self._averages = [parameter.clone() for parameter in self._parameters]
+        self._parameters: list[Tensor] = list(model.parameters())
+        self._averages = [parameter.detach().clone() for parameter in self._parameters]
 
     @torch.no_grad()
     def update(self) -> None:
@@ -31,7 +32,7 @@ class Ema:
     @contextmanager
     def in_place(self) -> Iterator[None]:
         """The model has the averages as its parameters within, and its own, bit for bit, afterwards."""
-        own = [parameter.clone() for parameter in self._parameters]
+        own = [parameter.detach().clone() for parameter in self._parameters]
         _copy(self._parameters, self._averages)
         try:
             yield
@@ -50,9 +51,10 @@ class Ema:
         """
         if list(state) != self._names:
             raise CheckpointError("the checkpoint's averages (train.ema) are of another network")
-        _copy(self._averages, list(state.values()))
+        _copy(self._averages, map(shared_out, state.values(), self._averages))
 
 
-def _copy(targets: list[Tensor], values: list[Tensor]) -> None:
+@torch.no_grad()
+def _copy(targets: Iterable[Tensor], values: Iterable[Tensor]) -> None:
     for target, value in zip(targets, values, strict=True):
         target.copy_(value)

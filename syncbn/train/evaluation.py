@@ -89,6 +89,13 @@ def _check_measures(task: Task, means: dict[str, float]) -> None:
 
 
 def own_batches(num_samples: int, runtime: Runtime, batch: int) -> Iterator[Tensor]:
-    """The samples that this rank evaluates, every W-th, in batches of indices; one empty batch where it has none."""
+    """The samples that this rank evaluates, every W-th, in batches of indices.
+
+    Every rank has equally many batches, because forward passes may gather parameters from all ranks. A rank that would
+    have one less cuts its last in two, and one without samples has an empty batch.
+    """
     own = torch.arange(num_samples)[runtime.rank :: runtime.world_size]
-    yield from own.split(batch)
+    *full, last = own.split(batch)
+    most = -(-num_samples // runtime.world_size)  # samples of rank 0
+    yield from full
+    yield from last.tensor_split(max(1, -(-most // batch)) - len(full))

@@ -6,11 +6,12 @@ every rank finishes the step, and all learn of it together where they agree on l
 """
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from syncbn.norm import NonFiniteStatistics
+from syncbn.norm import NonFiniteStatistics, SyncBatchNorm
 
 
 class Lockstep(nn.Module):
@@ -33,3 +34,27 @@ class Lockstep(nn.Module):
             # Every parameter takes part, because DistributedDataParallel waits for the gradients of all.
             touched = torch.stack([parameter.sum() for parameter in self.model.parameters()])
             return (touched.sum() * math.nan).expand(len(images), self.num_classes)
+
+
+def keep_layers_in_step(model: nn.Module) -> None:
+    """Let each synchronised layer of `model` give NaN where it finds non-finite statistics.
+
+    The forward pass goes on to its end, and so does the backward pass, with the collectives of all that is in them.
+    """
+    for layer in model.modules():
+        if isinstance(layer, SyncBatchNorm):
+            layer.forward = _Steady(layer)
+
+
+class _Steady:
+    """Calls `layer`'s own forward pass; NaN that depends on the input and on all parameters where it fails."""
+
+    def __init__(self, layer: SyncBatchNorm) -> None:
+        self._layer, self._forward = layer, layer.forward
+
+    def __call__(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        try:
+            return self._forward(input, *args, **kwargs)
+        except NonFiniteStatistics:
+            touched = sum((one.sum() for one in self._layer.parameters()), input)
+            return touched * math.nan

@@ -1,7 +1,7 @@
 """The training loop: build, train, measure, close.
 
-Decisions: each rank's loss is its summed loss times W / B, so that the gradients DistributedDataParallel averages
-are those of the mean over the whole global batch, however unevenly it is shared; gradients are clipped after they
+Decisions: each rank's loss is its summed loss times W / B, so that the gradients that are averaged over ranks are
+those of the mean over the whole global batch, however unevenly it is shared; gradients are clipped after they
 are reduced; and whether to go on is decided only where ranks agree (`Agreement`).
 """
 
@@ -171,7 +171,8 @@ class Loop:
         settle_buffers(state.model, cfg.norm.name, state.runtime)
         batches = own_batches(len(state.sets.test), state.runtime, cfg.train.eval_batch)
         averaged = nullcontext() if state.ema is None else state.ema.in_place()
-        with averaged, autocast(cfg.train.precision, state.runtime.device):
+        half = autocast(cfg.train.precision, state.runtime.device)
+        with averaged, half, state.parallel.evaluation():
             measured = evaluate(
                 state.model,
                 state.task,
@@ -228,13 +229,13 @@ def _gradients(state: State, global_batch: int, x: Tensor, y: Tensor) -> Tensor:
         return _backward(state, global_batch, x, y)
     sizes = own_sizes(global_batch, cfg.micro_batch, runtime.rank, runtime.world_size)
     return accumulate(
-        lambda *part: _backward(state, global_batch, *part), state.wrapped, sizes, x, y
+        lambda *part: _backward(state, global_batch, *part), state.parallel.unreduced, sizes, x, y
     )
 
 
 def _clear_gradients(state: State) -> None:
-    """Zeros where DistributedDataParallel keeps gradients in its buckets, nothing where a process is alone."""
-    if state.runtime.world_size == 1:
+    """Zeros where DistributedDataParallel keeps gradients in its buckets, nothing elsewhere."""
+    if state.parallel.sets_gradients_to_none:
         state.optimizer.zero_grad()
         return
     parameters = [p for group in state.optimizer.param_groups for p in group["params"]]

@@ -81,18 +81,18 @@ class _Compiled(nn.Module):
 def checkpoint_parts(model: nn.Module) -> int:
     """Let each part of `model`'s Sequential children be a region of activation checkpointing; how many are.
 
-    A part is an item of a child that is a `nn.Sequential`: a hidden layer of our networks, a block of a residual
-    network. Its activations are dropped after the forward pass and computed again in the backward pass.
+    The activations of a part are dropped after the forward pass and computed again in the backward pass.
     """
-    parts = [
-        part
-        for child in model.children()
-        if isinstance(child, nn.Sequential)
-        for part in child.children()
-    ]
+    parts = sequential_parts(model)
     for part in parts:
         part.forward = _Region(part)
     return len(parts)
+
+
+def sequential_parts(model: nn.Module) -> list[nn.Module]:
+    """The items of `model`'s children that are a `nn.Sequential`: our networks' hidden layers, a ResNet's blocks."""
+    children = [child for child in model.children() if isinstance(child, nn.Sequential)]
+    return [part for child in children for part in child.children()]
 
 
 class _Region:

@@ -12,11 +12,18 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from syncbn.arms import apply_arm
-from syncbn.checkpoint import Meta, check_matches, load_latest, restore_model, rng, save
+from syncbn.checkpoint import (
+    Meta,
+    check_matches,
+    load_latest,
+    restore_model,
+    restore_optimizer,
+    rng,
+    save,
+)
 from syncbn.config import RunConfig, config_hash, resume_hash
 from syncbn.data import DataSets, load_data
 from syncbn.errors import UsageError
@@ -27,14 +34,15 @@ from syncbn.probes import Probes, View
 from syncbn.provenance import git_revision, versions
 from syncbn.runtime.base import Runtime
 from syncbn.sampling import SampleStream, rank_share
+from syncbn.sharded import whole
 from syncbn.tasks import Task, build_task
 from syncbn.tracking import Tracker
 from syncbn.tracking.redact import redact
 from syncbn.train.accumulate import accumulated_share
 from syncbn.train.ema import Ema
 from syncbn.train.evaluation import settle_buffers
-from syncbn.train.lockstep import Lockstep
 from syncbn.train.network import trained
+from syncbn.train.parallel import Alone, parallel
 from syncbn.train.precision import LossScale, loss_scale
 
 
@@ -79,6 +87,8 @@ class State:
     model: nn.Module
     """The network itself; `wrapped` is the same with gradients averaged over ranks."""
     wrapped: nn.Module
+    parallel: Alone
+    """How the network is spread over ranks."""
     optimizer: Optimizer
     task: Task
     probes: Probes
@@ -139,11 +149,14 @@ def build(cfg: RunConfig, runtime: Runtime) -> State:
     model = apply_arm(model, cfg.norm, cfg.launcher.num_workers if cfg.train.virtual else None)
     if runtime.world_size == 1:
         _leave_alone(model)
-    model.to(runtime.device, getattr(torch, cfg.train.dtype_name))
+    model.to(getattr(torch, cfg.train.dtype_name))
+    network = trained(model, cfg.train, runtime.device)
+    spread = parallel(cfg.train.parallel, runtime)
+    spread.place(model)
     torch.manual_seed(cfg.seed * 1_000_003 + runtime.rank)  # dropout: another stream a rank
     optimizer = build_optimizer(model, cfg.optim)
-    network = trained(model, cfg.train, runtime.device)
-    steady = Lockstep(network, sets.num_classes) if cfg.norm.name == "sync_group" else network
+    if cfg.norm.name == "sync_group":
+        network = spread.in_step(network, sets.num_classes)
     probes = Probes(View(cfg, runtime, sets, stream, model))
     return State(
         cfg,
@@ -151,7 +164,8 @@ def build(cfg: RunConfig, runtime: Runtime) -> State:
         sets,
         stream,
         model,
-        _wrapped(steady, runtime),
+        spread.wrapped(network),
+        spread,
         optimizer,
         task,
         probes,
@@ -174,15 +188,6 @@ def _leave_alone(model: nn.Module) -> None:
             layer.process_group = 1
 
 
-def _wrapped(model: nn.Module, runtime: Runtime) -> nn.Module:
-    if runtime.world_size == 1:
-        return model
-    # Buffers are settled before they are used (`settle_buffers`), which spares a broadcast a step.
-    buffers = [name for name, _ in model.named_buffers()]
-    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, buffers)
-    return DistributedDataParallel(model, gradient_as_bucket_view=True)
-
-
 def resume(state: State, tracker: Tracker) -> None:
     """Continue from the run's latest whole checkpoint, where there is one; all ranks read it.
 
@@ -196,9 +201,11 @@ def resume(state: State, tracker: Tracker) -> None:
         return
     meta = checkpoint.meta
     notes = [*checkpoint.notes]
-    notes += check_matches(checkpoint, resume_hash(cfg), runtime.world_size, cfg.global_batch)
+    notes += check_matches(
+        checkpoint, resume_hash(cfg), runtime.world_size, cfg.global_batch, cfg.train.parallel
+    )
     notes += restore_model(state.model, checkpoint.model_state)
-    state.optimizer.load_state_dict(checkpoint.optimizer_state)
+    restore_optimizer(state.optimizer, checkpoint.optimizer_state)
     state.step, state.standing = meta.step, _restored(state, checkpoint.extra)
     state.probes.load_state_dict(state.standing.probes)
     if meta.world_size == runtime.world_size:
@@ -233,6 +240,8 @@ def _begin(state: State, tracker: Tracker) -> None:
     )
     if state.cfg.train.accumulate > 1:
         tracker.event("note", text=_micro_batches(state.cfg))
+    if state.cfg.train.parallel == "fsdp" and state.runtime.world_size == 1:
+        tracker.event("note", text="train.parallel=fsdp: one process trains, and holds all itself")
 
 
 def _micro_batches(cfg: RunConfig) -> str:
@@ -252,6 +261,7 @@ def checkpoint(state: State, tracker: Tracker) -> None:
     runtime = state.runtime
     settle_buffers(state.model, state.cfg.norm.name, runtime)
     states = _random_states(runtime)
+    weights, momenta, parts = _whole_states(state)
     if runtime.is_main:
         state.standing.probes = state.probes.state_dict()
         meta = Meta(
@@ -260,16 +270,21 @@ def checkpoint(state: State, tracker: Tracker) -> None:
             config_hash=resume_hash(state.cfg),
             world_size=runtime.world_size,
             global_batch=state.cfg.global_batch,
+            parallel=state.cfg.train.parallel,
             rng=[rng.to_text(row) for row in states],
         )
         folder = state.cfg.folder / "checkpoints"
-        weights, momenta = state.model.state_dict(), state.optimizer.state_dict()
-        extra = asdict(state.standing) | {
-            name: part.state_dict() for name, part in _parts(state).items()
-        }
+        extra = asdict(state.standing) | parts
         path = save(folder, weights, momenta, meta, extra=extra, best=_best(state))
         tracker.event("checkpoint", step=state.step, folder=path.name)
     runtime.barrier()
+
+
+def _whole_states(state: State) -> Iterator[dict[str, Any]]:
+    """What the model, the optimiser and the parts with a state of their own hold, the same however it is spread."""
+    parts = {name: part.state_dict() for name, part in _parts(state).items()}
+    for one in (state.model.state_dict(), state.optimizer.state_dict(), parts):
+        yield whole(one, kept=state.runtime.is_main)
 
 
 def _best(state: State) -> int | None:

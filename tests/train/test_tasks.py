@@ -1,5 +1,7 @@
 """Tasks: sums that give one process's values on any number of ranks, and what is refused."""
 
+from unittest.mock import Mock
+
 import pytest
 import torch
 from torch import nn
@@ -65,6 +67,18 @@ def _evaluated(runtime, num_samples=7):
         runtime,
         torch.float32,
     )
+
+
+@pytest.mark.parametrize("num_samples", range(1, 14))
+def test_ranks_share_out_a_test_set_in_equally_many_batches(num_samples):
+    """None is empty but where a rank has no sample, or batches of one."""
+    ranks = [Mock(rank=rank, world_size=3) for rank in range(3)]
+    shares = [list(own_batches(num_samples, rank, 2)) for rank in ranks]
+    assert len({len(share) for share in shares}) == 1
+    assert all(len(part) <= 2 for share in shares for part in share)
+    dealt = torch.cat([part for share in shares for part in share])
+    assert dealt.sort().values.tolist() == list(range(num_samples))
+    assert num_samples < 3 or all(len(part) for share in shares for part in share)
 
 
 @pytest.mark.world_size(2, 3)

@@ -80,10 +80,24 @@ def test_hashes_of_runs_with_defaults_are_those_they_always_had():
         {"compile": True},
         {"checkpoint_activations": True},
         {"ema": 0.9},
+        {"parallel": "fsdp"},
     ],
 )
 def test_what_decides_numbers_is_in_the_hash(option):
     assert config_hash(RunConfig(train=TrainConfig(**option))) != config_hash(RunConfig())
+
+
+def test_a_run_goes_on_however_it_is_spread_over_ranks():
+    sharded = RunConfig(train=TrainConfig(parallel="fsdp"))
+    assert resume_hash(sharded) == resume_hash(RunConfig())
+
+
+def test_one_process_has_nothing_to_shard_and_says_so(tmp_path):
+    plain, sharded = (_config(tmp_path / name, steps=3, parallel=name) for name in ("ddp", "fsdp"))
+    assert recorded_run(plain, SOLO).final == recorded_run(sharded, SOLO).final
+    records = read_journal(sharded.folder / "journal.jsonl")
+    notes = [r["text"] for r in records if r.get("event") == "note"]
+    assert notes == ["train.parallel=fsdp: one process trains, and holds all itself"]
 
 
 def test_a_journal_with_the_old_key_is_read_as_the_new_one():
@@ -103,6 +117,15 @@ REFUSED = {
     "train.ema=0.0": Config(train=TrainConfig(ema=0.0)),
     "train.accumulate=2": Config(train=TrainConfig(accumulate=2, shares="by_class")),
     "train.compile=True": Config(train=TrainConfig(compile=True, checkpoint_activations=True)),
+    "train.parallel='zero'": Config(train=TrainConfig(parallel="zero")),
+    "train.compile=True ": Config(
+        train=TrainConfig(compile=True, parallel="fsdp"), launcher=LauncherConfig(num_workers=2)
+    ),
+    "probe gradients": Config(
+        train=TrainConfig(parallel="fsdp"),
+        launcher=LauncherConfig(num_workers=2),
+        probe=ProbeConfig(names=["exchange", "gradients"]),
+    ),
     "probe oracle": Config(
         train=TrainConfig(precision="bf16"), probe=ProbeConfig(names=["oracle"])
     ),
@@ -114,7 +137,7 @@ REFUSED = {
 def test_what_cannot_be_meant_is_refused_with_what_is_allowed(named):
     with pytest.raises(UsageError) as error:
         check(REFUSED[named])
-    assert str(error.value).startswith(f"{named} is not allowed")
+    assert str(error.value).startswith(f"{named.strip()} is not allowed")
 
 
 def test_keeping_the_best_needs_evaluations():
