@@ -86,6 +86,12 @@ CHECKS = (
     _positive("model.init_std"),
     _whole("model.width", 1),
     Check("model.dropout", lambda share: 0 <= share < 1, "a number from 0 to below 1"),
+    _one_of("model.weights_match", "all", "backbone", "any"),
+    Check(
+        "model.weights_sha256",
+        lambda text: text is None or re.fullmatch("[0-9a-f]{64}", text) is not None,
+        "64 hexadecimal digits",
+    ),
     Check("model.hidden", lambda widths: all(w >= 1 for w in widths), "whole numbers >= 1"),
     _registered(DATA),
     _whole("data.limit", 1),

@@ -30,6 +30,7 @@ from syncbn.errors import UsageError
 from syncbn.extensions import load_extensions
 from syncbn.overrides import Grid, Point, explain_hydra, grid_of, refuse_several
 from syncbn.registry import REGISTRIES, TRANSFORMS
+from syncbn.weights import pin
 
 ENV_ALLOWED = ("HOME", "USER", "TMPDIR", "SYNCBN_DATA_ROOT")
 """Environment variables that a config may read through `${oc.env:NAME}`."""
@@ -165,6 +166,7 @@ def _checked(tree: DictConfig) -> Config:
         raise UsageError(_one_line(error)) from error
     assert isinstance(cfg, Config)
     _check(cfg)
+    pin(cfg)
     return cfg
 
 
@@ -257,12 +259,15 @@ def vary(cfg: Config, overrides: Sequence[str]) -> RunConfig:
                     tree[key].options = {}  # those of another function
                 tree[key] = OmegaConf.merge(tree[key], chosen)
             else:
+                if key == "model.weights":
+                    tree.model.weights_sha256 = None  # that of another content
                 tree.merge_with_dotlist([override])
         varied = OmegaConf.to_object(tree)
     except OmegaConfBaseException as error:
         raise UsageError(_one_line(error)) from error
     assert isinstance(varied, Config)
     _check(varied)
+    pin(varied)
     return RunConfig(**{field.name: getattr(varied, field.name) for field in fields(RunConfig)})
 
 

@@ -14,6 +14,7 @@ from syncbn.config.run import RunConfig, TaskConfig
 
 _NOT_IN_HASH = {"name", "runs_dir", "tracking", "study", "extensions"}
 _NOT_IN_HASH_OF = {
+    "model": {"download"},
     "data": {"root", "download", "num_loaders", "pin_memory"},
     "train": {"resume", "progress", "checkpoint_every", "keep_best", "time_limit_s"},
     "launcher": {
@@ -26,7 +27,7 @@ _NOT_IN_HASH_OF = {
     },
 }
 _LATER: dict[str, dict[str, Any]] = {
-    "model": {"options": {}},
+    "model": {"options": {}, "weights": None, "weights_match": "all", "weights_sha256": None},
     "data": {"options": {}, "transforms": {}},
     "task": asdict(TaskConfig()),
     "optim": {"groups": {}, "options": {}},
@@ -62,6 +63,8 @@ def identity_of(config: Mapping[str, Any]) -> dict[str, Any]:
         tree["data"]["transforms"] = list(tree["data"]["transforms"].items())
     if not tree["task"]:
         del tree["task"]
+    if "weights_sha256" in tree["model"]:
+        tree["model"].pop("weights", None)  # the content decides, wherever it lies
     if "dtype" in tree["train"]:  # of a journal from before the key's present name
         tree["train"]["precision"] = tree["train"].pop("dtype")
     return tree

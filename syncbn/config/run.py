@@ -54,6 +54,18 @@ class ModelConfig:
     """Classification model by name, e.g. `resnet18` (torchvision, timm)."""
     options: dict[str, Any] = field(default_factory=dict)
     """What an extension's model takes by keyword."""
+    weights: str | None = None
+    """Weights to start from: a `.safetensors` file, a `.pt` or `.pth` file with a state_dict, the folder or name of a
+    run (its best checkpoint where it keeps one, else its newest), one of torchvision's, such as
+    `ResNet18_Weights.IMAGENET1K_V1`, or `pretrained` for timm's; none starts from random ones."""
+    weights_match: str = "all"
+    """What of `model.weights` must fit the model by name and shape: `all`, `backbone` (all but the output layer, which
+    starts from random weights), or `any` (what fits is loaded)."""
+    weights_sha256: str | None = None
+    """The sha256 of what `model.weights` names, filled in when a run is planned; another content is refused. Of a run
+    it is that of its checkpoint's manifest."""
+    download: bool = False
+    """Fetch published weights that are not on this machine."""
 
 
 @dataclass

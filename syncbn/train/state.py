@@ -44,6 +44,7 @@ from syncbn.train.evaluation import settle_buffers
 from syncbn.train.network import trained
 from syncbn.train.parallel import Alone, parallel
 from syncbn.train.precision import LossScale, loss_scale
+from syncbn.train.weights import Report, load_weights
 
 
 @dataclass
@@ -96,6 +97,8 @@ class State:
     """Averages of the parameters, with `train.ema`."""
     scale: LossScale | None = None
     """The scale of the loss, with fp16."""
+    weights: Report | None = None
+    """What of `model.weights` fitted, where this rank has read them."""
     step: int = 0
     """Optimiser steps done."""
     standing: Standing = field(default_factory=Standing)
@@ -149,6 +152,7 @@ def build(cfg: RunConfig, runtime: Runtime) -> State:
     model = apply_arm(model, cfg.norm, cfg.launcher.num_workers if cfg.train.virtual else None)
     if runtime.world_size == 1:
         _leave_alone(model)
+    report = _given_weights(model, cfg, runtime)
     model.to(getattr(torch, cfg.train.dtype_name))
     network = trained(model, cfg.train, runtime.device)
     spread = parallel(cfg.train.parallel, runtime)
@@ -171,6 +175,7 @@ def build(cfg: RunConfig, runtime: Runtime) -> State:
         probes,
         None if cfg.train.ema is None else Ema(model, cfg.train.ema),
         loss_scale(cfg.train.precision, runtime.device),
+        report,
     )
 
 
@@ -179,6 +184,15 @@ def _refuse_pinning(cfg: RunConfig, runtime: Runtime) -> None:
         raise UsageError(
             f"data.pin_memory=True is not allowed on a rank that computes on {runtime.device}: leave it out"
         )
+
+
+def _given_weights(model: nn.Module, cfg: RunConfig, runtime: Runtime) -> Report | None:
+    """Load `model.weights`, unless the run has a checkpoint of its own to continue from."""
+    if cfg.model.weights is None:
+        return None
+    saved = cfg.train.resume and any((cfg.folder / "checkpoints").glob("step-*"))
+    on_main = torch.tensor(float(saved), device=runtime.device)
+    return None if runtime.from_main(on_main) else load_weights(model, cfg, runtime)
 
 
 def _leave_alone(model: nn.Module) -> None:
@@ -238,6 +252,8 @@ def _begin(state: State, tracker: Tracker) -> None:
         git=git_revision(),
         samples=state.stream.digest(),
     )
+    if state.weights is not None:
+        tracker.event("weights", **state.weights.to_dict())
     if state.cfg.train.accumulate > 1:
         tracker.event("note", text=_micro_batches(state.cfg))
     if state.cfg.train.parallel == "fsdp" and state.runtime.world_size == 1:

@@ -1,0 +1,152 @@
+"""What `model.weights` names, a file, a run or published weights, and the sha256 of its content; no tensor is read.
+
+The content decides a run's numbers, not its path. So a config is given the content's sha256 when it is composed
+(`model.weights_sha256`), its hash has that in place of the path, and what a rank reads later is compared with it.
+"""
+
+import difflib
+import hashlib
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from syncbn.config import RunConfig
+from syncbn.errors import CheckpointError, UsageError
+
+SUFFIXES = (".safetensors", ".pt", ".pth")
+_PUBLISHED = {"torchvision": r"\w+_Weights\.\w+", "timm": r"pretrained"}
+_HOW = (
+    "a file (.safetensors, .pt, .pth), the folder or name of a run, a member of torchvision's weights for "
+    "model=torchvision, or `pretrained` for model=timm"
+)
+
+
+class NotThere(UsageError):
+    """`model.weights` names nothing that exists here."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where weights are.
+
+    Attributes:
+        kind: `file`, `checkpoint` or `published`.
+        path: the file, or the folder of the checkpoint; the current folder where they are published.
+        sha256: of the file, or of the checkpoint's manifest; "" where they are published, whose name never changes.
+    """
+
+    kind: str
+    path: Path
+    sha256: str = ""
+
+
+def find(cfg: RunConfig) -> Source:
+    """What `cfg.model.weights` names.
+
+    Raises:
+        NotThere: nothing of that name.
+        UsageError: a file of another kind, published weights of another library's models, or the run itself.
+        CheckpointError: a run without a whole checkpoint.
+    """
+    text = str(cfg.model.weights)
+    for library, pattern in _PUBLISHED.items():
+        if re.fullmatch(pattern, text):
+            return _published(text, library, cfg.model.name)
+    path = Path(text)
+    if path.is_file():
+        if path.suffix not in SUFFIXES:
+            raise UsageError(f"model.weights={text} is not allowed: {_HOW}")
+        return Source("file", path, _digest(path))
+    folder = path if path.is_dir() else Path(cfg.runs_dir) / text
+    if not folder.is_dir() or path.suffix in SUFFIXES:
+        raise NotThere(f"model.weights={text} is not there: {_HOW}{_runs_like(text, cfg)}")
+    if folder.resolve() == cfg.folder.resolve():
+        raise UsageError(f"model.weights={text} is the run itself: give this one another name")
+    return _newest(folder)
+
+
+def pin(cfg: RunConfig) -> None:
+    """Set `cfg.model.weights_sha256`; where it is set already, it is what the content must have.
+
+    What is not there is allowed where its sha256 is known, from the config or from the journal of the run: a run that
+    resumes from a checkpoint of its own does not read the weights again.
+
+    Raises:
+        UsageError: see `find`.
+        CheckpointError: see `find`, or another content than the config demands.
+    """
+    if cfg.model.weights is None:
+        return
+    demanded = cfg.model.weights_sha256
+    try:
+        found = find(cfg).sha256 or None
+    except NotThere:
+        found = demanded or _recorded(cfg)
+        if found is None:
+            raise
+    if demanded not in (None, found):
+        raise CheckpointError(
+            f"model.weights={cfg.model.weights} has sha256 {found}, model.weights_sha256 demands {demanded}"
+        )
+    cfg.model.weights_sha256 = found
+
+
+def _published(text: str, library: str, model: str) -> Source:
+    if model != library:
+        raise UsageError(
+            f"model.weights={text} is not allowed with model={model}: it is of model={library}"
+        )
+    return Source("published", Path())
+
+
+def _newest(folder: Path) -> Source:
+    """The checkpoint of the run in `folder` that did best, where it keeps one, else its newest whole one."""
+    for candidate in _candidates(folder):
+        if (sha256 := _manifest(candidate)) is not None:
+            return Source("checkpoint", candidate, sha256)
+    raise CheckpointError(
+        f"model.weights={folder} has no whole checkpoint in {folder / 'checkpoints'}: wait until the run has saved one"
+    )
+
+
+def _candidates(folder: Path) -> Iterator[Path]:
+    yield folder  # a checkpoint itself
+    saved = folder / "checkpoints"
+    for pointer in ("BEST", "LATEST"):
+        if (saved / pointer).is_file():
+            yield saved / (saved / pointer).read_text(errors="replace").strip()[:100]
+    yield from sorted(saved.glob("step-*"), reverse=True)
+
+
+def _manifest(checkpoint: Path) -> str | None:
+    """The sha256 of a checkpoint's manifest, which holds those of its files; None where one of them does not fit."""
+    try:
+        text = (checkpoint / "manifest.json").read_bytes()
+        entries = {name: entry["sha256"] for name, entry in json.loads(text).items()}
+        whole = all(_digest(checkpoint / name) == sha256 for name, sha256 in entries.items())
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        return None
+    return hashlib.sha256(text).hexdigest() if whole and entries else None
+
+
+def _recorded(cfg: RunConfig) -> str | None:
+    """The sha256 that the run's own journal names for the same `model.weights`."""
+    try:
+        with (cfg.folder / "journal.jsonl").open() as lines:
+            model = json.loads(next(lines))["config"]["model"]
+    except (OSError, StopIteration, ValueError, KeyError, TypeError):
+        return None
+    return model.get("weights_sha256") if model.get("weights") == cfg.model.weights else None
+
+
+def _runs_like(text: str, cfg: RunConfig) -> str:
+    runs = sorted(path.parent.name for path in Path(cfg.runs_dir).glob("*/checkpoints"))
+    near = difflib.get_close_matches(text, runs, n=1)
+    return f"; did you mean the run {near[0]}?" if near else ""
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
