@@ -104,7 +104,7 @@ def _steps_by_hand(cfg: Config) -> Iterator[object]:
 def loops(scale: float) -> list[dict[str, Any]]:
     """Rows of the two loops, a network each."""
     return [
-        ranks.run("service:measure", 2, case="resnet18", budget_s=80 * scale),
+        ranks.run("service:measure", 2, case="resnet18", budget_s=60 * scale),
         ranks.run("service:measure", 2, case="mlp", budget_s=40 * scale),
     ]
 
@@ -112,12 +112,12 @@ def loops(scale: float) -> list[dict[str, Any]]:
 def ways_of_training(scale: float) -> list[dict[str, Any]]:
     """A row of ways of training; a brief one leaves the compiler out, which takes a minute to compile."""
     names = [name for name in WAYS if name != "compile" or scale == 1]
-    return [ranks.run("service:ways", 2, case="resnet18", names=names, budget_s=60 * scale)]
+    return [ranks.run("service:ways", 2, case="resnet18", names=names, budget_s=45 * scale)]
 
 
 def starts(scale: float) -> list[dict[str, Any]]:
     """A row of the start of a local run of two ranks: the least of several, for each kind of tracking."""
-    num_runs = max(1, round(4 * scale))
+    num_runs = max(1, round(3 * scale))
     return [
         {
             "tracking": tracking,
