@@ -320,11 +320,11 @@ def test_after_an_evaluation_training_gathers_parameters_anew(world_size):
     """As the averages of `train.ema` are taken out again."""
     network, spread = nn.Linear(2, 2), parallel("fsdp", TorchrunRuntime(CPU))
     spread.place(network)
-    x = torch.ones(1, 2)
-    with spread.evaluation(), torch.no_grad():
-        network(x)
+    parts, x = list(network.parameters()), torch.ones(1, 2)
     with torch.no_grad():
-        for one in network.parameters():
+        with spread.evaluation():
+            network(x)
+        for one in parts:
             one.zero_()
     assert not network(x).any()
 
