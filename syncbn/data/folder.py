@@ -4,8 +4,10 @@ Images are decoded when they are fetched, and standardised a batch at a time. JP
 40% of the time that Pillow takes and to the same pixels; all else, and what torchvision cannot decode, by Pillow.
 """
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cache
 from io import BytesIO
 from pathlib import Path
 from typing import cast
@@ -130,16 +132,26 @@ def image_folder(root: Path, split: str, *, cfg: DataConfig) -> FileSamples:
 
 def _decoded(content: bytes) -> Tensor:
     from PIL import Image
-    from torchvision.io import ImageReadMode, decode_jpeg
     from torchvision.transforms.v2.functional import pil_to_tensor
 
-    if content.startswith(_JPEG):
+    decode = _jpeg_decoder() if content.startswith(_JPEG) else None
+    if decode is not None:
         try:
-            encoded = torch.frombuffer(bytearray(content), dtype=torch.uint8)
-            return cast(Tensor, decode_jpeg(encoded, mode=ImageReadMode.RGB))
+            return decode(torch.frombuffer(bytearray(content), dtype=torch.uint8))
         except RuntimeError:
             pass  # Pillow can tell better what is wrong, if anything is
     return pil_to_tensor(Image.open(BytesIO(content)).convert("RGB"))
+
+
+@cache
+def _jpeg_decoder() -> Callable[[Tensor], Tensor] | None:
+    """torchvision's; None in a version without it, since it is deprecated from 0.29 on."""
+    try:
+        from torchvision.io import ImageReadMode, decode_jpeg
+    except ImportError:
+        return None
+    warnings.filterwarnings("ignore", "The image decoding and encoding", DeprecationWarning)
+    return lambda encoded: cast(Tensor, decode_jpeg(encoded, mode=ImageReadMode.RGB))
 
 
 def _resized(image: Tensor, shorter: int) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from syncbn.data.chance import isolated
 from syncbn.data.loaders import Loading, pinned
-from syncbn.data.source import FetchedSplit, Samples, Split, as_classes
+from syncbn.data.source import FetchedSplit, Samples, Split, as_classes, require_floating
 from syncbn.data.transforms import Shape, Treatment
 
 READY_BYTES = 256 * 2**20
@@ -63,7 +63,9 @@ class TensorSamples(Samples):
         """A split that prepares now where nothing is done to samples and memory allows, else batch by batch."""
         if treatment or 4 * self.images.numel() > READY_BYTES:
             return FetchedSplit(self, treatment, loading)
-        return ReadySplit(self.prepare(self.images), self.targets, loading.pin_memory)
+        images = self.prepare(self.images)
+        require_floating(images, self.what)
+        return ReadySplit(images, self.targets, loading.pin_memory)
 
     def fetch(self, step: int, indices: Tensor, treatment: Treatment) -> tuple[Tensor, Tensor]:
         """See `Samples.fetch`."""

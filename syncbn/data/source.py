@@ -110,12 +110,21 @@ def as_classes(targets: Tensor, what: str) -> Tensor:
     return targets.to(torch.int64)
 
 
+def require_floating(inputs: Tensor, what: str) -> None:
+    """Raise `DataError` for inputs that a model would take unscaled."""
+    if not inputs.is_floating_point():
+        raise DataError(
+            f"{what} has inputs of {inputs.dtype}: floating-point is needed, such as x / 255 of uint8"
+        )
+
+
 class FetchedSplit:
     """A split that reads, transforms and prepares samples when they are fetched."""
 
     def __init__(self, samples: Samples, treatment: Treatment, loading: Loading) -> None:
         self._samples, self._loading = samples, loading
         self._first = x, target = samples.fetch(0, torch.tensor([0]), treatment)
+        require_floating(x, samples.what)
         shapes = tuple(x.shape[1:]), tuple(target.shape[1:])
         self._treatment = replace(treatment, shapes=shapes)
 

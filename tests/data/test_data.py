@@ -1,6 +1,7 @@
 """Data sets: what a batch holds, what is held out, and what augmentation may depend on."""
 
 import os
+from io import BytesIO
 
 import numpy as np
 import pytest
@@ -8,10 +9,11 @@ import torch
 from fake_data import fetch, write_cifar10, write_images, write_mnist
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 from sklearn.datasets import load_digits
 
 from syncbn.config import DataConfig
-from syncbn.data import embedded, hold_out, kept_in_memory, load_data, memory
+from syncbn.data import embedded, folder, hold_out, kept_in_memory, load_data, memory
 from syncbn.data.augment import Augment
 from syncbn.data.embedded import stratified
 from syncbn.errors import DataError
@@ -289,6 +291,16 @@ def test_loader_processes_give_the_batches_that_the_rank_alone_gives(tmp_path):
     for (x, y), (other_x, other_y) in zip(alone, loaded, strict=True):
         assert torch.equal(x, other_x)
         assert torch.equal(y, other_y)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+@pytest.mark.parametrize("options", [{}, {"progressive": True}, {"subsampling": 0}], ids=str)
+def test_jpegs_are_decoded_to_the_pixels_that_pillow_gives(mode, options):
+    pixels = np.random.default_rng(0).integers(0, 256, (33, 47, 4), dtype=np.uint8)
+    image = Image.fromarray(pixels, "CMYK").convert("RGB").convert(mode)
+    image.save(file := BytesIO(), "JPEG", **options)
+    expected = np.asarray(Image.open(file).convert("RGB"))
+    assert np.array_equal(folder._decoded(file.getvalue()).permute(1, 2, 0).numpy(), expected)
 
 
 def test_a_data_set_is_read_once_for_runs_that_follow_each_other_on_it():

@@ -6,6 +6,7 @@ import re
 import numpy as np
 import pytest
 from fake_data import fetch, write_cifar10, write_idx, write_images, write_mnist
+from PIL import Image
 
 from syncbn.config import DataConfig
 from syncbn.data import load_data
@@ -223,6 +224,19 @@ def test_an_image_or_class_linked_from_elsewhere(tmp_path, inner):
     (tmp_path / "root" / "train" / inner).rename(tmp_path / "elsewhere")
     (tmp_path / "root" / "train" / inner).symlink_to(tmp_path / "elsewhere")
     assert "out of data.root" in complaint("image_folder", tmp_path / "root")
+
+
+def test_a_truncated_jpeg(tmp_path):
+    write_images(tmp_path)
+    file = tmp_path / "train" / "cat" / "0.png"
+    Image.open(file).save(file.with_suffix(".jpg"))
+    file.unlink()
+    content = file.with_suffix(".jpg").read_bytes()
+    file.with_suffix(".jpg").write_bytes(content[: len(content) // 2])
+    text = complaint("image_folder", tmp_path)
+    assert re.search(
+        r"cat/0\.jpg cannot be decoded \(.*[tT]runcated.*\): remove or replace it$", text
+    )
 
 
 @pytest.mark.parametrize("num_loaders", [0, 1])

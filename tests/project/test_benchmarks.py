@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))  # benchmarks are no part of the package
 
 from benchmarks import __main__ as program  # noqa: E402
-from benchmarks import machine, page, plots, ranks, scaling  # noqa: E402
+from benchmarks import image_folder, machine, page, plots, ranks, scaling  # noqa: E402
 from benchmarks.cases import DTYPES, LAYOUTS, Case, all_cases  # noqa: E402
 from benchmarks.contenders import memory_passes  # noqa: E402
 from benchmarks.verdicts import (  # noqa: E402
@@ -296,3 +296,11 @@ def test_results_from_before_the_service_was_measured_are_shown_without_it() -> 
 def test_a_rank_that_fails_ends_the_run() -> None:
     with pytest.raises(RuntimeError, match="layer:nothing"):
         ranks.run("layer:nothing", timeout_s=60)
+
+
+def test_an_epoch_of_images_is_measured_against_torchvisions(tmp_path: Path) -> None:
+    image_folder.write_images(tmp_path, 40)
+    (row,) = image_folder.measure(tmp_path, [0], 0.01, batch=8)
+    assert (row["loaders"], row["images"], list(row["ms"])) == (0, 40, ["syncbn", "torchvision"])
+    ms = row["ms"]
+    assert row["times_as_fast"] == pytest.approx(ms["torchvision"] / ms["syncbn"], abs=0.01)

@@ -119,6 +119,8 @@ def bad(root, split, *, kind: str = ""):
     if kind == "empty": pairs = []
     if kind == "ragged": pairs[40:] = [(torch.zeros(1, 4, 5), 0)] * 24
     if kind == "single": pairs = [x] * 64
+    if kind == "bytes": pairs = [(x.byte(), 0)] * 64
+    if kind == "memory": return TensorDataset(torch.zeros(64, 1, 4, 4).byte(), torch.zeros(64).long())
     if kind == "flat": pairs = [(torch.zeros(4), 0)] * 64
     if kind == "range":
         data = Listed([(x, 7)] * 64)
@@ -149,6 +151,9 @@ DURING = {
         r"sample \d+ has an input of shape \(1, 4, 5\)",
     ),
     "data=bad data.options.kind=single": (DataError, "is no pair of tensors"),
+    "data=bad data.options.kind=bytes": (DataError, r"inputs of torch.uint8: floating-point is"),
+    "data=bad data.options.kind=memory": (DataError, r"inputs of torch.uint8: floating-point is"),
+    "model=resnet18": (UsageError, "model.arch=resnet18 takes images of 3 channels, these have 1"),
     "data=bad data.options.kind=flat": (DataError, r"\(channels, height, width\) is needed"),
     "data=bad data.options.kind=range": (DataError, "has target 7: allowed are 0 to 1"),
     "data=bad data.augment=true": (UsageError, "data.augment=true is not allowed with data=bad"),
