@@ -27,6 +27,9 @@ ACTIVATIONS: dict[str, type[nn.Module]] = {
 }
 
 
+_TAKE_ANY_IMAGE = ("mlp", "cnn", "vgg")
+
+
 def build_model(cfg: ModelConfig, shape: Shape, num_classes: int, seed: int) -> nn.Module:
     """The network that `cfg` names, for images (N, *shape), giving logits (N, num_classes), float32, on the CPU.
 
@@ -45,13 +48,13 @@ def build_model(cfg: ModelConfig, shape: Shape, num_classes: int, seed: int) -> 
             )
         if cfg.init == "normal":
             init_normal(model, cfg.init_std)
-        if cfg.name not in MODELS.built_in:
-            _try_out(model, cfg.name, shape)
+        if cfg.name not in _TAKE_ANY_IMAGE:
+            _try_out(model, cfg.arch or cfg.name, shape)
     return model
 
 
 def _try_out(model: nn.Module, name: str, shape: Shape) -> None:
-    """Raise `UsageError` where an extension's model does not take inputs of `shape`; no statistics move."""
+    """Raise `UsageError` where a model does not take inputs of `shape`; no statistics move."""
     model.eval()
     try:
         with torch.no_grad():

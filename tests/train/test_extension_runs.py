@@ -153,6 +153,10 @@ DURING = {
     "data=bad data.options.kind=single": (DataError, "is no pair of tensors"),
     "data=bad data.options.kind=bytes": (DataError, r"inputs of torch.uint8: floating-point is"),
     "data=bad data.options.kind=memory": (DataError, r"inputs of torch.uint8: floating-point is"),
+    "model=torchvision model.arch=densenet121 data=synthetic data.image_size=8": (
+        UsageError,
+        r"model=densenet121 cannot take inputs of shape \(3, 8, 8\): .*too small",
+    ),
     "model=resnet18": (UsageError, "model.arch=resnet18 takes images of 3 channels, these have 1"),
     "data=bad data.options.kind=flat": (DataError, r"\(channels, height, width\) is needed"),
     "data=bad data.options.kind=range": (DataError, "has target 7: allowed are 0 to 1"),
