@@ -11,9 +11,18 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from syncbn.config import ARMS, PROBES, Config, DataConfig, ParameterGroup, StudyConfig
+from syncbn.config import ARMS, PROBES, Config, ParameterGroup, StudyConfig
 from syncbn.errors import UsageError
-from syncbn.registry import DATA, MODELS, OPTIMIZERS, REGISTRIES, TASKS, TRANSFORMS, Registry
+from syncbn.registry import (
+    CALLBACKS,
+    DATA,
+    MODELS,
+    OPTIMIZERS,
+    REGISTRIES,
+    TASKS,
+    TRANSFORMS,
+    Registry,
+)
 from syncbn.study_checks import complaints
 
 
@@ -191,7 +200,7 @@ def check(cfg: Config) -> None:
             raise UsageError(
                 f"{group}.options is not allowed with {group}={chosen.name}, which has keys of its own"
             )
-    for complaint in (*_of_transforms(cfg.data), *_across_keys(cfg)):
+    for complaint in (*_of_names(cfg), *_across_keys(cfg)):
         raise UsageError(complaint)
     if cfg.study is not None:
         if cfg.train.time_limit_s is not None:
@@ -202,16 +211,21 @@ def check(cfg: Config) -> None:
         _check_study(cfg.study)
 
 
-def _of_transforms(data: DataConfig) -> Iterator[str]:
-    """Complaints about names of transforms; their options raise `UsageError` themselves."""
-    for name, given in data.transforms.items():
-        entry, known = TRANSFORMS.find(name), TRANSFORMS.names()
+def _of_names(cfg: Config) -> Iterator[str]:
+    """Complaints about names of transforms and callbacks; their options raise `UsageError` themselves."""
+    yield from _chosen("data.transforms", cfg.data.transforms, TRANSFORMS)
+    yield from _chosen("callbacks", cfg.callbacks, CALLBACKS)
+
+
+def _chosen(key: str, names: dict[str, Any], registry: Registry) -> Iterator[str]:
+    for name, given in names.items():
+        entry, known = registry.find(name), registry.names()
         if entry is None:
             near = difflib.get_close_matches(name, known, n=1)
             hint = f"did you mean {near[0]!r}?" if near else f"one of {', '.join(known) or 'none'}"
-            yield f"data.transforms.{name} is not a transform of an extension: {hint}"
+            yield f"{key}.{name} is not a {registry.group} of an extension: {hint}"
         elif not isinstance(given, dict | None):
-            yield f"data.transforms.{name}={given!r} is not allowed: its options by name, {{}} for none"
+            yield f"{key}.{name}={given!r} is not allowed: its options by name, {{}} for none"
         else:
             entry.typed(given or {})
 

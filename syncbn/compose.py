@@ -29,7 +29,7 @@ from syncbn.config import Config, RunConfig
 from syncbn.errors import UsageError
 from syncbn.extensions import load_extensions
 from syncbn.overrides import Grid, Point, explain_hydra, grid_of, refuse_several
-from syncbn.registry import REGISTRIES, TRANSFORMS
+from syncbn.registry import CALLBACKS, REGISTRIES, TRANSFORMS
 from syncbn.weights import pin
 
 ENV_ALLOWED = ("HOME", "USER", "TMPDIR", "SYNCBN_DATA_ROOT")
@@ -40,7 +40,7 @@ RENAMED = {"dtype": "train.precision"}
 
 _NOISE = ("full_key:", "object_type=", "reference_type=")
 """Lines of OmegaConf's messages that mean nothing to a user."""
-_OWN_NAMES = ("optim.groups", "data.transforms")
+_OWN_NAMES = ("optim.groups", "data.transforms", "callbacks")
 """Keys under which users give names of their own."""
 
 ConfigStore.instance().store("schema", node=Config)
@@ -183,11 +183,14 @@ def _options_of(group: str) -> list[str]:
 
 
 def _check(cfg: Config) -> None:
-    """`check` it, and write down every option of its transforms, so that the hash has them."""
+    """`check` it, and write down every option of its transforms and callbacks, so that the hash has them."""
     check(cfg)
     cfg.data.transforms = {
         name: TRANSFORMS[name].defaults | dict(given or {})
         for name, given in cfg.data.transforms.items()
+    }
+    cfg.callbacks = {
+        name: CALLBACKS[name].defaults | dict(given or {}) for name, given in cfg.callbacks.items()
     }
 
 
@@ -346,6 +349,10 @@ def _one_line(error: Exception) -> str:
         return f"{option[0][20:-1]} is no option of what {option[1]}= chooses{_options_like(*option.groups())}"
     if "data.transforms=" in text:
         return "data.transforms takes names, each with its options: data.transforms={jitter:{strength:0.2},blur:{}}"
+    if "callbacks=" in text:
+        return (
+            "callbacks takes names, each with its options: callbacks={histogram:{every:10},bell:{}}"
+        )
     unknown = re.search(r"Could not override '([^']+)'|Key '([^']+)'", text)
     return text.strip() + (_did_you_mean(unknown.group(1) or unknown.group(2)) if unknown else "")
 

@@ -19,13 +19,17 @@ With `extensions=[mine]` for `mine.py` in the current folder:
 Keyword-only parameters are options, typed by their annotations.
 """
 
-from syncbn.registry import DATA, MODELS, OPTIMIZERS, TASKS, TRANSFORMS
+from syncbn.callbacks import Callback, Moment
+from syncbn.registry import CALLBACKS, DATA, MODELS, OPTIMIZERS, TASKS, TRANSFORMS
 from syncbn.tasks import Classification, Regression, Task
 
 __all__ = [
+    "Callback",
     "Classification",
+    "Moment",
     "Regression",
     "Task",
+    "callback",
     "data",
     "model",
     "optimizer",
@@ -48,5 +52,7 @@ input: what is done to each training sample, and with `transform(name, on_test=T
 from the global generators of Python, numpy or torch is decided by the run's seed, the step and the sample."""
 task = TASKS.register
 """A subclass of `Task`; options are keyword-only parameters of its `__init__`."""
+callback = CALLBACKS.register
+"""A subclass of `Callback`; options are keyword-only parameters of its `__init__`."""
 optimizer = OPTIMIZERS.register
 """`(groups, lr, *, options) -> Optimizer` over torch's parameter groups, whose `weight_decay` is set."""

@@ -22,8 +22,9 @@ from omegaconf.errors import (
 from syncbn.errors import UsageError
 
 _WHOLE = "cfg"
-TRANSFORM = "transform"
-"""The one group of which a config chooses several at once, in `data.transforms`."""
+TRANSFORM, CALLBACK = "transform", "callback"
+_SEVERAL = {TRANSFORM: "data.transforms", CALLBACK: "callbacks"}
+"""The groups of which a config chooses several at once, and the key under which it does."""
 
 Build = TypeVar("Build", bound=Callable[..., Any])
 
@@ -84,14 +85,14 @@ class Entry:
     @property
     def _key(self) -> str:
         """Where a config has its options."""
-        whole = self.group == TRANSFORM
-        return f"data.transforms.{self.name}" if whole else f"{self.group}.options"
+        several = _SEVERAL.get(self.group)
+        return f"{several}.{self.name}" if several else f"{self.group}.options"
 
     @property
     def _chosen(self) -> str:
         """How it is called in errors."""
-        whole = self.group == TRANSFORM
-        return f"transform {self.name}" if whole else f"{self.group}={self.name}"
+        several = self.group in _SEVERAL
+        return f"{self.group} {self.name}" if several else f"{self.group}={self.name}"
 
     def _known(self) -> list[str]:
         return [field.name for field in fields(self.options)]
@@ -222,6 +223,8 @@ DATA = Registry(
 """Build a map-style Dataset of (input, target) pairs for a split, `train` or `test`."""
 TRANSFORMS = Registry(TRANSFORM, ("input",), (), may_take="target")
 """Are applied to a sample: its input alone, or (input, target) as a pair."""
+CALLBACKS = Registry(CALLBACK, (), ())
+"""Build a `syncbn.callbacks.Callback`."""
 TASKS = Registry("task", (), ("classification", "regression"))
 """Build a `syncbn.tasks.Task`."""
 OPTIMIZERS = Registry("optim", ("groups", "lr"), ("sgd", "adam", "adamw"))

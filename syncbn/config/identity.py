@@ -61,6 +61,8 @@ def identity_of(config: Mapping[str, Any]) -> dict[str, Any]:
         }
     if "transforms" in tree["data"]:  # their order counts
         tree["data"]["transforms"] = list(tree["data"]["transforms"].items())
+    if callbacks := tree.pop("callbacks", {}):  # their order counts
+        tree["callbacks"] = list(callbacks.items())
     if not tree["task"]:
         del tree["task"]
     if "weights_sha256" in tree["model"]:

@@ -314,6 +314,8 @@ class RunConfig:
     extensions: list[str] = field(default_factory=list)
     """Modules to import in every process, which register models, data sets, transforms, tasks and optimisers of one's
     own."""
+    callbacks: dict[str, Any] = field(default_factory=dict)
+    """Callbacks of extensions by name, each with its options, called in this order."""
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     task: TaskConfig = field(default_factory=TaskConfig)

@@ -65,11 +65,13 @@ class Loop:
         """Take the steps that are left, measure, save, and summarise."""
         state, cfg = self.state, self.state.cfg
         try:
+            self._call("start")
             for step in self.steps():
                 advance(step)
             if state.standing.measured_at != state.step:
                 self._measure()
             concluded = self._conclude() if state.probes else {}
+            self._call("end")
         except Interrupted:
             self._save()
             raise
@@ -109,6 +111,22 @@ class Loop:
         _clear_gradients(state)
         state.step += 1
         self.agreement.add(state.step, share)
+        if state.callbacks:
+            self._call("after_step")
+
+    def _call(self, moment: str) -> None:
+        """Let the callbacks of extensions act, where there are any."""
+        state = self.state
+        if state.callbacks:
+            state.callbacks.call(
+                moment,
+                step=state.step,
+                steps=state.cfg.train.steps,
+                model=state.model,
+                measured=dict(state.standing.measured),
+                folder=state.cfg.folder,
+                _record=self.tracker.metrics,
+            )
 
     def _probe(self, rate: float, batch: Batch) -> None:
         """Let the probes see `batch` with its gradients in place, and record what they look at."""
@@ -137,6 +155,8 @@ class Loop:
         if measuring or last:
             self._measure()
         enough = measuring and self._good_enough()
+        if state.callbacks and (measuring or saving or _due(state.step, train.agree_every)):
+            enough = state.callbacks.want_to_stop() or enough
         if asked:  # what this step made due is done: resuming repeats and loses nothing
             raise Stopped(asked)
         if late and not (enough or last):
@@ -185,6 +205,7 @@ class Loop:
         standing = state.standing
         if cfg.train.keep_best and self._decided() < standing.kept_error:
             standing.kept_error, standing.kept_step = self._decided(), state.step
+        self._call("after_evaluation")
 
     def _save(self) -> None:
         self.state.standing.seconds = self.seconds_before + time.monotonic() - self.started

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from syncbn.arms import apply_arm
+from syncbn.callbacks import Callbacks
 from syncbn.checkpoint import (
     Meta,
     check_matches,
@@ -97,6 +98,8 @@ class State:
     """Averages of the parameters, with `train.ema`."""
     scale: LossScale | None = None
     """The scale of the loss, with fp16."""
+    callbacks: Callbacks | None = None
+    """Of extensions; None where the run has none."""
     weights: Report | None = None
     """What of `model.weights` fitted, where this rank has read them."""
     step: int = 0
@@ -175,6 +178,7 @@ def build(cfg: RunConfig, runtime: Runtime) -> State:
         probes,
         None if cfg.train.ema is None else Ema(model, cfg.train.ema),
         loss_scale(cfg.train.precision, runtime.device),
+        Callbacks(cfg.callbacks, runtime) if cfg.callbacks else None,
         report,
     )
 
@@ -236,9 +240,9 @@ def _restored(state: State, extra: dict[str, Any]) -> Standing:
     return Standing(**rest)
 
 
-def _parts(state: State) -> dict[str, Ema | LossScale]:
+def _parts(state: State) -> dict[str, Ema | LossScale | Callbacks]:
     """What has a state of its own, by its name in a checkpoint; nothing by default."""
-    parts = {"ema": state.ema, "loss_scale": state.scale}
+    parts = {"ema": state.ema, "loss_scale": state.scale, "callbacks": state.callbacks}
     return {name: part for name, part in parts.items() if part is not None}
 
 
