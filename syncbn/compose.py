@@ -7,7 +7,7 @@ code 2, nothing may be written before the config is known to be good, and two ra
 import difflib
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import fields
 from pathlib import Path
@@ -241,6 +241,21 @@ def _refuse_unfounded() -> None:
 def _with_new_names(override: str) -> str:
     """`override` as Hydra takes it where it adds names of the user's own to the schema."""
     return f"++{override}" if override.startswith(_OWN_NAMES) else override
+
+
+def recorded_config(tree: Mapping[str, Any]) -> Config:
+    """The config that a journal holds as `tree`, checked; keys that are younger than it have their defaults.
+
+    Raises:
+        UsageError: a key or a value that is not known any more.
+    """
+    tree = deepcopy(dict(tree))
+    if "dtype" in tree.get("train", {}):  # of a journal from before the key's present name
+        tree["train"]["precision"] = tree["train"].pop("dtype")
+    try:
+        return _checked(OmegaConf.merge(OmegaConf.structured(Config), tree))  # pyright: ignore[reportArgumentType]
+    except OmegaConfBaseException as error:
+        raise UsageError(f"its config cannot be used: {_one_line(error)}") from error
 
 
 def vary(cfg: Config, overrides: Sequence[str]) -> RunConfig:

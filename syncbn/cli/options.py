@@ -23,3 +23,11 @@ token_file = click.option(
     type=click.Path(path_type=Path, exists=True, dir_okay=False, readable=True),
     help="File with the cluster's token; else RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH.",
 )
+run = click.argument("run")
+checkpoint = click.option(
+    "--checkpoint",
+    default="latest",
+    show_default=True,
+    metavar="latest|best|STEP",
+    help="Whose weights: the newest, the one with the lowest test error (train.keep_best), or that of a step.",
+)
