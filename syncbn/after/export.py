@@ -4,6 +4,7 @@ The norms are torch's own, the weights those of a checkpoint, the batch dimensio
 its outputs are held against those of the run's model on test samples.
 """
 
+import json
 import os
 import tempfile
 import warnings
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 from syncbn.after.trained import Trained
-from syncbn.errors import CheckpointError, SyncbnError, UsageError
+from syncbn.errors import CheckpointError, UsageError
 
 TOLERANCE = 1e-5
 """Largest difference of an output, and relative to it, from the run's own."""
@@ -77,9 +78,7 @@ def require(to: str, file: Path) -> None:
     """Raise `UsageError` where a file of the format `to` cannot be written here as `file`."""
     missing = [name for name in NEEDS.get(to, ()) if find_spec(name) is None]
     if missing:
-        raise UsageError(
-            f"--to {to} needs {' and '.join(missing)}: pip install 'syncbn[export]'"
-        )
+        raise UsageError(f"--to {to} needs {' and '.join(missing)}: pip install 'syncbn[export]'")
     if file.is_dir():
         raise UsageError(f"--out {file} is a folder: give a file")
     if not file.parent.is_dir():
@@ -120,13 +119,12 @@ def program(exported: Exported) -> ExportedProgram:
     Raises:
         UsageError: it cannot be traced.
     """
-    example = exported.inputs[:2].repeat(2, 1, 1, 1)[:2].contiguous()  # one sample alone would be fixed
+    one = exported.inputs[:1]
+    example = torch.cat([one, one])  # a batch of one sample would be taken for all there is
     try:
         return torch.export.export(
             exported.model, (example,), dynamic_shapes=({0: Dim("batch", min=1)},)
         )
-    except SyncbnError:
-        raise
     except Exception as error:
         raise UsageError(
             f"the {type(exported.model).__name__} cannot be exported as a graph: {_first_line(error)}"
@@ -158,7 +156,12 @@ def _onnx(exported: Exported, file: Path) -> Outputs:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             made = torch.onnx.export(
-                graph, (), dynamo=True, verbose=False, input_names=["input"], output_names=["output"]
+                graph,
+                (),
+                dynamo=True,
+                verbose=False,
+                input_names=["input"],
+                output_names=["output"],
             )
     except Exception as error:
         raise UsageError(
@@ -210,8 +213,6 @@ def _checked(exported: Exported, outputs: Outputs, file: Path) -> float:
 
 
 def _as_json(exported: Exported) -> str:
-    import json
-
     return json.dumps(exported.metadata)
 
 

@@ -16,7 +16,9 @@ from syncbn.cli.options import as_json, checkpoint, run
     help="Weights alone; torch.export's archive; or ONNX.",
 )
 @click.option(
-    "--out", type=click.Path(path_type=Path), help="The file; else model.FORMAT in the run's folder."
+    "--out",
+    type=click.Path(path_type=Path),
+    help="The file; else model.FORMAT in the run's folder.",
 )
 @checkpoint
 @as_json
@@ -25,12 +27,13 @@ def export(run: str, to: str, out: Path | None, checkpoint: str, as_json: bool) 
 
     The file's outputs are compared with the run's on test samples before it is put in place.
     """
+    from syncbn.after.export import export as write
+    from syncbn.after.export import require
     from syncbn.after.find import find
+    from syncbn.after.trained import open_run
     from syncbn.cli.guard import say
 
     found = find(run)
-    from syncbn.after.export import export as write, require
-    from syncbn.after.trained import open_run
 
     require(to, out or found.folder / f"model.{to}")
     made = write(open_run(found, checkpoint), to, out)

@@ -12,9 +12,11 @@ import torch
 from torch import Tensor
 
 from syncbn.config import DataConfig
-from syncbn.data.folder import IMAGENET_MEAN, IMAGENET_STD
+from syncbn.data.chance import isolated
+from syncbn.data.folder import IMAGENET_MEAN, IMAGENET_STD, FileSamples
 from syncbn.data.prepare import preparation
 from syncbn.data.torchvision_sets import CIFAR10, FASHION_MNIST, MNIST, Published
+from syncbn.data.transforms import Treatment, chosen
 from syncbn.errors import DataError, SyncbnError, UsageError
 from syncbn.registry import DATA
 
@@ -37,15 +39,22 @@ def file_reader(cfg: DataConfig) -> Read:
     """What reads a file as the data set `cfg` would have it; it raises `DataError` with the file's name.
 
     Raises:
-        UsageError: a data set that has no form in files.
+        UsageError: a data set that has no form in files, or a transform that changes inputs with their targets.
     """
+    for transform in chosen(cfg.transforms, True):
+        if transform.joint:
+            raise UsageError(
+                f"transform {transform.name} changes inputs together with their targets, which a file does not have"
+            )
     if cfg.name == "image_folder":
         return lambda path: _cropped(path, cfg)
     if cfg.name in _SIZES:
         which = _PUBLISHED.get(cfg.name, _DIGITS)
         return lambda path: _fixed(path, which, cfg)
     if cfg.name in DATA.built_in:
-        raise UsageError(f"data={cfg.name} is made of random numbers: no file can be one of its inputs")
+        raise UsageError(
+            f"data={cfg.name} is made of random numbers: no file can be one of its inputs"
+        )
     return _own_reader(cfg)
 
 
@@ -78,23 +87,23 @@ def _own_reader(cfg: DataConfig) -> Read:
 
     def read(path: Path) -> Tensor:
         try:
-            return torch.as_tensor(load(path))
+            x = torch.as_tensor(load(path))
         except SyncbnError:
             raise
         except Exception as error:
             why = " ".join(f"{type(error).__name__}: {error}".split())
             raise DataError(f"load of data={cfg.name} failed on {path}: {why}") from error
+        return _transformed(x, cfg, path)
 
     return read
 
 
 def _cropped(path: Path, cfg: DataConfig) -> Tensor:
-    """An image of any size as `image_folder` has it: RGB, resized, its centre, standardised."""
-    from torchvision.transforms.v2.functional import center_crop, pil_to_tensor, resize
-
-    size = cfg.image_size
-    pixels = resize(pil_to_tensor(_image(path).convert("RGB")), [-(-size * 8 // 7)])
-    return preparation(cfg.binarize, IMAGENET_MEAN, IMAGENET_STD)(center_crop(pixels, [size]))
+    """An image of any size as `image_folder` has it."""
+    prepare = preparation(cfg.binarize, IMAGENET_MEAN, IMAGENET_STD)
+    target = torch.zeros(1, dtype=torch.int64)
+    sample = FileSamples((path,), target, cfg.image_size, prepare, ("unknown",))
+    return sample.fetch(0, torch.tensor([0]), _treatment(cfg))[0][0]
 
 
 def _fixed(path: Path, which: Published, cfg: DataConfig) -> Tensor:
@@ -115,7 +124,21 @@ def _fixed(path: Path, which: Published, cfg: DataConfig) -> Tensor:
             f"{path} is an image of mode {image.mode}: data={which.name} has {wanted}, "
             f"{len(which.mean)} channel(s) of 8 bits"
         )
-    return preparation(cfg.binarize, which.mean, which.std)(pil_to_tensor(image))
+    pixels = _transformed(pil_to_tensor(image), cfg, path)
+    return preparation(cfg.binarize, which.mean, which.std)(pixels)
+
+
+def _treatment(cfg: DataConfig) -> Treatment:
+    """What is done to test samples."""
+    return Treatment(transforms=chosen(cfg.transforms, True), by_step=False)
+
+
+def _transformed(x: Tensor, cfg: DataConfig, path: Path) -> Tensor:
+    """`x` after those transforms of `cfg` that test samples go through too."""
+    treatment = _treatment(cfg)
+    with isolated():
+        treatment.seed_for(0, 0)
+        return treatment.transformed(x, None, str(path))[0]
 
 
 def _image(path: Path) -> Any:
