@@ -1,8 +1,11 @@
 """Provenance of results: versions of the packages that computed them, and the revision of the code."""
 
+import hashlib
 import os
 import platform
 import subprocess
+import sys
+from collections.abc import Iterable
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -44,3 +47,17 @@ def git_revision() -> str:
     except (OSError, subprocess.TimeoutExpired):
         return ""
     return result.stdout.strip() if result.returncode == 0 else ""
+
+
+def sources(modules: Iterable[str]) -> dict[str, str]:
+    """The sha256 of the source of each of the imported `modules`: of its file, or of all files of a package."""
+    files = {name: getattr(sys.modules.get(name), "__file__", None) for name in modules}
+    return {name: _sha256(Path(file)) for name, file in files.items() if file}
+
+
+def _sha256(file: Path) -> str:
+    package = file.name == "__init__.py"
+    digest = hashlib.sha256()
+    for path in sorted(file.parent.rglob("*.py")) if package else [file]:
+        digest.update(path.name.encode() + path.read_bytes())
+    return digest.hexdigest()

@@ -5,6 +5,7 @@ global batch and in their random state after the weights are drawn.
 """
 
 import math
+import sys
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
@@ -32,12 +33,12 @@ from syncbn.models import build_model
 from syncbn.norm import SyncBatchNorm
 from syncbn.optim import build_optimizer
 from syncbn.probes import Probes, View
-from syncbn.provenance import git_revision, versions
+from syncbn.provenance import git_revision, sources, versions
 from syncbn.runtime.base import Runtime
 from syncbn.sampling import SampleStream, rank_share
 from syncbn.sharded import whole
 from syncbn.tasks import Task, build_task
-from syncbn.tracking import Tracker
+from syncbn.tracking import Tracker, read_journal
 from syncbn.tracking.redact import redact
 from syncbn.train.accumulate import accumulated_share
 from syncbn.train.ema import Ema
@@ -228,8 +229,21 @@ def resume(state: State, tracker: Tracker) -> None:
     state.probes.load_state_dict(state.standing.probes)
     if meta.world_size == runtime.world_size:
         rng.restore(rng.from_text(meta.rng[runtime.rank]), runtime.device)
+    notes += _changed_extensions(cfg) if runtime.is_main else []
     _begin(state, tracker)
     tracker.event("resume", step=meta.step, checkpoint=checkpoint.path.name, notes=notes)
+
+
+def _changed_extensions(cfg: RunConfig) -> list[str]:
+    """What to tell the user where the source of an extension is not that of the attempt before; also on stderr."""
+    path = cfg.folder / "journal.jsonl"
+    records = list(read_journal(path)) if path.is_file() else []
+    starts = [r for r in records if r.get("event") == "start"]
+    before = starts[-1].get("extensions", {}) if starts else {}
+    changed = [n for n, sha in sources(cfg.extensions).items() if before.get(n, sha) != sha]
+    notes = [f"the source of extension {name} has changed since this run began" for name in changed]
+    sys.stderr.write("".join(f"warning: {note}\n" for note in notes))
+    return notes
 
 
 def _restored(state: State, extra: dict[str, Any]) -> Standing:
@@ -254,6 +268,7 @@ def _begin(state: State, tracker: Tracker) -> None:
         world_size=state.runtime.world_size,
         versions=versions(),
         git=git_revision(),
+        extensions=sources(state.cfg.extensions),
         samples=state.stream.digest(),
     )
     if state.weights is not None:

@@ -198,3 +198,12 @@ def test_a_run_with_transforms_goes_on_as_if_it_had_not_stopped(project):
     (project / "runs/cut/summary.json").unlink()
     (newest / "LATEST").write_text("step-000002\n")
     assert recorded_run(compose([*own, "name=cut"]), Solo(torch.device("cpu"))).final == whole
+
+
+def test_a_resumed_run_says_that_the_source_of_an_extension_has_changed(project, capsys):
+    cfg = compose([*OWN, "train.steps=4", "train.checkpoint_every=2", "tracking=journal"])
+    recorded_run(cfg, Solo(torch.device("cpu")))
+    (cfg.folder / "summary.json").unlink()
+    (project / "mine.py").write_text(EXAMPLE + "# changed")
+    recorded_run(cfg, Solo(torch.device("cpu")))
+    assert "warning: the source of extension mine has changed" in capsys.readouterr().err
