@@ -4,9 +4,10 @@ A split is asked for batches by sample *index* and knows nothing of ranks, epoch
 `syncbn.sampling`, so a sample looks the same whichever rank fetches it.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,6 +25,9 @@ from syncbn.registry import DATA
 
 __all__ = ["DataSets", "Split", "kept_in_memory", "load_data"]
 
+Collate = Callable[[list[tuple[Tensor, Any]]], tuple[Any, Any]]
+"""Makes a batch of samples, which are (input, target)."""
+
 
 @dataclass(frozen=True)
 class DataSets:
@@ -35,7 +39,9 @@ class DataSets:
     shape: tuple[int, int, int]
 
 
-def load_data(cfg: DataConfig, seed: int, pin_memory: bool = False) -> DataSets:
+def load_data(
+    cfg: DataConfig, seed: int, pin_memory: bool = False, collate: Collate | None = None
+) -> DataSets:
     """The data set that `cfg` names.
 
     Which samples are the test set, are held out (`validation`) or left out (`limit`) is fixed once for all
@@ -45,6 +51,7 @@ def load_data(cfg: DataConfig, seed: int, pin_memory: bool = False) -> DataSets:
         cfg: which data set, and how it is prepared.
         seed: decides augmentation, transforms, and what a data set draws at random.
         pin_memory: hand batches over in page-locked memory, unless `cfg` says otherwise.
+        collate: makes a batch of samples, where they are not just stacked.
 
     Raises:
         DataError: a data set that is missing, damaged or too small for `limit` or `validation`, or whose samples are
@@ -52,8 +59,8 @@ def load_data(cfg: DataConfig, seed: int, pin_memory: bool = False) -> DataSets:
         UsageError: what `cfg` asks for is not possible with this data set.
     """
     loading = Loading(cfg.num_loaders, pin_memory if cfg.pin_memory is None else cfg.pin_memory)
-    if _kept is None:
-        return _load(cfg, seed, loading)
+    if _kept is None or collate is not None:
+        return _load(cfg, seed, loading, collate)
     key = repr((cfg, loading, seed if _is_random(cfg) else None))
     if key not in _kept:
         _kept.clear()  # one at a time: MNIST takes 220 MB
@@ -81,7 +88,7 @@ def kept_in_memory() -> Iterator[None]:
 _kept: dict[str, DataSets] | None = None
 
 
-def _load(cfg: DataConfig, seed: int, loading: Loading) -> DataSets:
+def _load(cfg: DataConfig, seed: int, loading: Loading, collate: Collate | None = None) -> DataSets:
     if cfg.augment and cfg.name not in DATA.built_in:
         raise UsageError(
             f"data.augment=true is not allowed with data={cfg.name}: an extension varies its images itself, or by a "
@@ -95,10 +102,9 @@ def _load(cfg: DataConfig, seed: int, loading: Loading) -> DataSets:
         of_test = of_train.take(held_out) if cfg.validation else of_test
         of_train = of_train.take(kept)
     augment = Augment(seed, of_train.mirrors) if cfg.augment else None
-    train = of_train.split(Treatment(seed, augment, chosen(cfg.transforms, False)), loading)
-    test = of_test.split(
-        Treatment(seed, None, chosen(cfg.transforms, True), by_step=False), loading
-    )
+    on_train = Treatment(seed, augment, chosen(cfg.transforms, False), collate=collate)
+    on_test = Treatment(seed, None, chosen(cfg.transforms, True), by_step=False, collate=collate)
+    train, test = of_train.split(on_train, loading), of_test.split(on_test, loading)
     return DataSets(train, test, num_classes, _image_shape(cfg, train, test))
 
 

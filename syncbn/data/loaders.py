@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from syncbn.errors import InfrastructureError, SyncbnError
+from syncbn.structure import mapped
 
 Key = tuple[int, Tensor]
 """A step and the indices of its samples, int64 (n,)."""
@@ -56,7 +57,7 @@ def fetched(fetch: Fetch, keys: Iterable[Key], loading: Loading) -> Iterator[tup
 def pinned(batches: Iterable[tuple[Tensor, Any]], wanted: bool) -> Iterator[tuple[Tensor, Any]]:
     """`batches`, in page-locked memory where that is `wanted`."""
     for x, target in batches:
-        yield (x.pin_memory(), target.pin_memory()) if wanted else (x, target)
+        yield mapped((x, target), Tensor.pin_memory) if wanted else (x, target)
 
 
 def _from_loaders(

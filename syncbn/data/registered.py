@@ -20,6 +20,7 @@ from syncbn.data.source import Samples, as_classes
 from syncbn.data.transforms import Treatment
 from syncbn.errors import DataError, SyncbnError
 from syncbn.registry import DATA
+from syncbn.structure import as_tensors
 
 
 def read(cfg: DataConfig, seed: int) -> tuple[Samples, Samples]:
@@ -35,7 +36,7 @@ def read(cfg: DataConfig, seed: int) -> tuple[Samples, Samples]:
         raise DataError(f"data={cfg.name}: classes of the training and the test set differ: {odd}")
     target = train.target()
     num_outputs = _num_outputs(train, target)
-    if target.dim() == 0 and not target.is_floating_point():
+    if isinstance(target, Tensor) and target.dim() == 0 and not target.is_floating_point():
         train, test = (one.called(one.what, num_classes=num_outputs) for one in (train, test))
         for one in (train, test):
             _check_labels(one)
@@ -76,10 +77,18 @@ def _samples_of(dataset: Any, what: str) -> Samples:
     return DatasetSamples(cast(Dataset[Any], dataset), torch.arange(len(dataset)), what)
 
 
-def _num_outputs(samples: Samples, target: Tensor) -> int:
-    """What `num_classes` a model is built with: classes, or the values of a float target."""
+def _num_outputs(samples: Samples, target: Any) -> int:
+    """What `num_classes` a model is built with: classes, or the values of a float target.
+
+    Raises:
+        DataError: targets of several tensors, or of whole numbers that are no classes, say no number.
+    """
     if samples.num_classes is not None:
         return samples.num_classes
+    if not isinstance(target, Tensor):
+        raise DataError(
+            f"{samples.what} has targets of type {type(target).__name__}: give the data set num_classes"
+        )
     return target.numel() if target.is_floating_point() else int(samples.labels.max()) + 1
 
 
@@ -138,7 +147,7 @@ class DatasetSamples(Samples):
             targets = torch.as_tensor(given)[self.indices]
         return as_classes(targets, self.what)
 
-    def target(self) -> Tensor:
+    def target(self) -> Any:
         """See `Samples.target`."""
         with isolated():
             return self._sample(0)[1]
@@ -157,22 +166,33 @@ class DatasetSamples(Samples):
         Raises:
             DataError: a sample that cannot be fetched, or is of another shape than the first.
         """
+        return treatment.stacked(self._treated(step, indices, treatment), indices, self.name)
+
+    def batch(self, step: int, indices: Tensor, treatment: Treatment) -> tuple[Any, Any]:
+        """See `Samples.batch`; what a task collates itself need not be of one shape."""
+        if treatment.collate is None:
+            return self.fetch(step, indices, treatment)
+        return treatment.collate(self._treated(step, indices, treatment))
+
+    def _treated(
+        self, step: int, indices: Tensor, treatment: Treatment
+    ) -> list[tuple[Tensor, Any]]:
         samples = []
         with isolated():
             for index in indices.tolist():
                 treatment.seed_for(step, index)
                 samples.append(treatment.transformed(*self._sample(index), self.name(index)))
-        return treatment.stacked(samples, indices, self.name)
+        return samples
 
-    def _sample(self, index: int) -> tuple[Tensor, Tensor]:
-        """Input and target of one sample as tensors.
+    def _sample(self, index: int) -> tuple[Tensor, Any]:
+        """Input and target of one sample as tensors; see `as_tensors` for a target of several.
 
         Raises:
             DataError: it cannot be fetched, or is not (input tensor, target).
         """
         try:
             x, target = self.dataset[int(self.indices[index])]
-            x, target = torch.as_tensor(x), torch.as_tensor(target)
+            x, target = torch.as_tensor(x), as_tensors(target)
         except SyncbnError:
             raise
         except Exception as error:
@@ -180,7 +200,10 @@ class DatasetSamples(Samples):
             raise DataError(
                 f"{self.name(index)} is no pair of tensors (input, target): {why}"
             ) from error
-        whole = target.dim() == 0 and not target.is_floating_point()
-        if whole and self.num_classes is not None and not 0 <= int(target) < self.num_classes:
+        single = isinstance(target, Tensor) and target.dim() == 0
+        if single and not target.is_floating_point() and self._lacks(int(target)):
             raise _out_of_range(self, index, int(target))
         return x, target
+
+    def _lacks(self, target: int) -> bool:
+        return self.num_classes is not None and not 0 <= target < self.num_classes

@@ -15,6 +15,7 @@ from torch import Tensor
 from syncbn.data.loaders import Loading, fetched
 from syncbn.data.transforms import Shape, Treatment
 from syncbn.errors import DataError
+from syncbn.structure import part, tensors_of
 
 
 class Split(Protocol):
@@ -73,7 +74,7 @@ class Samples(ABC):
         """Classes, int64 (N,)."""
 
     @abstractmethod
-    def target(self) -> Tensor:
+    def target(self) -> Any:
         """The target of the first sample."""
 
     @abstractmethod
@@ -83,6 +84,13 @@ class Samples(ABC):
     @abstractmethod
     def fetch(self, step: int, indices: Tensor, treatment: Treatment) -> tuple[Tensor, Tensor]:
         """Inputs (n, *) and targets (n, *) of n > 0 samples as they are at `step`, ready for a model."""
+
+    def batch(self, step: int, indices: Tensor, treatment: Treatment) -> tuple[Any, Any]:
+        """What `fetch` gives, collated as the task does it where it has a way of its own."""
+        x, target = self.fetch(step, indices, treatment)
+        if treatment.collate is None:
+            return x, target
+        return treatment.collate(list(zip(x, target, strict=True)))
 
     def name(self, index: int) -> str:
         """What the sample at `index` is called in errors."""
@@ -123,9 +131,11 @@ class FetchedSplit:
 
     def __init__(self, samples: Samples, treatment: Treatment, loading: Loading) -> None:
         self._samples, self._loading = samples, loading
-        self._first = x, target = samples.fetch(0, torch.tensor([0]), treatment)
-        require_floating(x, samples.what)
-        shapes = tuple(x.shape[1:]), tuple(target.shape[1:])
+        self._first = x, target = samples.batch(0, torch.tensor([0]), treatment)
+        for one in tensors_of(x):
+            require_floating(one, samples.what)
+        alike = isinstance(x, Tensor) and isinstance(target, Tensor)
+        shapes = (tuple(x.shape[1:]), tuple(target.shape[1:])) if alike else None
         self._treatment = replace(treatment, shapes=shapes)
 
     def __len__(self) -> int:
@@ -139,7 +149,8 @@ class FetchedSplit:
     @property
     def shape(self) -> Shape:
         """See `Split.shape`."""
-        return tuple(self._first[0].shape[1:])
+        x = self._first[0]
+        return tuple(x[0].shape if isinstance(x, list) else next(tensors_of(x)).shape[1:])
 
     def batches(
         self, plan: Iterable[Tensor], first_step: int = 0
@@ -153,8 +164,8 @@ class FetchedSplit:
         loading = Loading(0, self._loading.pin_memory) if single else self._loading
         return fetched(self._fetch, enumerate(plan, first_step), loading)
 
-    def _fetch(self, step: int, indices: Tensor) -> tuple[Tensor, Tensor]:
+    def _fetch(self, step: int, indices: Tensor) -> tuple[Any, Any]:
         x, target = self._first
         if not len(indices):
-            return x[:0], target[:0]
-        return self._samples.fetch(step, indices, self._treatment)
+            return part(x, 0, 0), part(target, 0, 0)
+        return self._samples.batch(step, indices, self._treatment)

@@ -12,6 +12,7 @@ from syncbn.data.augment import Augment
 from syncbn.data.chance import seed_generators, seed_of
 from syncbn.errors import DataError, SyncbnError
 from syncbn.registry import TRANSFORMS
+from syncbn.structure import as_tensors, stacked
 
 Shape = tuple[int, ...]
 
@@ -73,7 +74,8 @@ class Treatment:
         transforms: in their order, after augmentation.
         by_step: whether a sample is another one at each step. Samples that are evaluated are not, because the number
             of ranks decides in which batch they come.
-        shapes: of the input and the target of the first sample, which all others must have too.
+        shapes: of the input and the target of the first sample, which all others must have too, where both are tensors.
+        collate: makes a batch of samples; None stacks them.
     """
 
     seed: int = 0
@@ -81,10 +83,11 @@ class Treatment:
     transforms: tuple[Transform, ...] = ()
     by_step: bool = True
     shapes: tuple[Shape, Shape] | None = None
+    collate: Callable[[list[tuple[Tensor, Any]]], tuple[Any, Any]] | None = None
 
     def __bool__(self) -> bool:
         """Whether anything is done to them."""
-        return self.augment is not None or bool(self.transforms)
+        return self.augment is not None or bool(self.transforms) or self.collate is not None
 
     def seed_for(self, step: int, index: int) -> None:
         """Seed the global generators for the sample `index` at `step`; see `isolated`."""
@@ -118,14 +121,16 @@ class Treatment:
 
     def stacked(
         self, samples: list[tuple[Tensor, Any]], indices: Tensor, name: Callable[[int], str]
-    ) -> tuple[Tensor, Tensor]:
-        """Inputs (n, *) and targets (n, *) of n > 0 samples.
+    ) -> tuple[Tensor, Any]:
+        """Inputs (n, *) and targets (n, *) of n > 0 samples; targets may be dicts and tuples of tensors.
 
         Raises:
             DataError: they are not all of one shape.
         """
         inputs = [x for x, _ in samples]
-        targets = [torch.as_tensor(target) for _, target in samples]
+        targets = [as_tensors(target) for _, target in samples]
+        if not all(isinstance(target, Tensor) for target in targets):
+            return _stacked(inputs, targets, indices, name)
         shape, target_shape = self.shapes or (inputs[0].shape, targets[0].shape)
         for index, x, target in zip(indices.tolist(), inputs, targets, strict=True):
             if x.shape != shape or target.shape != target_shape:
@@ -134,3 +139,16 @@ class Treatment:
                     f"{tuple(target.shape)}, sample 0 {tuple(shape)} and {tuple(target_shape)}: make them equal"
                 )
         return torch.stack(inputs), torch.stack(targets)
+
+
+def _stacked(
+    inputs: list[Tensor], targets: list[Any], indices: Tensor, name: Callable[[int], str]
+) -> tuple[Tensor, Any]:
+    try:
+        return torch.stack(inputs), stacked(targets)
+    except Exception as error:
+        why = " ".join(f"{type(error).__name__}: {error}".split())
+        raise DataError(
+            f"{name(int(indices[0]))} and those of its batch have targets that cannot be stacked: make them alike, or "
+            f"give the task a collate ({why})"
+        ) from error

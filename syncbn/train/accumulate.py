@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from syncbn.sampling import rank_share, share_sizes
+from syncbn.structure import cut
 
 
 def micro_sizes(num_samples: int, micro_batch: int) -> list[int]:
@@ -28,11 +29,11 @@ def accumulated_share(whole: Tensor, micro_batch: int, rank: int, world_size: in
 
 
 def accumulate(
-    backward: Callable[[Tensor, Tensor], Tensor],
+    backward: Callable[[Any, Any], Tensor],
     unreduced: Callable[[], AbstractContextManager[Any]],
     own_sizes: list[int],
-    x: Tensor,
-    y: Tensor,
+    x: Any,
+    y: Any,
 ) -> Tensor:
     """Leave the gradient of all micro-batches in `.grad`; this rank's share of the step's loss, `()`.
 
@@ -41,14 +42,14 @@ def accumulate(
         unreduced: within it `backward` reduces no gradients over ranks; the last micro-batch runs outside.
         own_sizes: this rank's samples in each micro-batch.
         x: this rank's samples of the step, micro-batch after micro-batch.
-        y: their labels.
+        y: their targets.
     """
-    total = torch.zeros((), dtype=x.dtype, device=x.device)
-    parts = list(zip(x.split(own_sizes), y.split(own_sizes), strict=True))
+    shares = []
+    parts = list(zip(cut(x, own_sizes), cut(y, own_sizes), strict=True))
     for part, reduces in zip(parts, _reduces(len(parts)), strict=True):
         with nullcontext() if reduces else unreduced():
-            total = total + backward(*part).detach()
-    return total
+            shares.append(backward(*part).detach())
+    return sum(shares[1:], shares[0])
 
 
 def own_sizes(num_samples: int, micro_batch: int, rank: int, world_size: int) -> list[int]:

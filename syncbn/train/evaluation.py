@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -9,7 +10,16 @@ from torch import Tensor, nn
 from syncbn.errors import NonFinite, UsageError
 from syncbn.norm import RanksDisagree
 from syncbn.runtime.base import Runtime
-from syncbn.tasks import Task, measures_of
+from syncbn.structure import count, doubled, moved
+from syncbn.tasks import (
+    Task,
+    computed,
+    measures_of,
+    metrics_of,
+    outputs_of,
+    update_of,
+    weight_of,
+)
 
 
 def settle_buffers(model: nn.Module, arm: str, runtime: Runtime) -> None:
@@ -44,45 +54,90 @@ def _refuse_differing(differs: dict[str, bool], runtime: Runtime) -> None:
             raise RanksDisagree(f"running statistics {name!r} differ between ranks")
 
 
-@torch.no_grad()
 def evaluate(
     model: nn.Module,
     task: Task,
-    batches: Iterable[tuple[Tensor, Tensor]],
+    batches: Iterable[tuple[Any, Any]],
     runtime: Runtime,
     dtype: torch.dtype,
+    num_classes: int = 0,
 ) -> dict[str, float]:
-    """The measures of `task` for `model` over all ranks' `batches`, as `test_<name>`: `test_loss` and others.
+    """The numbers of `evaluated`."""
+    return evaluated(model, task, batches, runtime, dtype, num_classes)[0]
 
-    Sums and the number of samples are added over ranks, so that the means are exact however unevenly samples are
+
+@torch.no_grad()
+def evaluated(
+    model: nn.Module,
+    task: Task,
+    batches: Iterable[tuple[Any, Any]],
+    runtime: Runtime,
+    dtype: torch.dtype,
+    num_classes: int,
+) -> tuple[dict[str, float], dict[str, Any]]:
+    """The measures and metrics of `task` for `model` over all ranks' `batches`, as `test_<name>`: `test_loss` and others; and tables,
+    nested lists by name, of metrics that are no single number.
+
+    Sums and the weight of samples are added over ranks, so that the means are exact however unevenly samples are
     shared; a rank without any has one empty batch.
 
     Raises:
         NonFinite: the loss is NaN or infinite.
-        UsageError: neither `loss` nor the measure that decides is among the task's.
+        UsageError: `loss` or the measure that decides is not among the task's, or the task fails.
     """
     model.eval()
     names: list[str] = []
     totals = torch.zeros((), dtype=torch.float64, device=runtime.device)
+    metrics, num_samples = _new_metrics(task, num_classes, runtime), 0
     for x, y in batches:
-        y = y.to(runtime.device, non_blocking=True)
-        output = model(x.to(runtime.device, dtype, non_blocking=True))
+        y = moved(y, runtime.device)
+        output = outputs_of(task, model, moved(x, runtime.device, dtype), y)
         found = measures_of(task, output, y)
-        count = torch.tensor(float(task.num_samples(y)), device=runtime.device)
+        weight = weight_of(task, y).to(runtime.device)
         names = list(found)
-        totals = totals + torch.stack([*found.values(), count.double()])
+        totals = totals + torch.stack([*found.values(), weight])
+        if metrics and count(y):
+            num_samples += count(y)
+            update_of(task, metrics, doubled(output), doubled(y))
     model.train()
-    *sums, num_samples = runtime.sum(totals).tolist()
-    means = {name: value / num_samples for name, value in zip(names, sums, strict=True)}
-    _check_measures(task, means)
-    return {f"test_{name}": value for name, value in means.items()}
+    *sums, whole = runtime.sum(totals).tolist()
+    means = {
+        name: value / whole if whole else math.nan for name, value in zip(names, sums, strict=True)
+    }
+    values = _values(task, metrics, num_samples, runtime)
+    numbers = means | {name: value for name, value in values.items() if isinstance(value, float)}
+    _check_measures(task, means, numbers)
+    tables = {name: value for name, value in values.items() if name not in numbers}
+    return {f"test_{name}": value for name, value in numbers.items()}, tables
 
 
-def _check_measures(task: Task, means: dict[str, float]) -> None:
-    for needed in ("loss", task.decides):
-        if needed not in means:
+def _new_metrics(task: Task, num_classes: int, runtime: Runtime) -> dict[str, Any]:
+    metrics = metrics_of(task, num_classes)
+    return {name: one.to(runtime.device).set_dtype(torch.float64) for name, one in metrics.items()}
+
+
+def _values(
+    task: Task, metrics: dict[str, Any], num_samples: int, runtime: Runtime
+) -> dict[str, Any]:
+    """What `metrics` have found over all ranks: a number, a nested list, or several by `name_key`."""
+    if not metrics:
+        return {}
+    from syncbn.train.metrics import reduce_over_ranks  # torchmetrics: 1 s, which only this needs
+
+    reduce_over_ranks(metrics, num_samples, runtime)
+    found: dict[str, Any] = {}
+    for name, metric in metrics.items():
+        value = computed(task, name, metric)
+        parts = value.items() if isinstance(value, dict) else [("", value)]
+        found |= {f"{name}_{key}" if key else name: torch.as_tensor(v).tolist() for key, v in parts}
+    return {k: float(v) if isinstance(v, int | float) else v for k, v in found.items()}
+
+
+def _check_measures(task: Task, means: dict[str, float], numbers: dict[str, float]) -> None:
+    for needed, given in (("loss", means), (task.decides, numbers)):
+        if needed not in given:
             raise UsageError(
-                f"{type(task).__name__}.measures gives {', '.join(means)}: {needed!r} must be among them"
+                f"{type(task).__name__}.measures gives {', '.join(given)}: {needed!r} must be among them"
             )
     if not math.isfinite(means["loss"]):
         raise NonFinite("the test loss is not finite: the model has diverged, lower optim.lr")

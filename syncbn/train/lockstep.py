@@ -26,10 +26,10 @@ class Lockstep(nn.Module):
         super().__init__()
         self.model, self.num_classes = model, num_classes
 
-    def forward(self, images: Tensor) -> Tensor:
+    def forward(self, images: Tensor, *rest: Any) -> Any:
         """Logits `(N, num_classes)` of `images`; all NaN, and so every gradient, after a failure."""
         try:
-            return self.model(images)
+            return self.model(images, *rest)
         except NonFiniteStatistics:
             # Every parameter takes part, because DistributedDataParallel waits for the gradients of all.
             touched = torch.stack([parameter.sum() for parameter in self.model.parameters()])

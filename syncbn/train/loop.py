@@ -20,16 +20,18 @@ from syncbn.norm import NonFiniteStatistics
 from syncbn.optim import learning_rate, set_rate
 from syncbn.probes import Batch
 from syncbn.runtime.base import Runtime
-from syncbn.tasks import loss_of
+from syncbn.structure import count
+from syncbn.tasks import Task, loss_of, outputs_of, weight_of
 from syncbn.tracking import Tracker
 from syncbn.train.accumulate import accumulate, own_sizes
 from syncbn.train.agreement import Agreement
-from syncbn.train.evaluation import evaluate, own_batches, settle_buffers
+from syncbn.train.evaluation import evaluated, own_batches, settle_buffers
 from syncbn.train.precision import autocast
 from syncbn.train.progress import Advance, progress
 from syncbn.train.state import State, build, checkpoint, resume
 from syncbn.train.stopping import StopRequest, stop_on_signals
 from syncbn.train.summary import RunSummary
+from syncbn.train.tables import write_tables
 
 
 def train(cfg: RunConfig, runtime: Runtime, tracker: Tracker) -> RunSummary:
@@ -79,7 +81,7 @@ class Loop:
             raise NonFinite(str(error), state.step) from error
         self._save()
         return RunSummary(
-            final=state.standing.final() | concluded,
+            final=state.standing.final(state.task) | concluded,
             steps=state.step,
             seconds=state.standing.seconds,
             world_size=state.runtime.world_size,
@@ -95,7 +97,7 @@ class Loop:
             if enough:
                 return
 
-    def _step(self, global_batch: int, x: Tensor, y: Tensor) -> None:
+    def _step(self, global_batch: int, x: Any, y: Any) -> None:
         """One optimiser step, and what its number makes due."""
         state, cfg = self.state, self.state.cfg
         rate = learning_rate(state.step, cfg.optim, cfg.train.steps, cfg.global_batch)
@@ -193,13 +195,16 @@ class Loop:
         averaged = nullcontext() if state.ema is None else state.ema.in_place()
         half = autocast(cfg.train.precision, state.runtime.device)
         with averaged, half, state.parallel.evaluation():
-            measured = evaluate(
+            measured, tables = evaluated(
                 state.model,
                 state.task,
                 state.sets.test.batches(batches),
                 state.runtime,
                 state.dtype,
+                state.sets.num_classes,
             )
+        if state.runtime.is_main:
+            write_tables(cfg.folder / "measures", state.step, tables)
         state.standing.measured, state.standing.measured_at = measured, state.step
         self.tracker.metrics(state.step, measured)
         standing = state.standing
@@ -228,13 +233,19 @@ class Loop:
         return reached or tired
 
 
-def _backward(state: State, global_batch: int, x: Tensor, y: Tensor) -> Tensor:
-    """Leave the gradient of the global mean loss in `.grad`; this rank's share of that loss, `()`."""
-    loss = loss_of(state.task, _outputs(state, x), y)
+def _backward(state: State, whole: int | Tensor, x: Any, y: Any) -> Tensor:
+    """Leave the gradient of the global mean loss in `.grad`; this rank's share of that loss, `()`.
+
+    `whole` is what the global batch counts for.
+    """
+    loss = loss_of(state.task, _outputs(state, x, y), y)
     # The backward pass begins with W / B, which spares it two small operations: 30 us of an MLP's 600.
-    weight = _weight(state.runtime.world_size, global_batch, loss.dtype, loss.device)
+    if isinstance(whole, int):
+        weight = _weight(state.runtime.world_size, whole, loss.dtype, loss.device)
+    else:
+        weight = (state.runtime.world_size / whole).to(loss.dtype)
     (loss if state.scale is None else state.scale.scaled(loss)).backward(weight)
-    return loss.detach() / global_batch
+    return loss.detach() / whole
 
 
 @lru_cache(maxsize=16)
@@ -243,14 +254,23 @@ def _weight(world_size: int, global_batch: int, dtype: torch.dtype, device: torc
     return torch.ones((), dtype=dtype, device=device) * world_size / global_batch
 
 
-def _gradients(state: State, global_batch: int, x: Tensor, y: Tensor) -> Tensor:
+def _whole(state: State, global_batch: int, y: Any) -> int | Tensor:
+    """What the global batch counts for: its samples, unless the task says its weight; 1 where that is 0."""
+    if type(state.task).weight is Task.weight:
+        return global_batch
+    total = state.runtime.sum(weight_of(state.task, y).detach().to(state.runtime.device, copy=True))
+    return torch.where(total > 0, total, 1.0)
+
+
+def _gradients(state: State, global_batch: int, x: Any, y: Any) -> Tensor:
     """`_backward` of the whole step, micro-batch by micro-batch where it has several."""
     cfg, runtime = state.cfg, state.runtime
+    whole = _whole(state, global_batch, y)
     if cfg.train.accumulate == 1:
-        return _backward(state, global_batch, x, y)
+        return _backward(state, whole, x, y)
     sizes = own_sizes(global_batch, cfg.micro_batch, runtime.rank, runtime.world_size)
     return accumulate(
-        lambda *part: _backward(state, global_batch, *part), state.parallel.unreduced, sizes, x, y
+        lambda *part: _backward(state, whole, *part), state.parallel.unreduced, sizes, x, y
     )
 
 
@@ -274,19 +294,19 @@ def _move(state: State) -> None:
         state.ema.update()
 
 
-def _outputs(state: State, x: Tensor) -> Any:
+def _outputs(state: State, x: Any, y: Any) -> Any:
     """The network's outputs in training; whether a norm gets too few values shows here for networks with poolings.
 
     Raises:
         UsageError: a batch norm with one value per channel.
     """
     try:
-        return state.wrapped(x)
+        return outputs_of(state.task, state.wrapped, x, y)
     except ValueError as error:
         if "more than 1 value per channel" not in str(error):
             raise
         raise UsageError(
-            f"{len(x)} sample(s) on rank {state.runtime.rank} are too few for norm={state.cfg.norm.name} in this "
+            f"{count(x)} sample(s) on rank {state.runtime.rank} are too few for norm={state.cfg.norm.name} in this "
             f"network: use a larger train.per_rank_batch, and train.drop_last=true ({error})"
         ) from error
 

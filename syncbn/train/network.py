@@ -17,6 +17,7 @@ from syncbn.config import TrainConfig
 from syncbn.errors import UsageError
 from syncbn.norm import SyncBatchNorm
 from syncbn.norm.ops.recompute import unchanged
+from syncbn.structure import mapped
 from syncbn.train.precision import HALF, Autocast
 
 
@@ -46,10 +47,12 @@ class _ChannelsLast(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, images: Tensor) -> Any:
-        if images.dim() == 4:
-            images = images.contiguous(memory_format=torch.channels_last)
-        return self.model(images)
+    def forward(self, images: Any, *rest: Any) -> Any:
+        return self.model(mapped(images, _channels_last), *rest)
+
+
+def _channels_last(images: Tensor) -> Tensor:
+    return images.contiguous(memory_format=torch.channels_last) if images.dim() == 4 else images
 
 
 class _Compiled(nn.Module):
@@ -64,9 +67,9 @@ class _Compiled(nn.Module):
         self.network = network
         self._compiled = (torch.compile(network, dynamic=False),)  # no second submodule
 
-    def forward(self, images: Tensor) -> Any:
+    def forward(self, *inputs: Any) -> Any:
         try:
-            return self._compiled[0](images)
+            return self._compiled[0](*inputs)
         except RuntimeError as error:
             from torch._dynamo.exc import BackendCompilerFailed  # 2 s, which only this needs
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from syncbn.errors import NonFinite
+from syncbn.structure import mapped
 
 HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
 """The dtype of autocast by `train.precision`; others run without."""
@@ -35,7 +36,11 @@ class Autocast(nn.Module):
         """As `model`."""
         with autocast(self.precision, self.device):
             outputs = self.model(*inputs)
-        return outputs.float() if isinstance(outputs, Tensor) else outputs
+        return mapped(outputs, _in_float32)
+
+
+def _in_float32(outputs: Tensor) -> Tensor:
+    return outputs.float() if outputs.is_floating_point() else outputs
 
 
 class LossScale:

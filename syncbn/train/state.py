@@ -37,7 +37,8 @@ from syncbn.provenance import git_revision, sources, versions
 from syncbn.runtime.base import Runtime
 from syncbn.sampling import SampleStream, rank_share
 from syncbn.sharded import whole
-from syncbn.tasks import Task, build_task
+from syncbn.structure import moved
+from syncbn.tasks import Task, build_task, collate_of
 from syncbn.tracking import Tracker, read_journal
 from syncbn.tracking.redact import redact
 from syncbn.train.accumulate import accumulated_share
@@ -60,7 +61,7 @@ class Standing:
     measured_at: int = -1
     """The step of the last evaluation."""
     best_error: float = math.inf
-    """The best value of the measure that the task decides by."""
+    """The best value of the measure that the task decides by; negated where higher is better, as `kept_error` is."""
     evaluations_since_best: int = 0
     kept_error: float = math.inf
     """The lowest value of the measure that the task decides by, with `train.keep_best`."""
@@ -71,9 +72,10 @@ class Standing:
     probes: dict[str, Any] = field(default_factory=dict)
     """What the probes have summed up."""
 
-    def final(self) -> dict[str, float]:
-        """What a run's summary says of it."""
-        kept = {"best_error": self.kept_error, "best_step": float(self.kept_step)}
+    def final(self, task: Task) -> dict[str, float]:
+        """What a run's summary says of it; the best is what `task` measured, whichever way is better."""
+        best = self.kept_error if task.lower_is_better else -self.kept_error
+        kept = {f"best_{task.decides}": best, "best_step": float(self.kept_step)}
         return (
             {"train_loss": self.train_loss} | self.measured | (kept if self.kept_step >= 0 else {})
         )
@@ -112,13 +114,13 @@ class State:
         """The floating dtype of parameters and inputs."""
         return getattr(torch, self.cfg.train.dtype_name)
 
-    def batches(self) -> Iterator[tuple[int, Tensor, Tensor]]:
-        """For each step to come: the size of its global batch, and this rank's share of images and labels."""
+    def batches(self) -> Iterator[tuple[int, Any, Any]]:
+        """For each step to come: the size of its global batch, and this rank's share of inputs and targets."""
         sizes: deque[int] = deque()
         shares = self.sets.train.batches(self._shares(sizes), first_step=self.step)
         for x, y in shares:
-            x = x.to(self.runtime.device, self.dtype, non_blocking=True)
-            yield sizes.popleft(), x, y.to(self.runtime.device, non_blocking=True)
+            x = moved(x, self.runtime.device, self.dtype)
+            yield sizes.popleft(), x, moved(y, self.runtime.device)
 
     def _shares(self, sizes: deque[int]) -> Iterator[Tensor]:
         """This rank's sample indices step by step; appends the global batch's size to `sizes` as it goes."""
@@ -148,8 +150,11 @@ def build(cfg: RunConfig, runtime: Runtime) -> State:
             f"{cfg.num_ranks} rank(s), but {runtime.world_size} were started"
         )
     task = build_task(cfg.task)
+    _refuse_target(cfg, task)
     _refuse_pinning(cfg, runtime)
-    sets = load_data(cfg.data, cfg.seed, pin_memory=runtime.device.type == "cuda")
+    sets = load_data(
+        cfg.data, cfg.seed, pin_memory=runtime.device.type == "cuda", collate=collate_of(task)
+    )
     labels = sets.train.labels if cfg.train.shares == "by_class" else None
     stream = SampleStream(len(sets.train), cfg.global_batch, cfg.seed, cfg.train.drop_last, labels)
     model = build_model(cfg.model, sets.shape, sets.num_classes, cfg.seed)
@@ -182,6 +187,14 @@ def build(cfg: RunConfig, runtime: Runtime) -> State:
         Callbacks(cfg.callbacks, runtime) if cfg.callbacks else None,
         report,
     )
+
+
+def _refuse_target(cfg: RunConfig, task: Task) -> None:
+    if cfg.train.target_error is not None and not task.lower_is_better:
+        raise UsageError(
+            f"train.target_error={cfg.train.target_error:g} is not allowed with task={cfg.task.name}, which decides by "
+            f"{task.decides}, of which more is better: leave it out, or use train.patience"
+        )
 
 
 def _refuse_pinning(cfg: RunConfig, runtime: Runtime) -> None:
