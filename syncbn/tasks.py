@@ -33,8 +33,8 @@ class Task(ABC):
     """What a run optimises and is measured by.
 
     `output` is what the model returns for a batch of inputs, and `target` the batch of what the data set holds beside
-    them: tensors, or dicts, lists and tuples of them (`syncbn.structure`). What is a mean over samples, or over whatever
-    `weight` counts, is one of the `measures`; what is not, such as an area under a curve, one of the `metrics`.
+    them: tensors, or dicts, lists and tuples of them (`syncbn.structure`). What is a mean over samples, or
+    over what `weight` counts, is one of the `measures`; what is not, such as an area under a curve, one of the `metrics`.
     """
 
     decides: ClassVar[str] = "error"
@@ -94,8 +94,8 @@ class Classification(Task):
     and with `top` above 1 `error_top<k>` (the class is not among the `top` largest).
 
     Args:
-        cfg: `label_smoothing` (Szegedy et al. 2016, section 7), `top`, and `confusion`, which adds `macro_accuracy`, the
-            mean over classes of the share of a class that is found, and the table `confusion_matrix`.
+        cfg: `label_smoothing` (Szegedy et al. 2016, section 7), `top`, and `confusion`, which adds `macro_accuracy`,
+            the mean over classes of the share of a class that is found, and the table `confusion_matrix`.
     """
 
     def __init__(self, *, cfg: TaskConfig) -> None:
@@ -155,6 +155,7 @@ class Regression(Task):
 
     def metrics(self, num_classes: int) -> "dict[str, Metric]":
         """See `Task.metrics`."""
+        del num_classes
         from torchmetrics import R2Score
 
         class R2(R2Score):
@@ -270,8 +271,8 @@ def _collated(task: Task, samples: list[Sample]) -> tuple[Any, Any]:
     for what, part in zip(("inputs", "targets"), batch, strict=True):
         if not any(True for _ in tensors_of(part)) or count(part) != len(samples):
             raise UsageError(
-                f"{_of(task, 'collate')} gave {_shape(part)} as {what} of {len(samples)} sample(s): tensors whose first "
-                "dimension is the samples, in dicts or tuples, or a list of an item a sample, are needed"
+                f"{_of(task, 'collate')} gave {_shape(part)} as {what} of {len(samples)} sample(s): tensors whose "
+                "first dimension is the samples, in dicts or tuples, or a list of an item a sample, are needed"
             )
     return batch
 

@@ -118,8 +118,8 @@ class TaskConfig:
     top: int = 1
     """Also measure how often the class is not among the `top` largest logits (classification)."""
     confusion: bool = False
-    """Also measure the accuracy averaged over classes, and write the confusion matrix of the last evaluation to the run's
-    `measures/confusion_matrix.json` (classification)."""
+    """Also measure the accuracy averaged over classes, and write the confusion matrix of the last evaluation to
+    the run's `measures/confusion_matrix.json` (classification)."""
     options: dict[str, Any] = field(default_factory=dict)
     """What an extension's task takes by keyword."""
 

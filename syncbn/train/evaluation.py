@@ -49,8 +49,8 @@ def _equal(one: Tensor, other: Tensor) -> bool:
 
 def _refuse_differing(differs: dict[str, bool], runtime: Runtime) -> None:
     flags = torch.tensor(list(differs.values()), dtype=torch.float64, device=runtime.device)
-    for name, count in zip(differs, runtime.sum(flags).tolist(), strict=True):
-        if count:
+    for name, differing in zip(differs, runtime.sum(flags).tolist(), strict=True):
+        if differing:
             raise RanksDisagree(f"running statistics {name!r} differ between ranks")
 
 
@@ -75,8 +75,9 @@ def evaluated(
     dtype: torch.dtype,
     num_classes: int,
 ) -> tuple[dict[str, float], dict[str, Any]]:
-    """The measures and metrics of `task` for `model` over all ranks' `batches`, as `test_<name>`: `test_loss` and others; and tables,
-    nested lists by name, of metrics that are no single number.
+    """Measures and metrics of `task` for `model` over all ranks' `batches`, by name: numbers and tables.
+
+    Numbers are called `test_<name>`. Tables are nested lists, of metrics that are no single number.
 
     Sums and the weight of samples are added over ranks, so that the means are exact however unevenly samples are
     shared; a rank without any has one empty batch.
@@ -129,8 +130,13 @@ def _values(
     for name, metric in metrics.items():
         value = computed(task, name, metric)
         parts = value.items() if isinstance(value, dict) else [("", value)]
-        found |= {f"{name}_{key}" if key else name: torch.as_tensor(v).tolist() for key, v in parts}
-    return {k: float(v) if isinstance(v, int | float) else v for k, v in found.items()}
+        found |= {f"{name}_{key}" if key else name: _plain(torch.as_tensor(v)) for key, v in parts}
+    return found
+
+
+def _plain(value: Tensor) -> Any:
+    """A number where `value` has one element, else nested lists."""
+    return float(value) if value.numel() == 1 else value.tolist()
 
 
 def _check_measures(task: Task, means: dict[str, float], numbers: dict[str, float]) -> None:

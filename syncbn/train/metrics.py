@@ -6,7 +6,6 @@ nothing; states that are a mean are weighted by the samples behind them.
 """
 
 import io
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -63,7 +62,7 @@ def _reduce(
     metric._computed = None
 
 
-def _together(values: list[Any], reduction: Callable[..., Any] | None, counts: Tensor) -> Any:
+def _together(values: list[Any], reduction: Any, counts: Tensor) -> Any:
     """One state of all ranks, as torchmetrics reduces it where every rank has samples."""
     if len(values) == 1:
         return values[0]
