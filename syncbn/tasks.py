@@ -33,8 +33,9 @@ class Task(ABC):
     """What a run optimises and is measured by.
 
     `output` is what the model returns for a batch of inputs, and `target` the batch of what the data set holds beside
-    them: tensors, or dicts, lists and tuples of them (`syncbn.structure`). What is a mean over samples, or
-    over what `weight` counts, is one of the `measures`; what is not, such as an area under a curve, one of the `metrics`.
+    them: tensors, or dicts, lists and tuples of them (`syncbn.structure`). What is a mean over samples,
+    or over what `weight` counts, is one of the `measures`; what is not, such as an area
+    under a curve, one of the `metrics`.
     """
 
     decides: ClassVar[str] = "error"
