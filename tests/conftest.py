@@ -21,6 +21,8 @@ from hypothesis import HealthCheck, settings
 from programs import Bench
 from ranks import COVERAGE, RankPool
 
+from syncbn.registry import CALLBACKS, REGISTRIES, TRANSFORMS
+
 # A busy machine is slow, not wrong.
 settings.register_profile("patient", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("patient")
@@ -104,3 +106,10 @@ def _rank_pool() -> Iterator[None]:
     traced = COVERAGE in os.environ
     _pool.close(kill=not traced)
     _interpreter.close(kill=not traced)
+
+
+@pytest.fixture
+def own_registrations(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a test registers goes with it."""
+    for registry in (*REGISTRIES.values(), TRANSFORMS, CALLBACKS):
+        monkeypatch.setattr(registry, "_entries", dict(registry._entries))

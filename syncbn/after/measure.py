@@ -61,38 +61,45 @@ def measure(found: Found, overrides: Sequence[str] = (), which: str = LATEST) ->
 def measures(run: Trained) -> dict[str, float]:
     """`test_<name>` of the run's model over `run.sets.test`."""
     world_size = run.checkpoint.meta.world_size
-    earlier: list[Tensor] = []
+    share: _Share | None = None
     found: dict[str, float] = {}
     for rank in range(world_size):
-        share = _Share(run.device, rank, world_size, earlier)
-        batches = own_batches(len(run.sets.test), share, run.cfg.train.eval_batch)
+        share = _Share(run.device, rank, world_size, share)
+        own = own_batches(len(run.sets.test), share, run.cfg.train.eval_batch)
+        batches = run.sets.test.batches(own)
         with run.autocast():
-            found = evaluate(run.model, run.task, run.sets.test.batches(batches), share, run.dtype)
-        earlier = share.sums
+            found = evaluate(run.model, run.task, batches, share, run.dtype, run.sets.num_classes)
     run.model.eval()
     return found
 
 
 class _Share(Solo):
-    """One of the run's ranks, each of whose sums comes on top of that of the ranks before it.
+    """One of the run's ranks, to whose collectives it and the ranks before it have come.
 
     Args:
         device: where the rank computes.
         rank: which it is.
         world_size: of how many.
-        earlier: the sums of the rank before it, in the order in which it asked for them.
+        before: the rank before it, which has done what this one will do.
     """
 
     def __init__(
-        self, device: torch.device, rank: int, world_size: int, earlier: Sequence[Tensor]
+        self, device: torch.device, rank: int, world_size: int, before: "_Share | None"
     ) -> None:
         super().__init__(device)
         self.rank, self.world_size = rank, world_size
-        self._earlier = iter(earlier)
         self.sums: list[Tensor] = []
+        self.gathered: list[list[Tensor]] = []
+        self._sums_before = iter([] if before is None else before.sums)
+        self._gathered_before = iter([] if before is None else before.gathered)
 
     def sum(self, values: Tensor) -> Tensor:
         """`values` and those of all ranks before."""
-        before = next(self._earlier, None)
+        before = next(self._sums_before, None)
         self.sums.append(values.clone() if before is None else before + values)
         return self.sums[-1]
+
+    def gather(self, values: Tensor) -> list[Tensor]:
+        """`values` after those of all ranks before."""
+        self.gathered.append([*next(self._gathered_before, []), values])
+        return self.gathered[-1]

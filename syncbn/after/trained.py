@@ -17,7 +17,7 @@ from syncbn.errors import CheckpointError, UsageError
 from syncbn.models import build_model
 from syncbn.norm import SyncBatchNorm
 from syncbn.runtime.local import pick_device
-from syncbn.tasks import Task, build_task
+from syncbn.tasks import Task, build_task, collate_of
 from syncbn.train.precision import autocast
 
 LATEST, BEST = "latest", "best"
@@ -81,7 +81,8 @@ def open_run(found: Found, which: str = LATEST, cfg: RunConfig | None = None) ->
     cfg = found.config if cfg is None else cfg
     torch.set_num_threads(cfg.train.num_threads)
     device = pick_device(cfg.train.device, 0)
-    task, sets = build_task(cfg.task), load_data(cfg.data, cfg.seed)
+    task = build_task(cfg.task)
+    sets = load_data(cfg.data, cfg.seed, collate=collate_of(task))
     try:
         model = _built(cfg, sets, checkpoint, cfg.train.virtual).to(device)
     except CheckpointError as error:

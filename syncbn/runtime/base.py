@@ -30,6 +30,10 @@ class Runtime(Protocol):
         """`values` of rank 0, in place on every rank."""
         ...
 
+    def gather(self, values: Tensor) -> list[Tensor]:
+        """Every rank's `values` (n,), in the order of ranks; n may differ."""
+        ...
+
     def barrier(self) -> None:
         """Return when every rank has called it."""
         ...
@@ -60,6 +64,10 @@ class Solo:
     def from_main(self, values: Tensor) -> Tensor:
         """`values`, unchanged."""
         return values
+
+    def gather(self, values: Tensor) -> list[Tensor]:
+        """`values` alone."""
+        return [values]
 
     def barrier(self) -> None:
         """Return at once."""

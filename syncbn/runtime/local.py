@@ -35,6 +35,15 @@ class TorchrunRuntime:
         dist.broadcast(values, src=0)
         return values
 
+    def gather(self, values: Tensor) -> list[Tensor]:
+        """Every rank's `values` (n,), in the order of ranks."""
+        sizes = torch.zeros(self.world_size, dtype=torch.int64, device=self.device)
+        sizes[self.rank] = len(values)
+        longest = int(self.sum(sizes).max())
+        rows = [values.new_empty(longest) for _ in range(self.world_size)]
+        dist.all_gather(rows, torch.cat([values, values.new_zeros(longest - len(values))]))
+        return [row[:size] for row, size in zip(rows, sizes.tolist(), strict=True)]
+
     def barrier(self) -> None:
         """Return when every rank has called it."""
         dist.barrier()

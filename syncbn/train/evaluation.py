@@ -60,7 +60,7 @@ def evaluate(
     batches: Iterable[tuple[Any, Any]],
     runtime: Runtime,
     dtype: torch.dtype,
-    num_classes: int = 0,
+    num_classes: int,
 ) -> dict[str, float]:
     """The numbers of `evaluated`."""
     return evaluated(model, task, batches, runtime, dtype, num_classes)[0]
@@ -114,7 +114,11 @@ def evaluated(
 
 def _new_metrics(task: Task, num_classes: int, runtime: Runtime) -> dict[str, Any]:
     metrics = metrics_of(task, num_classes)
-    return {name: one.to(runtime.device).set_dtype(torch.float64) for name, one in metrics.items()}
+    if not metrics:
+        return metrics
+    from syncbn.train.metrics import prepared  # torchmetrics: 1 s, which only this needs
+
+    return prepared(metrics, runtime.device)
 
 
 def _values(
@@ -123,7 +127,7 @@ def _values(
     """What `metrics` have found over all ranks: a number, a nested list, or several by `name_key`."""
     if not metrics:
         return {}
-    from syncbn.train.metrics import reduce_over_ranks  # torchmetrics: 1 s, which only this needs
+    from syncbn.train.metrics import reduce_over_ranks
 
     reduce_over_ranks(metrics, num_samples, runtime)
     found: dict[str, Any] = {}

@@ -1,6 +1,6 @@
 """Metrics of torchmetrics over all ranks, reduced by the run's own runtime.
 
-Every rank gets the states of all, as bytes that two sums collect, and reduces them itself: any state travels exactly,
+Every rank gets the states of all, as bytes, and reduces them itself: any state travels exactly,
 lists of any length too. Ranks that have seen no sample are left out, so that the defaults of their states count for
 nothing; states that are a mean are weighted by the samples behind them.
 """
@@ -18,6 +18,21 @@ from syncbn.structure import mapped
 
 States = dict[str, dict[str, Any]]
 """By metric and by the state's name."""
+
+
+def prepared(metrics: dict[str, Metric], device: torch.device) -> dict[str, Metric]:
+    """`metrics` on `device`, counting in whole numbers or float64, and leaving other ranks to `reduce_over_ranks`."""
+    for name, one in metrics.items():
+        for _, metric in _parts(name, one.to(device)):
+            if not all(_is_whole(default) for default in metric._defaults.values()):
+                metric.set_dtype(torch.float64)
+            # Else torchmetrics would reduce over the default group, once more, and where a process is alone too.
+            metric.sync_on_compute = metric._to_sync = False
+    return metrics
+
+
+def _is_whole(default: Any) -> bool:
+    return isinstance(default, Tensor) and not default.is_floating_point()
 
 
 def reduce_over_ranks(metrics: dict[str, Metric], num_samples: int, runtime: Runtime) -> None:
@@ -84,14 +99,8 @@ def _gathered(value: Any, runtime: Runtime) -> list[Any]:
     """Every rank's `value`, in the order of ranks."""
     buffer = io.BytesIO()
     torch.save(value, buffer)
-    own = torch.frombuffer(bytearray(buffer.getvalue()), dtype=torch.uint8).to(runtime.device)
-    sizes = torch.zeros(runtime.world_size, dtype=torch.int64, device=runtime.device)
-    sizes[runtime.rank] = len(own)
-    runtime.sum(sizes)
-    rows = torch.zeros(runtime.world_size, int(sizes.max()), dtype=torch.uint8, device=own.device)
-    rows[runtime.rank, : len(own)] = own
-    runtime.sum(rows)
+    own = torch.frombuffer(bytearray(buffer.getvalue()), dtype=torch.uint8)
     return [
-        torch.load(io.BytesIO(row[:size].cpu().numpy().tobytes()), weights_only=True)
-        for row, size in zip(rows, sizes.tolist(), strict=True)
+        torch.load(io.BytesIO(of_rank.cpu().numpy().tobytes()), weights_only=True)
+        for of_rank in runtime.gather(own.to(runtime.device))
     ]

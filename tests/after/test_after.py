@@ -20,7 +20,6 @@ from syncbn.cli.guard import invoke
 from syncbn.compose import compose
 from syncbn.data import load_data
 from syncbn.data.files import file_reader
-from syncbn.registry import REGISTRIES
 from syncbn.runtime.base import Solo
 from syncbn.runtime.local import TorchrunRuntime
 from syncbn.train import recorded_run
@@ -70,12 +69,10 @@ def trained(name: str, *overrides: str) -> dict[str, float]:
 
 
 @pytest.fixture
-def place(tmp_path, monkeypatch, capsys):
+def place(tmp_path, monkeypatch, capsys, own_registrations):
     """A folder of its own; what an extension there registers goes with the test."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [p for p in sys.path if p not in ("", str(tmp_path))])
-    for registry in REGISTRIES.values():
-        monkeypatch.setattr(registry, "_entries", dict(registry._entries))
     yield Place(tmp_path, capsys)
     sys.modules.pop("mine", None)
 
@@ -104,9 +101,8 @@ def test_a_run_measured_again_gives_its_own_numbers_bit_for_bit(place, arm):
 @pytest.mark.parametrize("arm", ["sync", "local", "local_avg"])
 @pytest.mark.world_size(2)
 def test_so_does_a_run_of_several_ranks(world_size, tmp_path, arm):
-    cfg = compose(
-        ["debug=tiny", f"runs_dir={tmp_path}", f"norm={arm}", f"launcher.num_workers={world_size}"]
-    )
+    settings = ["debug=tiny", f"norm={arm}", "task.confusion=true"]  # a metric, gathered from ranks
+    cfg = compose([*settings, f"runs_dir={tmp_path}", f"launcher.num_workers={world_size}"])
     final = recorded_run(cfg, TorchrunRuntime(CPU.device)).final
     if dist.get_rank() == 0:
         assert measure(find(str(cfg.folder)))["measures"] == own_measures(final)

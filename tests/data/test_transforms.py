@@ -16,7 +16,6 @@ from syncbn.config import DataConfig, config_hash
 from syncbn.config.identity import identity, identity_of
 from syncbn.data import load_data
 from syncbn.errors import DataError, UsageError
-from syncbn.registry import DATA, TRANSFORMS
 
 RAMP = torch.arange(64.0).reshape(1, 8, 8)
 
@@ -34,10 +33,8 @@ class Pairs(Dataset):
 
 
 @pytest.fixture(autouse=True)
-def registered(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def registered(own_registrations: None) -> Iterator[None]:
     """A data set and transforms, which go with the test."""
-    for registry in (DATA, TRANSFORMS):
-        monkeypatch.setattr(registry, "_entries", dict(registry._entries))
     extend.data("pairs")(lambda root, split: Pairs())
     extend.data("in_memory")(
         lambda root, split: TensorDataset(RAMP.expand(16, 1, 8, 8), torch.arange(16) % 2)

@@ -9,7 +9,6 @@ import pytest
 from programs import ROOT, SYNCBN, losses
 
 from syncbn.cli.launching import make_plan
-from syncbn.registry import REGISTRIES
 
 pytestmark = pytest.mark.untraced
 PAGE = (ROOT / "docs/bring-your-own.md").read_text()
@@ -38,11 +37,11 @@ def test_what_is_registered_takes_twenty_lines():
     assert len(code) <= 20
 
 
-def test_every_launch_of_the_page_composes_with_its_own_names(project, monkeypatch):
+def test_every_launch_of_the_page_composes_with_its_own_names(
+    project, monkeypatch, own_registrations
+):
     monkeypatch.chdir(project.folder)
     monkeypatch.syspath_prepend(str(project.folder))
-    for registry in REGISTRIES.values():
-        monkeypatch.setattr(registry, "_entries", dict(registry._entries))
     launches = [
         match for line in COMMANDS if (match := LAUNCH.match(line)) and match[2] != "advise"
     ]

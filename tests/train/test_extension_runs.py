@@ -11,7 +11,6 @@ import torch
 from syncbn.compose import compose, vary
 from syncbn.errors import DataError, SyncbnError, UsageError
 from syncbn.extensions import load_extensions
-from syncbn.registry import REGISTRIES, TRANSFORMS
 from syncbn.runtime.base import Solo
 from syncbn.train import recorded_run
 
@@ -23,13 +22,11 @@ OWN = ["extensions=[mine]", "model=spots_net", "data=spots", "debug=tiny"]
 
 
 @pytest.fixture
-def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, own_registrations: None) -> Path:
     """A folder with the page's example as `mine.py`, the current one; what it registers goes with the test."""
     (tmp_path / "mine.py").write_text(EXAMPLE)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [p for p in sys.path if p not in ("", str(tmp_path))])
-    for registry in (*REGISTRIES.values(), TRANSFORMS):
-        monkeypatch.setattr(registry, "_entries", dict(registry._entries))
     monkeypatch.delitem(sys.modules, "mine", raising=False)
     yield tmp_path
     sys.modules.pop("mine", None)

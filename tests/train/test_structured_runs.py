@@ -9,7 +9,6 @@ import torch
 
 from syncbn.compose import compose
 from syncbn.errors import UsageError
-from syncbn.registry import REGISTRIES
 from syncbn.runtime.base import Solo
 from syncbn.runtime.local import TorchrunRuntime
 from syncbn.train import recorded_run
@@ -75,12 +74,10 @@ class Detection(extend.Task):
 
 
 @pytest.fixture
-def project(tmp_path, monkeypatch):
+def project(tmp_path, monkeypatch, own_registrations):
     (tmp_path / "mine.py").write_text(EXAMPLE + MORE)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [p for p in sys.path if p not in ("", str(tmp_path))])
-    for registry in REGISTRIES.values():
-        monkeypatch.setattr(registry, "_entries", dict(registry._entries))
     monkeypatch.delitem(sys.modules, "mine", raising=False)
     yield tmp_path
     sys.modules.pop("mine", None)

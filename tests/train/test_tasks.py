@@ -66,6 +66,7 @@ def _evaluated(runtime, num_samples=7):
         ((x[i], y[i]) for i in own),
         runtime,
         torch.float32,
+        num_classes=4,
     )
 
 
@@ -102,10 +103,10 @@ class _Odd(Task):
 def test_what_decides_must_be_measured_and_a_loss_must_be_finite(monkeypatch):
     batches = [(torch.ones(2, 1), torch.zeros(2))]
     with pytest.raises(UsageError, match="measures gives loss, error: 'beauty' must be among them"):
-        evaluate(nn.Identity(), _Odd(), batches, Solo(CPU), torch.float32)
+        evaluate(nn.Identity(), _Odd(), batches, Solo(CPU), torch.float32, 1)
     monkeypatch.setattr(_Odd, "decides", "error")
     with pytest.raises(NonFinite, match="test loss is not finite"):
-        evaluate(nn.Identity(), _Odd(), batches, Solo(CPU), torch.float32)
+        evaluate(nn.Identity(), _Odd(), batches, Solo(CPU), torch.float32, 1)
 
 
 def test_a_task_derives_from_task(monkeypatch):
