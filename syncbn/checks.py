@@ -203,6 +203,11 @@ def check(cfg: Config) -> None:
     for complaint in (*_of_names(cfg), *_across_keys(cfg)):
         raise UsageError(complaint)
     if cfg.study is not None:
+        if cfg.tracking.log_model:
+            raise UsageError(
+                "tracking.log_model=True is not allowed in a study, whose trials log no model: train one of them again "
+                "with `syncbn train` and a name of its own"
+            )
         if cfg.train.time_limit_s is not None:
             raise UsageError(
                 f"train.time_limit_s={cfg.train.time_limit_s:g} is not allowed in a study: its trials are compared "
@@ -237,6 +242,8 @@ def _across_keys(cfg: Config) -> Iterator[str]:
         yield f"model={name} needs model.arch, the name of a {name} classification model"
     yield from _no_part_of_the_model(cfg)
     yield from _of_training(cfg)
+    if cfg.tracking.log_model:
+        yield from _of_the_logged_model(cfg)
     if cfg.optim.nesterov and not cfg.optim.momentum:
         yield "optim.nesterov=True needs optim.momentum > 0"
     if cfg.norm.name == "sync_group":
@@ -261,6 +268,16 @@ def _across_keys(cfg: Config) -> Iterator[str]:
             f"norm.ghost_size={cfg.norm.ghost_size} must divide "
             f"train.per_rank_batch={cfg.train.per_rank_batch}"
         )
+
+
+def _of_the_logged_model(cfg: Config) -> Iterator[str]:
+    """Complaints about a run whose network is to be logged."""
+    if cfg.tracking.name == "journal":
+        yield "tracking.log_model=True is not allowed with tracking=journal: models go to MLflow; tracking=mlflow"
+    name = cfg.tracking.registered_name
+    if not name.strip(" .") or set(name) & set("/:"):
+        key = "tracking.experiment" if cfg.tracking.model_name is None else "tracking.model_name"
+        yield f"{key}={name!r} is not allowed as the name of a registered model: a text without / and :"
 
 
 def _no_part_of_the_model(cfg: Config) -> Iterator[str]:

@@ -49,7 +49,8 @@ def export(run: Trained, to: str, out: Path | None = None) -> dict[str, Any]:
         out: the file; None means `model.<to>` in the run's folder.
 
     Returns:
-        `file`, `format`, `step`, `bytes`, and `max_difference` from the run's outputs, over 1 + |output|.
+        `file`, `format`, `step`, `bytes`, `dtype`, the shapes `input` and `output` of a sample, and `max_difference`
+        from the run's outputs, over 1 + |output|.
 
     Raises:
         UsageError: what the format needs is not installed, the model cannot be traced, or `out` cannot be written.
@@ -70,6 +71,9 @@ def export(run: Trained, to: str, out: Path | None = None) -> dict[str, Any]:
         "format": to,
         "step": run.checkpoint.meta.step,
         "bytes": size,
+        "dtype": str(exported.inputs.dtype).removeprefix("torch."),
+        "input": list(exported.inputs.shape[1:]),
+        "output": list(exported.outputs.shape[1:]),
         "max_difference": difference,
     }
 

@@ -302,6 +302,15 @@ class TrackingConfig:
     """MLflow tracking URI; none means the sqlite store in runs_dir."""
     experiment: str | None = None
     """MLflow experiment; none means the study's name, or `runs`."""
+    log_model: bool = False
+    """At the end of a run, log its network to MLflow as a graph that needs nothing of this package, and register it."""
+    model_name: str | None = None
+    """The registered model that `tracking.log_model` adds a version to; none means the experiment's name."""
+
+    @property
+    def registered_name(self) -> str:
+        """The registered model of a single run."""
+        return self.model_name or self.experiment or "runs"
 
 
 @dataclass

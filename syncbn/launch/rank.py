@@ -11,7 +11,7 @@ from syncbn.train.summary import RunSummary
 
 
 def run_rank(cfg: RunConfig, runtime: Runtime) -> RunSummary:
-    """Train `cfg`; on rank 0 hold the run's folder and ship its journal to MLflow meanwhile.
+    """Train `cfg`; on rank 0 hold the run's folder, ship its journal to MLflow meanwhile, and its network at the end.
 
     Raises:
         SyncbnError: see `recorded_run`; `CheckpointError` where another job holds the folder.
@@ -20,4 +20,9 @@ def run_rank(cfg: RunConfig, runtime: Runtime) -> RunSummary:
         if runtime.is_main:
             stack.enter_context(RunLock(cfg.folder))
             stack.enter_context(tracked(cfg))
-        return recorded_run(cfg, runtime)
+        summary = recorded_run(cfg, runtime)
+        if runtime.is_main and cfg.tracking.log_model:
+            from syncbn.after.logged import record_model  # torch.export takes a second to import
+
+            record_model(cfg)
+        return summary

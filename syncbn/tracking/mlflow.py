@@ -5,18 +5,32 @@ ends it as FINISHED at exit, also when the process was killed.
 """
 
 import re
+import shutil
+import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mlflow.entities import Metric, Param, Run, RunTag
+import numpy as np
+from mlflow.entities import (
+    LoggedModel,
+    LoggedModelOutput,
+    LoggedModelStatus,
+    Metric,
+    Param,
+    Run,
+    RunTag,
+)
 from mlflow.exceptions import MlflowException
+from mlflow.models import Model, ModelSignature
+from mlflow.pyfunc import save_model
 from mlflow.tracking import MlflowClient
+from mlflow.types import Schema, TensorSpec
 
 from syncbn.tracking.service import SQLITE, sqlite_path
 from syncbn.tracking.shipper import log, one_line
 from syncbn.tracking.source import RemoteRun, RunGone, RunKey
-from syncbn.tracking.update import Update
+from syncbn.tracking.update import ModelFile, Update
 
 METRICS_AT_ONCE, PARAMS_AT_ONCE = 1000, 100
 JOURNAL_TAG = "syncbn.journal"
@@ -67,6 +81,42 @@ class MlflowSink:
     def upload(self, run_id: str, file: Path, folder: str | None) -> None:
         """Copy `file` into the run's artifacts, over an earlier copy."""
         self._client.log_artifact(run_id, str(file), folder)
+
+    def log_model(self, run_id: str, file: Path, model: ModelFile) -> None:
+        """Log `file` as a model of the run, and register it as `model.registered`, each unless a former call has.
+
+        The file is what MLflow's own `serialization_format="pt2"` writes. It is copied as it was checked: exporting
+        here again, in a thread, could not be cut short at the end of the process.
+        """
+        versions = self._client.search_model_versions(f"run_id = '{run_id}'")
+        if any(version.name == model.registered for version in versions):
+            return
+        logged = self._logged_model(run_id, file, model)
+        try:
+            self._client.create_registered_model(model.registered)
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                raise
+        # Not "models:/<id>", which a store in a file looks up at the process's global tracking URI.
+        place = logged.artifact_location
+        self._client.create_model_version(model.registered, place, run_id, model_id=logged.model_id)
+
+    def _logged_model(self, run_id: str, file: Path, model: ModelFile) -> LoggedModel:
+        """The run's model, made and uploaded as far as a former call has not."""
+        experiment_id = self._client.get_run(run_id).info.experiment_id
+        where = f"source_run_id = '{run_id}'"
+        found = next(iter(self._client.search_logged_models([experiment_id], where)), None)
+        if found is None:
+            found = self._client.create_logged_model(experiment_id, "model", run_id)
+            output = LoggedModelOutput(found.model_id, model.step)
+            self._client.log_outputs(run_id, [output])
+        if found.status != LoggedModelStatus.READY:
+            with tempfile.TemporaryDirectory(prefix="syncbn-model-") as folder:
+                described = Model(run_id=run_id, model_uuid=found.model_id, model_id=found.model_id)
+                save(Path(folder), file, model, described)
+                self._client.log_model_artifacts(found.model_id, f"{folder}/model")
+            self._client.finalize_logged_model(found.model_id, LoggedModelStatus.READY)
+        return found
 
     def abandon(self, experiment: str, journal_id: str) -> None:
         """Mark the run of `journal_id`, and its children, as KILLED where they still count as running."""
@@ -126,6 +176,27 @@ class MlflowSink:
             if found is None:
                 raise
             return found
+
+
+def save(folder: Path, file: Path, model: ModelFile, described: Model) -> None:
+    """Write `file` as a model in MLflow's format, with the flavors pytorch and python_function, to `folder`/model."""
+    data = folder / "pt2"
+    data.mkdir()
+    shutil.copy(file, data / "model.pt2")
+    dtype = np.dtype(model.dtype)
+    described.signature = ModelSignature(
+        Schema([TensorSpec(dtype, (-1, *model.input))]),
+        Schema([TensorSpec(dtype, (-1, *model.output))]),
+    )
+    described.add_flavor("pytorch", model_data="data/pt2", pytorch_version=model.torch, code=None)
+    save_model(
+        folder / "model",
+        loader_module="mlflow.pytorch",
+        data_path=str(data),
+        mlflow_model=described,
+        model_config={"device": "cpu"},  # the graph's, also where there is a GPU
+        pip_requirements=[f"torch=={model.torch.partition('+')[0]}"],
+    )
 
 
 def allowed(key: str) -> str:

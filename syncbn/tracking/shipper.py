@@ -88,9 +88,11 @@ class Shipper:
         if all(source.complete for source in self._sources):
             return 0
         unsent = self.num_unsent()
+        what = f"{unsent} records are" if unsent else "files of the run's end are"
         log.warning(
-            "MLflow at %s: %d records are so far in the journal alone (%s); send them later with `syncbn ship %s`",
-            self._target, unsent, self.failure or "no answer yet", self._sources[0].folder,
+            "MLflow at %s: %s so far %s alone (%s); send them later with `syncbn ship %s`",
+            self._target, what, "in the journal" if unsent else "in its folder",
+            self.failure or "no answer yet", self._sources[0].folder,
         )  # fmt: skip
         return unsent
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from syncbn.tracking.tail import Chunk, Tail
-from syncbn.tracking.update import Point, Update, fold
+from syncbn.tracking.update import ModelFile, Point, Update, fold
 
 RECORDS_AT_ONCE = 300
 """Journal records sent together: about a thousand points, the most that one request to MLflow may hold."""
@@ -59,6 +59,10 @@ class Sink(Protocol):
         """Add `file` to the run's artifacts, in `folder`."""
         ...
 
+    def log_model(self, run_id: str, file: Path, model: ModelFile) -> None:
+        """Make `file` a model of the run, and a version of a registered one, where it is neither yet."""
+        ...
+
     def abandon(self, experiment: str, journal_id: str) -> None:
         """Mark the run of `journal_id` and its children as killed, where they still count as running."""
         ...
@@ -98,6 +102,7 @@ class RunSource:
         self.remote: RemoteRun | None = None
         self._first: Mapping[str, Any] = {}
         self._unsure = False
+        self._model: ModelFile | None = None
         self.last_ms = 0
         self.complete = False
 
@@ -119,6 +124,7 @@ class RunSource:
             if self.remote is None or chunk.starts_over:
                 self._end_open_run(sink)
                 self._first = chunk.records[0]
+                self._model = None
                 self.remote = self._open(sink, self._first)
             elif (
                 self._unsure
@@ -158,6 +164,7 @@ class RunSource:
         self._unsure = False
         for point in update.points:
             remote.last_steps[point.key] = max(point.step, remote.last_steps.get(point.key, -1))
+        self._model = update.model or self._model
         remote.has_params = remote.has_params or bool(update.params)
         if update.status is not None:
             remote.ended = update.status != "RUNNING"
@@ -170,6 +177,8 @@ class RunSource:
         if self._closing_words is not None:
             self._send(sink, remote, self._closing_words(self.folder, self.last_ms))
         self._end_open_run(sink)
+        if self._model is not None and (file := self.folder / self._model.file).is_file():
+            sink.log_model(remote.run_id, file, self._model)
 
     def _end_open_run(self, sink: Sink) -> None:
         """A run whose journal stopped without an `end`, or was begun anew, was killed."""

@@ -6,7 +6,7 @@ the journal's own steps and times; tags and status are the last ones said.
 
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from syncbn.tracking.redact import redact, redact_text
@@ -29,6 +29,25 @@ class Point:
     """Milliseconds since the epoch."""
 
 
+@dataclass(frozen=True)
+class ModelFile:
+    """A run's network, exported by torch, as its `model` record describes it."""
+
+    file: str
+    """Its name in the run's folder."""
+    registered: str
+    """The name of the registered model that it is a version of."""
+    step: int
+    dtype: str
+    """Of inputs and outputs, as NumPy calls it."""
+    input: list[int]
+    """Shape of a sample."""
+    output: list[int]
+    """Shape of what the network makes of one sample."""
+    torch: str
+    """The version that exported it."""
+
+
 @dataclass
 class Update:
     """What a batch of records says about one run."""
@@ -40,6 +59,7 @@ class Update:
     """`RUNNING`, `FINISHED`, `FAILED` or `KILLED`; None where these records say nothing about it."""
     time_ms: int = 0
     """Time of the last record that set the status."""
+    model: ModelFile | None = None
 
 
 def fold(records: Iterable[Mapping[str, Any]]) -> Update:
@@ -52,6 +72,8 @@ def fold(records: Iterable[Mapping[str, Any]]) -> Update:
             _start(update, record)
         elif record.get("event") == "end":
             _end(update, record)
+        elif record.get("event") == "model":
+            update.model = ModelFile(**{each.name: record[each.name] for each in fields(ModelFile)})
     return update
 
 

@@ -5,7 +5,16 @@ from dataclasses import replace
 import pytest
 
 from syncbn.checks import check
-from syncbn.config import Config, LauncherConfig, ModelConfig, NormConfig, ProbeConfig, TrainConfig
+from syncbn.config import (
+    Config,
+    LauncherConfig,
+    ModelConfig,
+    NormConfig,
+    ProbeConfig,
+    StudyConfig,
+    TrackingConfig,
+    TrainConfig,
+)
 from syncbn.errors import UsageError
 
 REFUSED = {
@@ -57,3 +66,19 @@ def test_options_that_need_real_ranks_are_refused_for_virtual_ones():
     check(cfg)
     with pytest.raises(UsageError, match=r"norm=torch_sync .* train\.virtual=True.*norm=sync"):
         check(replace(cfg, train=TrainConfig(virtual=True)))
+
+
+@pytest.mark.parametrize(
+    ("cfg", "named"),
+    [
+        (Config(tracking=TrackingConfig(name="journal")), "tracking=journal: models go to MLflow"),
+        (Config(study=StudyConfig()), "in a study, whose trials log no model"),
+        (Config(tracking=TrackingConfig(model_name="a/b")), r"tracking\.model_name='a/b' is not"),
+        (Config(tracking=TrackingConfig(experiment="a:b")), r"tracking\.experiment='a:b' is not"),
+        (Config(tracking=TrackingConfig(model_name=" ")), r"tracking\.model_name=' ' is not"),
+    ],
+)
+def test_a_network_that_could_not_be_logged_is_refused_before_it_is_trained(cfg, named):
+    logged = replace(cfg, tracking=replace(cfg.tracking, log_model=True))
+    with pytest.raises(UsageError, match=named):
+        check(logged)

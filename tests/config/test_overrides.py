@@ -87,6 +87,7 @@ BAD_GRIDS = {
     "task=regression,classification": "one task, by whose measure they are sorted",
     "study=demo,cost": "`syncbn studies`",
     "extensions=[a],[b]": "a list of module names",
+    "seed=1,2 tracking.name=mlflow tracking.log_model=true": "in a sweep, whose trials log no model",
     "seed=1,${oc.env:PATH}": "only oc.env of HOME",
 }
 

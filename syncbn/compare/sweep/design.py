@@ -70,6 +70,11 @@ def sweep_of(overrides: Sequence[str], forced: Sequence[str] = ()) -> Sweep:
     """
     grid, configs = compose_grid([*overrides, *forced])
     found = list(configs)
+    if any(cfg.tracking.log_model for _, cfg in found):
+        raise UsageError(
+            "tracking.log_model=True is not allowed in a sweep, whose trials log no model: train the best again with "
+            "`syncbn train`, its settings and a name of its own"
+        )
     named = any(setting.partition("=")[0] == "name" for setting in overrides)
     first = found[0][1]
     base = first if named else replace(first, name=f"{first.name}-sweep")
