@@ -98,7 +98,9 @@ def compose(overrides: Sequence[str] = ()) -> Config:
     refuse_unsafe(overrides)
     refuse_several(overrides)
     _prepare(overrides)
-    return _checked(_tree(overrides))
+    cfg = _checked(_tree(overrides))
+    pin(cfg)
+    return cfg
 
 
 def compose_grid(overrides: Sequence[str]) -> tuple[Grid, Iterator[tuple[Point, Config]]]:
@@ -122,7 +124,9 @@ def _configs(grid: Grid) -> Iterator[tuple[Point, Config]]:
         try:
             if chosen not in trees:
                 trees[chosen] = _tree([*grid.fixed, *chosen])
-            yield point, _checked(_with_values(trees[chosen], point))
+            cfg = _checked(_with_values(trees[chosen], point))
+            pin(cfg)
+            yield point, cfg
         except UsageError as error:
             said = " ".join(f"{key}={value.text}" for key, value in point.items())
             raise UsageError(f"trial {said}: {error}") from error
@@ -135,7 +139,7 @@ def _with_values(tree: DictConfig, point: Point) -> DictConfig:
         if _is_group(key):
             continue
         try:
-            OmegaConf.update(tree, key, value.plain, force_add=key.startswith("optim.groups"))
+            OmegaConf.update(tree, key, value.plain, force_add=key.startswith(_OWN_NAMES))
         except OmegaConfBaseException as error:
             raise UsageError(f"{key}={value.text} is not allowed: {_one_line(error)}") from error
     return tree
@@ -166,7 +170,6 @@ def _checked(tree: DictConfig) -> Config:
         raise UsageError(_one_line(error)) from error
     assert isinstance(cfg, Config)
     _check(cfg)
-    pin(cfg)
     return cfg
 
 
@@ -246,6 +249,8 @@ def _with_new_names(override: str) -> str:
 def recorded_config(tree: Mapping[str, Any]) -> Config:
     """The config that a journal holds as `tree`, checked; keys that are younger than it have their defaults.
 
+    Weights that the run began with may have gone or changed since; their sha256 stays as it is recorded.
+
     Raises:
         UsageError: a key or a value that is not known any more.
     """
@@ -285,7 +290,8 @@ def vary(cfg: Config, overrides: Sequence[str]) -> RunConfig:
         raise UsageError(_one_line(error)) from error
     assert isinstance(varied, Config)
     _check(varied)
-    pin(varied)
+    if varied.model != cfg.model:
+        pin(varied)
     return RunConfig(**{field.name: getattr(varied, field.name) for field in fields(RunConfig)})
 
 

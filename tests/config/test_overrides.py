@@ -6,6 +6,7 @@ from syncbn.compare.sweep.design import Sweep, sweep_of, trial_name
 from syncbn.compose import compose, compose_grid
 from syncbn.config import config_hash
 from syncbn.errors import UsageError
+from syncbn.registry import CALLBACKS, TRANSFORMS
 
 
 def points(*overrides):
@@ -52,6 +53,25 @@ def test_a_point_is_what_its_settings_alone_compose_to():
     for point, cfg in compose_grid([*fixed, *swept])[1]:
         alone = compose([*fixed, *(f"{key}={value.text}" for key, value in point.items())])
         assert cfg == alone
+
+
+def test_options_of_transforms_and_callbacks_are_swept_as_any_key(monkeypatch):
+    for key, registry, build in (
+        ("data.transforms", TRANSFORMS, _dim),
+        ("callbacks", CALLBACKS, _watch),
+    ):
+        monkeypatch.setattr(registry, "_entries", {})
+        registry.register("own")(build)
+        for point, cfg in compose_grid([f"{key}.own.by=1.0,2.0"])[1]:
+            assert cfg == compose([f"{key}.own.by={point[f'{key}.own.by'].text}"])
+
+
+def _dim(input, *, by: float = 0.5):
+    return input * by
+
+
+def _watch(*, by: float = 0.5):
+    return by
 
 
 def test_quoted_commas_and_lists_are_one_value():
