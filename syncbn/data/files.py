@@ -124,8 +124,10 @@ def _fixed(path: Path, which: Published, cfg: DataConfig) -> Tensor:
             f"{path} is an image of mode {image.mode}: data={which.name} has {wanted}, "
             f"{len(which.mean)} channel(s) of 8 bits"
         )
-    pixels = _transformed(pil_to_tensor(image), cfg, path)
-    return preparation(cfg.binarize, which.mean, which.std)(pixels)
+    pixels = pil_to_tensor(image)
+    if which is _DIGITS:  # whose transforms see pixels in [0, 1]
+        pixels = pixels / 255
+    return preparation(cfg.binarize, which.mean, which.std)(_transformed(pixels, cfg, path))
 
 
 def _treatment(cfg: DataConfig) -> Treatment:

@@ -20,6 +20,7 @@ from syncbn.cli.guard import invoke
 from syncbn.compose import compose
 from syncbn.data import load_data
 from syncbn.data.files import file_reader
+from syncbn.registry import TRANSFORMS
 from syncbn.runtime.base import Solo
 from syncbn.runtime.local import TorchrunRuntime
 from syncbn.train import recorded_run
@@ -118,6 +119,14 @@ def test_the_best_checkpoint_and_that_of_a_step(place):
     assert place.json("evaluate", "r", "--checkpoint", str(best["step"])) == best
 
 
+def test_a_run_is_measured_whatever_became_of_the_weights_that_it_began_with(place):
+    trained("base")
+    final = trained("tuned", "model.weights=base")
+    trained("base", "seed=1", "train.resume=false")
+    assert place.json("evaluate", "tuned")["measures"] == own_measures(final)
+    assert place.json("evaluate", "tuned", "data.limit=9")["measures"] == own_measures(final)
+
+
 def test_nothing_of_the_run_is_changed(place):
     trained("r")
     files = {path: path.read_bytes() for path in Path("runs").rglob("*") if path.is_file()}
@@ -155,6 +164,16 @@ def test_a_file_read_alone_is_the_sample_that_the_folder_gives(place):
     trained("r", "data=image_folder", "data.root=pets", "data.image_size=16")
     said = place.json("predict", "r", "pets/test", "--top", "2")
     assert {one["name"] for one in said[0]["classes"]} == {"cat", "dog"}
+
+
+def test_a_transform_sees_a_file_of_a_digit_as_it_sees_those_of_the_data_set(place, monkeypatch):
+    monkeypatch.setattr(TRANSFORMS, "_entries", {})
+    TRANSFORMS.register("negative", on_test=True)(lambda input: 1 - input)
+    plain, cfg = (
+        compose(["data=digits", f"data.transforms={t}"]).data for t in ("{}", "{negative:{}}")
+    )
+    file = Path(grey(place.folder / "a.png"))
+    assert torch.equal(file_reader(cfg)(file), 1 - file_reader(plain)(file))
 
 
 def test_a_data_set_of_an_extension_says_how_a_file_becomes_an_input(place):
