@@ -28,6 +28,7 @@ from syncbn.checkpoint import (
 )
 from syncbn.config import RunConfig, config_hash, resume_hash
 from syncbn.data import DataSets, load_data
+from syncbn.data.chance import seed_generators
 from syncbn.errors import UsageError
 from syncbn.models import build_model
 from syncbn.norm import SyncBatchNorm
@@ -161,12 +162,12 @@ def build(cfg: RunConfig, runtime: Runtime) -> State:
     model = apply_arm(model, cfg.norm, cfg.launcher.num_workers if cfg.train.virtual else None)
     if runtime.world_size == 1:
         _leave_alone(model)
+    model.to(getattr(torch, cfg.train.dtype_name))  # before weights, which may have as many bits
     report = _given_weights(model, cfg, runtime)
-    model.to(getattr(torch, cfg.train.dtype_name))
     network = trained(model, cfg.train, runtime.device)
     spread = parallel(cfg.train.parallel, runtime)
     spread.place(model)
-    torch.manual_seed(cfg.seed * 1_000_003 + runtime.rank)  # dropout: another stream a rank
+    _seed(cfg.seed * 1_000_003 + runtime.rank)  # dropout: another stream a rank
     optimizer = build_optimizer(model, cfg.optim)
     if cfg.norm.name == "sync_group":
         network = spread.in_step(network, sets.num_classes)
@@ -195,6 +196,12 @@ def _refuse_target(cfg: RunConfig, task: Task) -> None:
             f"train.target_error={cfg.train.target_error:g} is not allowed with task={cfg.task.name}, which decides by "
             f"{task.decides}, of which more is better: leave it out, or use train.patience"
         )
+
+
+def _seed(seed: int) -> None:
+    """Seed every generator whose state a checkpoint holds; forked ranks have a state of numpy's in common."""
+    torch.manual_seed(seed)
+    seed_generators(seed)
 
 
 def _refuse_pinning(cfg: RunConfig, runtime: Runtime) -> None:

@@ -2,11 +2,13 @@
 
 import json
 import os
+import random
 import signal
 from dataclasses import replace
 from pathlib import Path
 from unittest.mock import patch
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -28,6 +30,7 @@ from syncbn.runtime import Solo, TorchrunRuntime
 from syncbn.tracking import Untracked, read_journal
 from syncbn.train import loop, recorded_run, train
 from syncbn.train.agreement import Agreement
+from syncbn.train.state import build
 
 pytestmark = pytest.mark.untraced
 CPU = torch.device("cpu")
@@ -49,6 +52,20 @@ def _config(folder, world_size, arm="sync", **train_options) -> RunConfig:
         train=TrainConfig(**options),
         launcher=LauncherConfig(num_workers=world_size),
     )
+
+
+@pytest.mark.world_size(2)
+def test_each_rank_draws_numbers_of_its_own_which_the_seed_decides(world_size, tmp_path):
+    """Forked ranks begin with one state of numpy's generator."""
+    runtime, seen = TorchrunRuntime(CPU), []
+    for _ in range(2):
+        np.random.seed(0)  # noqa: NPY002 - what a fork inherits
+        build(_config(tmp_path, world_size), runtime)
+        seen.append([random.random(), np.random.random(), float(torch.rand(()))])  # noqa: NPY002
+        random.random()
+    assert seen[0] == seen[1]
+    others = runtime.from_main(torch.tensor(seen[0], dtype=torch.float64)).tolist()
+    assert all((a == b) == runtime.is_main for a, b in zip(seen[0], others, strict=True))
 
 
 def _losses(folder: Path) -> dict[int, float]:

@@ -75,6 +75,13 @@ def test_a_run_that_averages_gives_what_it_evaluates_with(trained):
     assert all(torch.equal(state[name], tensor) for name, tensor in averages.items())
 
 
+def test_no_bit_of_float64_weights_is_lost(trained):
+    state = {name: t.double() + 1e-12 for name, t in trained.items() if t.is_floating_point()}
+    torch.save(state, "fine.pt")
+    begun = _start("model.weights=fine.pt", "train.precision=float64")
+    assert all(torch.equal(begun[name], tensor) for name, tensor in state.items())
+
+
 def test_fine_tuning_with_other_classes_leaves_the_output_layer_random(trained):
     cfg = compose(
         [*TINY, *OTHER, "name=tuned", "model.weights=base", "model.weights_match=backbone"]
