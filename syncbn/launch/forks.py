@@ -8,6 +8,7 @@ share that memory. Nothing else happens in the server, so it has no threads and 
 import os
 import signal
 import threading
+from collections.abc import Mapping
 from multiprocessing import (
     active_children,
     forkserver,
@@ -31,6 +32,9 @@ half of a large layer's time (docs/performance.md)."""
 SAVING_S = 30.0
 
 _STOPPING = (signal.SIGINT, signal.SIGTERM)
+
+_OF_THE_SERVER = dict(os.environ)
+"""In a fork: the environment that the server was started in."""
 
 
 def start_server(num_threads: int) -> None:
@@ -83,6 +87,16 @@ def end_forks(signal_number: int) -> None:
         os.kill(rank.pid, signal_number)
         rank.join(SAVING_S)
         rank.kill()
+
+
+def take_environment(environ: Mapping[str, str]) -> None:
+    """In a rank: have `environ`, that of the process that started it, which may have changed since the server was.
+
+    What torchrun's agent has set besides stays.
+    """
+    by_agent = {n: v for n, v in os.environ.items() if _OF_THE_SERVER.get(n) != v}
+    os.environ.clear()
+    os.environ.update({**environ, **by_agent})
 
 
 def listen() -> None:

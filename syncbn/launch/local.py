@@ -8,7 +8,7 @@ at all.
 import logging
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from syncbn.config import Config, RunConfig
 from syncbn.errors import Stopped
 from syncbn.extensions import load_extensions
 from syncbn.launch.children import after_signal, failure, reports_in, told
-from syncbn.launch.forks import end_forks, listen, start_server, wait_for_server
+from syncbn.launch.forks import end_forks, listen, start_server, take_environment, wait_for_server
 from syncbn.launch.outcomes import lost_ranks_named
 from syncbn.launch.rank import run_rank
 from syncbn.launch.study import conduct
@@ -102,7 +102,7 @@ def _under_an_agent(cfg: RunConfig, work: Work, num_ranks: int, folder: str) -> 
         logging.CRITICAL
     )  # we say it in one line
     try:
-        return elastic_launch(launch, _rank)(cfg, work)[0]
+        return elastic_launch(launch, _rank)(cfg, work, dict(os.environ))[0]
     except SignalException as signalled:
         end_forks(signalled.sigval)
         raise after_signal(signalled.sigval, reports_in(Path(folder)), num_ranks) from signalled
@@ -110,10 +110,11 @@ def _under_an_agent(cfg: RunConfig, work: Work, num_ranks: int, folder: str) -> 
         raise failure(reports_in(Path(folder)), num_ranks) from failed
 
 
-def _rank(cfg: RunConfig, work: Work) -> Any:
-    """What each process that the agent starts runs."""
+def _rank(cfg: RunConfig, work: Work, environ: Mapping[str, str]) -> Any:
+    """What each process that the agent starts runs, in `environ`."""
     with told():
         listen()
+        take_environment(environ)
         return _work(cfg, work)
 
 

@@ -3,10 +3,13 @@
 import os
 import signal
 import subprocess
+import sys
 
 import psutil
 import pytest
 from programs import HANGS_S, TRAIN, cmdline, complaint, losses, wait_until
+
+from syncbn.launch import forks
 
 ENDLESS = ("tracking=journal", "model.hidden=[8]", "train.per_rank_batch=4", "train.steps=1000000",
            "optim.schedule=constant", "data=synthetic", "launcher.num_workers=2")  # fmt: skip
@@ -95,3 +98,45 @@ def test_a_signal_while_ranks_start_claims_a_checkpoint_only_where_there_is_one(
     saved = (bench.folder / "runs" / "run" / "checkpoints" / "LATEST").is_file()
     how = ", checkpoint saved" if saved else " before a checkpoint could be saved"
     assert complaint(result).endswith(f"stopped by signal 15{how}")
+
+
+def test_a_rank_has_the_environment_of_who_starts_it_and_not_of_an_older_server(monkeypatch):
+    monkeypatch.setattr(os, "environ", os.environ.copy())
+    monkeypatch.setattr(forks, "_OF_THE_SERVER", {"KEPT": "1", "CHANGED": "1", "GONE": "1"})
+    os.environ.clear()
+    os.environ.update({"KEPT": "1", "CHANGED": "1", "GONE": "1", "RANK": "3"})
+    forks.take_environment({"KEPT": "1", "CHANGED": "2", "NEW": "1"})
+    assert dict(os.environ) == {"KEPT": "1", "CHANGED": "2", "NEW": "1", "RANK": "3"}
+
+
+TWICE = """
+import os
+from syncbn.compose import compose
+from syncbn.launch.local import launch_run
+
+if __name__ == "__main__":
+    for number in ("1", "2"):
+        os.environ["NUMBER"] = number
+        launch_run(compose(["debug=tiny", "launcher.num_workers=2", "callbacks.told={}",
+                            "extensions=[mine]", f"name=r{number}"]))
+"""
+TOLD = """
+import os
+import syncbn.extend as extend
+
+@extend.callback("told")
+class Told(extend.Callback):
+    def start(self, moment):
+        moment.record(number=float(os.environ["NUMBER"]))
+"""
+
+
+@pytest.mark.slow
+def test_a_second_run_of_one_process_has_the_environment_as_it_is_then(bench):
+    (bench.folder / "twice.py").write_text(TWICE)
+    (bench.folder / "mine.py").write_text(TOLD)
+    done = bench.run(sys.executable, "twice.py")
+    assert done.returncode == 0, done.stderr
+    for number in (1, 2):
+        journal = (bench.folder / "runs" / f"r{number}" / "journal.jsonl").read_text()
+        assert f'"number": {number}.0' in journal
