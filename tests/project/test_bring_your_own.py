@@ -9,6 +9,7 @@ import pytest
 from programs import ROOT, SYNCBN, losses
 
 from syncbn.cli.launching import make_plan
+from syncbn.compare.advice import error_study
 
 pytestmark = pytest.mark.untraced
 PAGE = (ROOT / "docs/bring-your-own.md").read_text()
@@ -42,12 +43,12 @@ def test_every_launch_of_the_page_composes_with_its_own_names(
 ):
     monkeypatch.chdir(project.folder)
     monkeypatch.syspath_prepend(str(project.folder))
-    launches = [
-        match for line in COMMANDS if (match := LAUNCH.match(line)) and match[2] != "advise"
-    ]
-    assert len(launches) == 7
+    launches = [match for line in COMMANDS if (match := LAUNCH.match(line))]
+    assert len(launches) == 8
     for torchrun, verb, rest in (match.groups() for match in launches):
         words = [word for word in shlex.split(rest) if word != "--dry-run"]
+        if verb == "advise":
+            verb, words = "compare", error_study(words, 2)
         plan = make_plan(verb, words, {"WORLD_SIZE": "2"} if torchrun else {})
         assert (plan.config.model.name, plan.config.data.name) == ("net", "scans")
 
