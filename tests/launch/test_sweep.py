@@ -58,6 +58,7 @@ def test_the_whole_of_two_trials(tmp_path, capsys):
     assert 0 <= good["final"]["test_error"] <= 1
     assert (bad["settings"], bad["status"], bad["exit_code"]) == ({"optim.lr": 1e38}, "diverged", 8)
     assert summary["best"] == good["name"]
+    assert "train name=run-sweep-best" in summary["best_command"]
     assert "optim.lr=0.01" in summary["best_command"]
     assert (folder / "figures" / "parallel_coordinates.png").stat().st_size > 10_000
     assert "diverged" in (folder / "report.md").read_text()

@@ -110,7 +110,8 @@ def _start(trial: SweepTrial) -> dict[str, Any] | None:
 
 def _best_command(sweep: Sweep, best: Iterable[tuple[str, str]]) -> str:
     fixed = [setting for setting in sweep.fixed if setting.partition("=")[0] != "name"]
-    return _command("train", [*fixed, *(f"{key}={text}" for key, text in best)])
+    name = f"name={sweep.config.name}-best"  # a run of the default name may stand there already
+    return _command("train", [name, *fixed, *(f"{key}={text}" for key, text in best)])
 
 
 def _command(verb: str, settings: Sequence[str]) -> str:
