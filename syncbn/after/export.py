@@ -136,13 +136,14 @@ def program(exported: Exported) -> ExportedProgram:
 
 
 def _safetensors(exported: Exported, file: Path) -> Outputs:
-    from safetensors.torch import load_file, save_file
+    from safetensors.torch import load_file, save
 
     state = {
         name: tensor.detach().clone(memory_format=torch.contiguous_format)
         for name, tensor in exported.model.state_dict().items()
     }
-    save_file(state, file, metadata={"format": "pt", **exported.metadata})
+    # save_file would leave a file that its owner alone may read
+    file.write_bytes(save(state, metadata={"format": "pt", **exported.metadata}))
     exported.model.load_state_dict(load_file(file))
     return exported.model
 

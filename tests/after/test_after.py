@@ -202,6 +202,10 @@ def test_weights_are_exported_under_the_names_of_torchs_own_layers(place, arm):
 
     trained("r", f"norm={arm}", "train.ema=0.9")
     assert place.json("export", "r", "--to", "safetensors")["max_difference"] < 1e-5
+    exported, summary = (
+        Path("runs/r", name).stat() for name in ("model.safetensors", "summary.json")
+    )
+    assert exported.st_mode == summary.st_mode
     names = set(load_file("runs/r/model.safetensors"))
     kept = {"running_mean", "running_var"} <= {name.rpartition(".")[2] for name in names}
     assert kept == (arm in ("sync", "ghost"))
