@@ -240,6 +240,8 @@ def _across_keys(cfg: Config) -> Iterator[str]:
     if cfg.model.name in ("torchvision", "timm") and cfg.model.arch is None:
         name = cfg.model.name
         yield f"model={name} needs model.arch, the name of a {name} classification model"
+    if cfg.model.weights_sha256 is not None and cfg.model.weights is None:
+        yield "model.weights_sha256 is not allowed without model.weights, whose content it is of"
     yield from _no_part_of_the_model(cfg)
     yield from _of_training(cfg)
     if cfg.tracking.log_model:

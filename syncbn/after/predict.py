@@ -83,9 +83,14 @@ def _ranked(logits: Tensor, names: list[str] | None, top: int) -> list[dict[str,
     """The `top` likeliest classes of `logits` (num_classes,)."""
     best = logits.double().softmax(0).topk(min(top, len(logits)))
     return [
-        {"class": index, "name": names[index] if names else str(index), "probability": share}
+        {"class": index, "name": _name(names, index), "probability": share}
         for share, index in zip(best.values.tolist(), best.indices.tolist(), strict=True)
     ]
+
+
+def _name(names: list[str] | None, index: int) -> str:
+    """What the data set calls a class; its number where it names none, or fewer than there are."""
+    return names[index] if names and index < len(names) else str(index)
 
 
 def _values(output: Tensor) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from PIL import Image
 
 from syncbn.after.find import find
 from syncbn.after.measure import measure
+from syncbn.after.predict import _ranked
 from syncbn.after.trained import open_run
 from syncbn.cli import cli
 from syncbn.cli.guard import invoke
@@ -148,6 +149,11 @@ def test_predictions_are_the_models_on_files_prepared_as_the_data_set_is(place):
     assert sum(shares) == pytest.approx(1)
     assert shares == sorted(shares, reverse=True)
     assert {one["name"] for one in said[0]["classes"]} == set("0123456789")
+
+
+def test_a_class_without_a_name_is_called_by_its_number():
+    ranked = _ranked(torch.tensor([0.0, 2.0, 1.0]), ["first"], 3)
+    assert [row["name"] for row in ranked] == ["1", "2", "first"]
 
 
 def test_a_file_read_alone_is_the_sample_that_the_folder_gives(place):

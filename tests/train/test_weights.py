@@ -182,6 +182,7 @@ BAD = {
     "model.weights=ResNet18_Weights.DEFAULT": (2, "not allowed with model=mlp: it is of model=tor"),
     "model.weights=pretrained": (2, "it is of model=timm"),
     "model.weights_match=some": (2, "one of all, backbone, any"),
+    f"model.weights_sha256={'a' * 64}": (2, "not allowed without model.weights"),
     "model.weights_sha256=abc": (2, "64 hexadecimal digits"),
     f"model.weights=base.pt model.weights_sha256={'a' * 64}": (4, "model.weights_sha256 demands a"),
     "model=resnet18 data=synthetic model.weights=ResNet18_Weights.IMAGENET1K_V2": (
