@@ -60,8 +60,9 @@ def _try_out(model: nn.Module, name: str, shape: Shape) -> None:
         with torch.no_grad():
             model(torch.zeros(2, *shape))
     except (RuntimeError, ValueError, TypeError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UsageError(
-            f"model={name} cannot take inputs of shape {tuple(shape)}: {str(error).splitlines()[0]}"
+            f"model={name} cannot take inputs of shape {tuple(shape)}: {reason}"
         ) from error
     model.train()
 

@@ -25,9 +25,17 @@ def build_optimizer(model: nn.Module, cfg: OptimConfig) -> Optimizer:
     With weight decay, norm parameters and biases are a second group without it, unless `decay_norm_and_bias`:
     the scale of weights before a norm changes nothing but the effective learning rate, that of its own
     parameters does (He et al. 2019, "Bag of tricks", 3.1).
+
+    Raises:
+        UsageError: what an extension registered is no optimiser; see `parameter_groups`.
     """
     entry = OPTIMIZERS[cfg.name]
-    return entry.build(parameter_groups(model, cfg), cfg.lr, **entry.keywords(cfg))
+    optimizer = entry.build(parameter_groups(model, cfg), cfg.lr, **entry.keywords(cfg))
+    if not isinstance(optimizer, Optimizer):
+        raise UsageError(
+            f"optim={cfg.name} is a {type(optimizer).__name__}: it must be a torch.optim.Optimizer"
+        )
+    return optimizer
 
 
 def parameter_groups(model: nn.Module, cfg: OptimConfig) -> list[dict[str, Any]]:
@@ -37,9 +45,13 @@ def parameter_groups(model: nn.Module, cfg: OptimConfig) -> list[dict[str, Any]]
     fit a pattern of `optim.groups` follow as groups of their own, with their `lr_scale`.
 
     Raises:
-        UsageError: a pattern that fits no parameter, or none that an earlier one does not fit.
+        UsageError: no parameter to train; a pattern that fits none, or none that an earlier one does not fit.
     """
     named = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    if not named:
+        raise UsageError(
+            f"a model without a parameter that requires a gradient cannot be trained: {type(model).__name__}"
+        )
     fitting = _by_pattern(list(named), cfg)
     groups = _by_decay([named[name] for name in fitting.pop(None, [])], cfg)
     for pattern, names in fitting.items():

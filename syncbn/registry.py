@@ -135,6 +135,10 @@ class Registry:
             UsageError: a name that is no plain word or is taken, parameters other than `takes` and options by keyword,
                 or an option without a type that a config can have.
         """
+        if not isinstance(name, str) or not name.isidentifier():
+            raise UsageError(
+                f"{self.group} name {name!r} is not allowed: a string, one word of letters, digits and '_'"
+            )
 
         def decorate(build: Build) -> Build:
             self._refuse_taken(name, build)
@@ -160,10 +164,6 @@ class Registry:
         return self._entries[name]
 
     def _refuse_taken(self, name: str, build: Callable[..., Any]) -> None:
-        if not isinstance(name, str) or not name.isidentifier():
-            raise UsageError(
-                f"{self.group} name {name!r} is not allowed: one word of letters, digits and '_'"
-            )
         inside = getattr(build, "__module__", "").startswith("syncbn.")
         if name in self.built_in and not inside:
             raise UsageError(

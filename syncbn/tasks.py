@@ -10,6 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from inspect import isabstract
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -178,9 +179,12 @@ def build_task(cfg: TaskConfig) -> Task:
     """The task that `cfg` names.
 
     Raises:
-        UsageError: what an extension registered is no `Task`, or an option is not one of its.
+        UsageError: what an extension registered is no `Task` or not a whole one, or an option is not one of its.
     """
     entry = TASKS[cfg.name]
+    if isabstract(entry.build):
+        lacking = ", ".join(sorted(entry.build.__abstractmethods__))
+        raise UsageError(f"task={cfg.name} lacks {lacking}: see syncbn.extend.Task")
     task = entry.build(**entry.keywords(cfg))
     if not isinstance(task, Task):
         raise UsageError(
@@ -200,6 +204,11 @@ def loss_of(task: Task, output: Any, target: Any) -> Tensor:
     if not isinstance(loss, Tensor) or loss.dim():
         raise UsageError(
             f"{_of(task, 'loss')} gave {_shape(loss)}: the sum over samples, (), is needed"
+        )
+    if torch.is_grad_enabled() and not loss.requires_grad:
+        raise UsageError(
+            f"{_of(task, 'loss')} depends on no parameter that is trained: it must be a differentiable function of "
+            "what the model returns"
         )
     return loss
 

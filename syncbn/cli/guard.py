@@ -17,6 +17,7 @@ import click
 
 from syncbn.cli.hydra_flags import explain
 from syncbn.errors import UsageError, exit_code
+from syncbn.extensions import failures_named
 from syncbn.launch.streams import make_unbreakable
 
 
@@ -24,7 +25,8 @@ def invoke(command: click.Command, argv: Sequence[str], prog_name: str | None = 
     """Run `command` with the arguments `argv` and return its exit code; never raises."""
     make_unbreakable()
     try:
-        return int(command.main(list(argv), prog_name=prog_name, standalone_mode=False) or 0)
+        with failures_named():
+            return int(command.main(list(argv), prog_name=prog_name, standalone_mode=False) or 0)
     except click.NoSuchOption as error:
         instead = explain(argv, error.option_name)
         return _complain(UsageError(instead or error.format_message()))

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from syncbn.errors import InfrastructureError, SyncbnError
+from syncbn.extensions import failures_named
 from syncbn.structure import mapped
 
 Key = tuple[int, Tensor]
@@ -95,7 +96,8 @@ class _Batches(Dataset[Any]):
 
     def __getitem__(self, key: Key) -> Any:
         try:
-            return self._fetch(*key)
+            with failures_named():
+                return self._fetch(*key)
         except SyncbnError as error:
             return error
 

@@ -73,8 +73,16 @@ def _samples_of(dataset: Any, what: str) -> Samples:
     if not len(dataset):
         raise DataError(f"{what} has no samples")
     if type(dataset) is TensorDataset and len(dataset.tensors) == 2:
-        return TensorSamples(*dataset.tensors, what=what)
+        return TensorSamples(*dataset.tensors, num_classes=_said_classes(dataset), what=what)
     return DatasetSamples(cast(Dataset[Any], dataset), torch.arange(len(dataset)), what)
+
+
+def _said_classes(dataset: Any) -> int | None:
+    """The number of classes that a data set says it has."""
+    count, classes = getattr(dataset, "num_classes", None), getattr(dataset, "classes", None)
+    if isinstance(count, int):
+        return count
+    return len(classes) if isinstance(classes, Sized) else None
 
 
 def _num_outputs(samples: Samples, target: Any) -> int:
@@ -104,7 +112,8 @@ def _check_labels(samples: Samples) -> None:
 
 
 def _out_of_range(samples: Samples, index: int, target: int) -> DataError:
-    allowed = f"allowed are 0 to {(samples.num_classes or 1) - 1}"
+    most = (samples.num_classes or 0) - 1
+    allowed = f"allowed are 0 to {most}" if most >= 0 else "classes are counted from 0"
     return DataError(f"{samples.name(index)} has target {target}: {allowed}")
 
 
@@ -120,14 +129,8 @@ class DatasetSamples(Samples):
 
     def __post_init__(self) -> None:
         """Take over the number of classes that the data set says it has."""
-        if self.num_classes is not None:
-            return
-        dataset: Any = self.dataset
-        count, classes = getattr(dataset, "num_classes", None), getattr(dataset, "classes", None)
-        if isinstance(count, int):
-            object.__setattr__(self, "num_classes", count)
-        elif isinstance(classes, Sized):
-            object.__setattr__(self, "num_classes", len(classes))
+        if self.num_classes is None:
+            object.__setattr__(self, "num_classes", _said_classes(self.dataset))
 
     def __len__(self) -> int:
         return len(self.indices)

@@ -30,10 +30,14 @@ from syncbn.launch.study import conduct
 from syncbn.launch.sweep import conduct_sweep
 from syncbn.runtime import Runtime, from_environment
 from syncbn.train import RunSummary
-from syncbn.train.stopping import stop_on_signals
+from syncbn.train.stopping import ended_by_signals, stop_on_signals
 
 Work = Callable[[Any, Runtime], Any]
 """What every rank does with the config and its runtime: `run_rank`, or `run_trials` with its wave."""
+
+
+_SAID_IN_ONE_LINE = ("torch.distributed.elastic", "torch.multiprocessing.spawn")
+"""Loggers of what happens when ranks end, which we report ourselves."""
 
 
 def launch_run(cfg: RunConfig) -> RunSummary:
@@ -98,9 +102,8 @@ def _under_an_agent(cfg: RunConfig, work: Work, num_ranks: int, folder: str) -> 
         start_method="forkserver",
         logs_specs=DefaultLogsSpecs(log_dir=folder),
     )
-    logging.getLogger("torch.distributed.elastic").setLevel(
-        logging.CRITICAL
-    )  # we say it in one line
+    for name in _SAID_IN_ONE_LINE:
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     try:
         return elastic_launch(launch, _rank)(cfg, work, dict(os.environ))[0]
     except SignalException as signalled:
@@ -119,8 +122,9 @@ def _rank(cfg: RunConfig, work: Work, environ: Mapping[str, str]) -> Any:
 
 
 def _work(cfg: RunConfig, work: Work) -> Any:
-    load_extensions(cfg.extensions)
-    runtime = from_environment(cfg)
+    with ended_by_signals():  # ranks wait here for each other, and one of them may not come
+        load_extensions(cfg.extensions)
+        runtime = from_environment(cfg)
     try:
         with lost_ranks_named():
             return work(cfg, runtime)

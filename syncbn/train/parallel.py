@@ -5,6 +5,7 @@ parameter along its first dimension. What is gathered together for a forward or 
 `nn.Sequential` among the model's children as of activation checkpointing; the rest of the model is gathered with it.
 """
 
+import re
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -67,12 +68,31 @@ class Replicated(Alone):
         # Buffers are settled before they are used (`settle_buffers`), which spares a broadcast a step.
         buffers = [name for name, _ in network.named_buffers()]
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(network, buffers)
-        self._network = DistributedDataParallel(network, gradient_as_bucket_view=True)
+        self._network = _Replicas(network, gradient_as_bucket_view=True)
         return self._network
 
     def unreduced(self) -> AbstractContextManager[Any]:
         """See `Alone`."""
         return self._network.no_sync()
+
+
+class _Replicas(DistributedDataParallel):
+    """Says in one line which parameters took no part in the step before."""
+
+    def forward(self, *inputs: Any, **kwargs: Any) -> Any:
+        """As DistributedDataParallel's."""
+        try:
+            return super().forward(*inputs, **kwargs)
+        except RuntimeError as error:
+            found = re.search(r"did not receive grad for rank \d+: ([\d ]+)", str(error))
+            if found is None:
+                raise
+            trained = [name for name, p in self.module.named_parameters() if p.requires_grad]
+            unused = ", ".join(trained[int(index)] for index in found[1].split())
+            raise UsageError(
+                f"parameters of the model took no part in the loss, which several ranks cannot train: {unused}; use "
+                "them, leave them out, or give them requires_grad=False"
+            ) from error
 
 
 class Sharded(Alone):

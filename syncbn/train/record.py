@@ -7,6 +7,7 @@ import torch
 
 from syncbn.config import RunConfig, config_hash
 from syncbn.errors import Interrupted, UsageError
+from syncbn.extensions import failures_named
 from syncbn.runtime.base import Runtime
 from syncbn.tracking import Journal, Tracker, Untracked
 from syncbn.tracking.redact import redact_text
@@ -31,7 +32,8 @@ def recorded_run(cfg: RunConfig, runtime: Runtime) -> RunSummary:
         (cfg.folder / "summary.json").unlink(missing_ok=True)
     tracker: Tracker = Journal(cfg.folder / "journal.jsonl") if runtime.is_main else Untracked()
     try:
-        summary = train(cfg, runtime, tracker)
+        with failures_named():
+            summary = train(cfg, runtime, tracker)
     except BaseException as error:
         status = "stopped" if isinstance(error, Interrupted | KeyboardInterrupt) else "failed"
         if not tracker.begun:

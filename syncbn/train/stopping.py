@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+from syncbn.errors import Stopped
+
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
@@ -60,6 +62,27 @@ def _handled_by(request: StopRequest) -> Iterator[None]:
         return
     before = {number: signal.signal(number, request.ask) for number in SIGNALS}
     try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def ended_by_signals() -> Iterator[None]:
+    """Within, a signal ends the process at once: for waits in which Python's handlers do not run, before a first step.
+
+    Raises:
+        Stopped: a signal has come already.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.signal(number, signal.SIG_DFL) for number in SIGNALS}
+    try:
+        for request in _open:
+            if request.signal_number:
+                raise Stopped(request.signal_number, saved=False)
         yield
     finally:
         for number, handler in before.items():

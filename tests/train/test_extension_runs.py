@@ -88,7 +88,11 @@ BROKEN = {
     "raise RuntimeError('no licence')": r"importing it failed at mine.py:1 \(RuntimeError: no licence\)",
     "import not_there": "importing it failed at mine.py:1 .*No module named 'not_there'",
     "import syncbn.extend as e\ne.model('cnn')(lambda shape, num_classes: None)": "'cnn' is taken",
-    "def f(:": "SyntaxError",
+    "def f(:": "failed at mine.py:1 .*SyntaxError",
+    "import sys; sys.exit(0)": "failed at mine.py:1 .it ends the process with 0",
+    "import os; os._exit(0)": "failed at mine.py:1 .it ends the process with 0",
+    "import syncbn.extend as e\n@e.model\ndef f(shape, num_classes): ...": "name <function f .* is not allowed",
+    "import syncbn.extend as e\n@e.model('m')\ndef f(shape, num_classes, *, k: 'No'): ...": "failed at mine.py:2",
 }
 
 
@@ -119,6 +123,11 @@ def bad(root, split, *, kind: str = ""):
     if kind == "bytes": pairs = [(x.byte(), 0)] * 64
     if kind == "memory": return TensorDataset(torch.zeros(64, 1, 4, 4).byte(), torch.zeros(64).long())
     if kind == "flat": pairs = [(torch.zeros(4), 0)] * 64
+    if kind == "negative": return TensorDataset(torch.zeros(64, 1, 4, 4), torch.zeros(64).long() - 2)
+    if kind == "few":
+        data = TensorDataset(torch.zeros(64, 1, 4, 4), torch.arange(64))
+        data.classes = ["a", "b"]
+        return data
     if kind == "range":
         data = Listed([(x, 7)] * 64)
         data.classes = ["a", "b"]
@@ -131,6 +140,29 @@ def two_channels(shape, num_classes):
 
 @extend.model("nothing")
 def nothing(shape, num_classes): ...
+
+class Odd(nn.Module):
+    def __init__(self, shape, num_classes, kind):
+        super().__init__()
+        if kind == "builds": raise KeyError("width")
+        self.net, self.kind = spots_net(shape, num_classes), kind
+        if kind == "frozen": self.net.requires_grad_(False)
+    def forward(self, x):
+        y = self.net(x)
+        if self.training and self.kind == "raises": raise RuntimeError("no luck")
+        if self.training and self.kind == "exits": raise SystemExit(0)
+        if self.training and self.kind == "ends": __import__("os")._exit(0)
+        return y.detach() if self.kind == "detached" else y
+
+@extend.model("odd")
+def odd(shape, num_classes, *, kind: str = ""): return Odd(shape, num_classes, kind)
+
+@extend.optimizer("none")
+def none(groups, lr): ...
+
+@extend.task("half_done")
+class HalfDone(extend.Task):
+    def loss(self, output, target): ...
 """
 )
 DURING = {
@@ -162,6 +194,31 @@ DURING = {
         UsageError,
         r"model=two_channels cannot take inputs of shape \(1, 8, 8\)",
     ),
+    "data=bad data.options.kind=negative": (DataError, "has target -2: classes are counted from 0"),
+    "data=bad data.options.kind=few": (DataError, "sample 2 has target 2: allowed are 0 to 1"),
+    "model=odd model.options.kind=builds": (
+        UsageError,
+        r"failed at mine.py:\d+ .KeyError: 'width'",
+    ),
+    "model=odd model.options.kind=raises": (UsageError, r"failed at mine.py:\d+ .RuntimeError: no"),
+    "model=odd model.options.kind=exits": (
+        UsageError,
+        r"at mine.py:\d+ .it ends the process with 0",
+    ),
+    "model=odd model.options.kind=ends": (
+        UsageError,
+        r"at mine.py:\d+ .it ends the process with 0",
+    ),
+    "model=odd model.options.kind=frozen": (
+        UsageError,
+        "a model without a parameter that requires a gradient",
+    ),
+    "model=odd model.options.kind=detached": (
+        UsageError,
+        "depends on no parameter that is trained",
+    ),
+    "optim=none": (UsageError, "optim=none is a NoneType: it must be a torch.optim.Optimizer"),
+    "task=half_done": (UsageError, "task=half_done lacks measures"),
     "model=nothing": (UsageError, "model=nothing is a NoneType: it must be a torch.nn.Module"),
 }
 

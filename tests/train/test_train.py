@@ -19,7 +19,7 @@ from syncbn.optim import learning_rate
 from syncbn.runtime import Solo
 from syncbn.tracking import read_journal
 from syncbn.train import loop, recorded_run, stopping
-from syncbn.train.stopping import stop_on_signals
+from syncbn.train.stopping import ended_by_signals, stop_on_signals
 
 SOLO = Solo(torch.device("cpu"))
 
@@ -279,3 +279,13 @@ def test_a_second_signal_that_is_not_the_first_passed_on_ends_the_process(clock,
     clock.now += 0.1
     stop.ask(signal.SIGINT, None)
     assert (restored, raised) == ([(signal.SIGINT, signal.SIG_DFL)], [signal.SIGINT])
+
+
+def test_a_rank_that_waits_for_others_to_start_is_ended_by_a_signal_at_once():
+    with stop_on_signals() as stop:
+        with ended_by_signals():
+            assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+        assert signal.getsignal(signal.SIGTERM) == stop.ask
+        signal.raise_signal(signal.SIGTERM)
+        with pytest.raises(Stopped), ended_by_signals():
+            pass
