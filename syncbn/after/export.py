@@ -60,12 +60,15 @@ def export(run: Trained, to: str, out: Path | None = None) -> dict[str, Any]:
     file = out or run.found.folder / f"model.{to}"
     require(to, file)
     exported = prepared(run)
-    with tempfile.TemporaryDirectory(prefix=".syncbn-export-", dir=file.parent) as folder:
-        beside = Path(folder) / file.name
-        outputs = write(exported, beside)
-        difference = _checked(exported, outputs, file)
-        size = beside.stat().st_size
-        os.replace(beside, file)  # noqa: PTH105 - the same folder's file system: at one stroke
+    try:
+        with tempfile.TemporaryDirectory(prefix=".syncbn-export-", dir=file.parent) as folder:
+            beside = Path(folder) / file.name
+            outputs = write(exported, beside)
+            difference = _checked(exported, outputs, file)
+            size = beside.stat().st_size
+            os.replace(beside, file)  # noqa: PTH105 - the same folder's file system: at one stroke
+    except OSError as error:
+        raise UsageError(f"--out {file} cannot be written: {error.strerror}") from error
     return {
         "file": str(file),
         "format": to,
