@@ -137,7 +137,7 @@ class Registry:
         """
         if not isinstance(name, str) or not name.isidentifier():
             raise UsageError(
-                f"{self.group} name {name!r} is not allowed: a string, one word of letters, digits and '_'"
+                f"{self.group} name {name!r} is not allowed: one word of letters, digits and '_', as text"
             )
 
         def decorate(build: Build) -> Build:
