@@ -18,10 +18,11 @@ from syncbn.config import (
     RunConfig,
     TrainConfig,
 )
-from syncbn.errors import Stopped
+from syncbn.errors import Stopped, UsageError
 from syncbn.runtime import Solo, TorchrunRuntime
 from syncbn.tracking import Untracked, read_journal
 from syncbn.train import loop, recorded_run, train
+from syncbn.train.parallel import Replicated
 
 pytestmark = pytest.mark.untraced
 CPU = torch.device("cpu")
@@ -138,3 +139,16 @@ def _losses(cfg) -> dict[int, float]:
     return {
         step: metrics["train_loss"] for step, metrics in found.items() if "train_loss" in metrics
     }
+
+
+@pytest.mark.world_size(2)
+def test_parameters_that_several_ranks_cannot_train_are_named(world_size):
+    assert world_size == 2
+    network = torch.nn.Linear(2, 2)
+    network.extra, network.spare = torch.nn.Linear(1, 1), torch.nn.Linear(1, 1)
+    wrapped = Replicated(TorchrunRuntime(CPU)).wrapped(network)
+    wrapped(torch.zeros(3, 2)).sum().backward()
+    with pytest.raises(
+        UsageError, match=r"no part in the loss, .*: extra.weight, extra.bias, spare"
+    ):
+        wrapped(torch.zeros(3, 2))
