@@ -89,4 +89,5 @@ def after_signal(signal_number: int, reports: Reports, num_ranks: int) -> Syncbn
     codes = {rank: report["exit_code"] for rank, report in reports.items()}
     if any(code and kind(code) < LOST for code in codes.values()):
         return failure(reports, num_ranks)
-    return Stopped(signal_number, saved=codes.get(0) in (0, 128 + signal_number))
+    said = reports[0]["message"]["message"] if 0 in reports else ""
+    return Stopped(signal_number, saved=codes.get(0) == 0 or said == str(Stopped(signal_number)))

@@ -226,6 +226,7 @@ def loads_without_us(file: str, count: int) -> None:
     assert len(torch.load("y.pt")) == count
 
 
+@pytest.mark.slow
 def test_an_exported_program_runs_where_this_package_cannot_be_imported(place):
     trained("r", "model.hidden=[8]")
     place.json("export", "r", "--to", "pt2", "--out", "m.pt2")

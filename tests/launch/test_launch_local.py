@@ -69,6 +69,7 @@ def test_a_signal_to_the_launch_says_that_a_checkpoint_was_saved(bench):
     assert (bench.folder / "runs" / "run" / "checkpoints" / "LATEST").is_file()
 
 
+@pytest.mark.slow
 def test_a_signal_to_all_processes_of_the_job_says_that_a_checkpoint_was_saved(bench):
     process = start(bench)
     wait_for_losses(bench)

@@ -53,8 +53,18 @@ def test_the_rank_that_knows_best_is_heard(codes, exit_code, message):
     ],
 )
 def test_a_checkpoint_is_said_to_be_saved_where_rank_0_says_so(codes, exit_code, message):
-    ended = after_signal(15, reports(*codes), len(codes))
+    told = reports(*codes)
+    for report in told.values():
+        if report["exit_code"] == 143:
+            report["message"]["message"] = str(Stopped(15))
+    ended = after_signal(15, told, len(codes))
     assert (ended.exit_code, str(ended)) == (exit_code, message)
+
+
+def test_a_rank_that_was_stopped_before_a_checkpoint_is_heard_too():
+    told = reports(143, 143)
+    told[0]["message"]["message"] = str(Stopped(15, saved=False))
+    assert str(after_signal(15, told, 2)).endswith("before a checkpoint could be saved")
 
 
 def test_a_rank_tells_how_it_ended_good_or_bad(tmp_path, monkeypatch):

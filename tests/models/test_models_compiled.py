@@ -19,7 +19,7 @@ MODELS = {
     "resnet18": ModelConfig(name="torchvision", arch="resnet18"),
     "timm": ModelConfig(name="timm", arch="resnet10t"),
 }
-QUICK = ("mlp", "cnn")
+QUICK = ("cnn",)
 SIZES = [3, 2]
 """Samples of each rank."""
 

@@ -254,12 +254,14 @@ def test_two_ranks_measure_one_tiny_layer() -> None:
     assert all(ms > 0 for ms in row["ms"].values())
 
 
+@pytest.mark.slow
 def test_two_ranks_measure_each_way_of_an_exchange() -> None:
     (row,) = ranks.run("exchange:measure", 2, timeout_s=120, channels=(4,), budget_s=0.01)
     assert list(row["us"]) == ["shared", "sockets", "gloo", "reduction"]
     assert all(us > 0 for us in row["us"].values())
 
 
+@pytest.mark.slow
 def test_two_ranks_measure_the_service_and_a_loop_by_hand() -> None:
     row = ranks.run("service:measure", 2, timeout_s=120, case="mlp", budget_s=0.01)
     assert row["global_batch"] == 4

@@ -134,6 +134,7 @@ def test_fsdp_trains_as_ddp_does_in_each_way(world_size, tmp_path, options, opti
 
 @pytest.mark.world_size(2)
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
+@pytest.mark.slow
 def test_half_precision_means_the_same_under_fsdp(world_size, tmp_path, precision):
     cfg = _config(tmp_path, precision=precision, checkpoint_activations=True)
     ours, theirs = (
@@ -159,6 +160,7 @@ def test_a_step_that_overflows_on_one_rank_is_skipped_on_all(world_size, tmp_pat
         assert torch.equal(one.to_local(), value)
 
 
+@pytest.mark.slow_if(lambda first, second, **_: first == second)
 @pytest.mark.world_size(2)
 @pytest.mark.parametrize("second", ["ddp", "fsdp"])
 @pytest.mark.parametrize("first", ["ddp", "fsdp"])

@@ -2,6 +2,7 @@
 
 import re
 import sys
+from contextlib import chdir
 from pathlib import Path
 
 import pytest
@@ -116,8 +117,11 @@ def _run(name, runtime, *own):
 )
 def test_two_ranks_train_as_one_process(world_size, project, own):
     runtime = TorchrunRuntime(torch.device("cpu"))
-    ours = _run(f"both_{own[0][6:]}", runtime, *own)
-    alone = _run(f"alone{runtime.rank}_{own[0][6:]}", runtime.solo(), *own)
+    with chdir(project):  # a rank's current folder is its own
+        ours = _run("both", runtime, *own)
+        alone = _run(f"alone{runtime.rank}", runtime.solo(), *own)
+    sys.path.remove(str(project))
+    del sys.modules["mine"]
     assert ours == pytest.approx(alone, abs=1e-9)
 
 

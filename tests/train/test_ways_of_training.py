@@ -101,7 +101,8 @@ def test_one_process_has_nothing_to_shard_and_says_so(tmp_path):
 
 
 def test_a_journal_with_the_old_key_is_read_as_the_new_one():
-    tree = {"data": {}, "optim": {}, "launcher": {}, "train": {"dtype": "float64"}}
+    tree = {group: {} for group in ("model", "data", "optim", "launcher")}
+    tree["train"] = {"dtype": "float64"}
     assert identity_of(tree)["train"] == {"precision": "float64"}
 
 

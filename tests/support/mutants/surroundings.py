@@ -10,8 +10,8 @@ TRAINING = "tests/train/test_train_on_ranks.py::test_synchronised_ranks_train_as
 
 
 def gradients_summed(original: Any) -> Any:
-    def backward(state: Any, global_batch: Any, x: Any, y: Any) -> Any:
-        share = original(state, global_batch, x, y)
+    def backward(state: Any, whole: Any, x: Any, y: Any) -> Any:
+        share = original(state, whole, x, y)
         for parameter in state.model.parameters():
             parameter.grad *= state.runtime.world_size
         return share
@@ -20,7 +20,7 @@ def gradients_summed(original: Any) -> Any:
 
 
 def losses_unweighted(original: Any) -> Any:
-    def backward(state: Any, global_batch: Any, x: Any, y: Any) -> Any:
+    def backward(state: Any, whole: Any, x: Any, y: Any) -> Any:
         return original(state, len(x) * state.runtime.world_size, x, y)
 
     return backward
