@@ -67,20 +67,7 @@ class GotWorse(SyncbnError):
 
 
 class StudyFailed(SyncbnError):
-    """Studies that ran one after another, some of which failed.
-
-    Args:
-        message: which, and how.
-        exit_code: that of the worst failure.
-    """
-
-    def __init__(self, message: str, exit_code: int) -> None:
-        super().__init__(message)
-        self.exit_code = exit_code
-
-
-class TrialsFailed(SyncbnError):
-    """A sweep of which some trials failed, its results written.
+    """Studies of a tier, or trials of a sweep, some of which failed; what the others came to is written.
 
     Args:
         message: which, and how.

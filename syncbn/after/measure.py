@@ -68,7 +68,9 @@ def measures(run: Trained) -> dict[str, float]:
         own = own_batches(len(run.sets.test), share, run.cfg.train.eval_batch)
         batches = run.sets.test.batches(own)
         with run.autocast():
-            found = evaluate(run.model, run.task, batches, share, run.dtype, run.sets.num_classes)
+            found, _ = evaluate(
+                run.model, run.task, batches, share, run.dtype, run.sets.num_classes
+            )
     run.model.eval()
     return found
 

@@ -15,7 +15,7 @@ from syncbn.checkpoint import RunLock
 from syncbn.compare.study.design import Trial, waves
 from syncbn.compare.study.failure import failure_in, forget_failure, note_failure, of_the_trial
 from syncbn.compare.sweep.design import Sweep
-from syncbn.errors import TrialsFailed, UsageError
+from syncbn.errors import StudyFailed, UsageError
 from syncbn.launch.studies import MEANINGS, worst
 from syncbn.launch.study import Clock, RunWave, first_start, forget, tracked
 from syncbn.launch.tracked import probe_tracking
@@ -40,9 +40,8 @@ def conduct_sweep(sweep: Sweep, run: RunWave) -> dict[str, Any]:
     with RunLock(cfg.folder):
         if not cfg.train.resume:
             forget(folders)
-        pending = _pending(
-            sweep
-        )  # also refuses what ran with other settings, before a launch is recorded
+        # Also refuses what ran with other settings, before a launch is recorded.
+        pending = _pending(sweep)
         settings = {trial.name: trial.texts for trial in sweep.trials}
         with tracked(StudyTracker(cfg, settings), clock) as tracker:
             tracker.follow(folders)
@@ -63,13 +62,13 @@ def conduct_sweep(sweep: Sweep, run: RunWave) -> dict[str, Any]:
 
 
 def raise_failures(summary: dict[str, Any]) -> None:
-    """Raise `TrialsFailed`, with the code of the worst failure, where some trial of a sweep did not end well."""
+    """Raise `StudyFailed`, with the code of the worst failure, where some trial of a sweep did not end well."""
     failed = [trial for trial in summary["trials"] if trial["exit_code"]]
     if not failed:
         return
     named = [f"{trial['name']} ({MEANINGS[trial['exit_code']]})" for trial in failed[:MOST_NAMED]]
     more = [f"{len(failed) - MOST_NAMED} more"] if len(failed) > MOST_NAMED else []
-    error = TrialsFailed(
+    error = StudyFailed(
         f"{len(failed)} of {len(summary['trials'])} trials failed: {', '.join([*named, *more])}",
         worst([trial["exit_code"] for trial in failed]),
     )

@@ -54,20 +54,8 @@ def _refuse_differing(differs: dict[str, bool], runtime: Runtime) -> None:
             raise RanksDisagree(f"running statistics {name!r} differ between ranks")
 
 
-def evaluate(
-    model: nn.Module,
-    task: Task,
-    batches: Iterable[tuple[Any, Any]],
-    runtime: Runtime,
-    dtype: torch.dtype,
-    num_classes: int,
-) -> dict[str, float]:
-    """The numbers of `evaluated`."""
-    return evaluated(model, task, batches, runtime, dtype, num_classes)[0]
-
-
 @torch.no_grad()
-def evaluated(
+def evaluate(
     model: nn.Module,
     task: Task,
     batches: Iterable[tuple[Any, Any]],

@@ -25,7 +25,7 @@ from syncbn.tasks import Task, loss_of, outputs_of, weight_of
 from syncbn.tracking import Tracker
 from syncbn.train.accumulate import accumulate, own_sizes
 from syncbn.train.agreement import Agreement
-from syncbn.train.evaluation import evaluated, own_batches, settle_buffers
+from syncbn.train.evaluation import evaluate, own_batches, settle_buffers
 from syncbn.train.precision import autocast
 from syncbn.train.progress import Advance, progress
 from syncbn.train.state import State, build, checkpoint, resume
@@ -195,7 +195,7 @@ class Loop:
         averaged = nullcontext() if state.ema is None else state.ema.in_place()
         half = autocast(cfg.train.precision, state.runtime.device)
         with averaged, half, state.parallel.evaluation():
-            measured, tables = evaluated(
+            measured, tables = evaluate(
                 state.model,
                 state.task,
                 state.sets.test.batches(batches),

@@ -14,7 +14,7 @@ from syncbn.compare.study.failure import failure_in
 from syncbn.compare.study.queue import run_trials
 from syncbn.compare.sweep.design import sweep_of
 from syncbn.config import config_hash
-from syncbn.errors import InfrastructureError, RankFailed, TrialsFailed, UsageError
+from syncbn.errors import InfrastructureError, RankFailed, StudyFailed, UsageError
 from syncbn.launch.local import launch_sweep
 from syncbn.launch.sweep import conduct_sweep, raise_failures
 from syncbn.runtime import Solo
@@ -63,7 +63,7 @@ def test_the_whole_of_two_trials(tmp_path, capsys):
     assert (folder / "figures" / "parallel_coordinates.png").stat().st_size > 10_000
     assert "diverged" in (folder / "report.md").read_text()
     assert "diverged" in capsys.readouterr().out
-    with pytest.raises(TrialsFailed) as failed:
+    with pytest.raises(StudyFailed) as failed:
         raise_failures(summary)
     assert failed.value.exit_code == 8
     assert "1 of 2 trials failed" in str(failed.value)

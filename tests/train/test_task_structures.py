@@ -18,7 +18,7 @@ from syncbn.runtime.base import Solo
 from syncbn.runtime.local import TorchrunRuntime
 from syncbn.structure import count, cut, part, stacked
 from syncbn.tasks import Task, build_task, collate_of, metrics_of, outputs_of, update_of, weight_of
-from syncbn.train.evaluation import evaluated, own_batches
+from syncbn.train.evaluation import evaluate, own_batches
 
 CPU = torch.device("cpu")
 
@@ -81,7 +81,7 @@ def _all_metrics(runtime, num_samples):
     y = torch.arange(num_samples) % 7
     own = list(own_batches(num_samples, runtime, 2))
     batches = ((x[i], y[i]) for i in own)
-    return evaluated(nn.Identity(), _Many(), batches, runtime, torch.float32, 7)
+    return evaluate(nn.Identity(), _Many(), batches, runtime, torch.float32, 7)
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -139,7 +139,7 @@ def test_boxes_of_varying_number_are_collated_by_the_task():
 def test_the_confusion_matrix_is_asked_for():
     task = build_task(TaskConfig(confusion=True))
     x, y = torch.eye(3)[[0, 1, 1, 2]], torch.tensor([0, 1, 2, 2])
-    numbers, tables = evaluated(nn.Identity(), task, [(x, y)], Solo(CPU), torch.float32, 3)
+    numbers, tables = evaluate(nn.Identity(), task, [(x, y)], Solo(CPU), torch.float32, 3)
     assert tables == {"confusion_matrix": [[1, 0, 0], [0, 1, 0], [0, 1, 1]]}
     assert numbers["test_macro_accuracy"] == pytest.approx(5 / 6)
     assert metrics_of(build_task(TaskConfig()), 3) == {}
@@ -148,7 +148,7 @@ def test_the_confusion_matrix_is_asked_for():
 def test_regression_measures_r2():
     x, y = torch.tensor([[1.0], [2.0], [4.0]]), torch.tensor([1.0, 2.0, 3.0])
     task = build_task(TaskConfig(name="regression"))
-    numbers, _ = evaluated(nn.Identity(), task, [(x, y)], Solo(CPU), torch.float32, 1)
+    numbers, _ = evaluate(nn.Identity(), task, [(x, y)], Solo(CPU), torch.float32, 1)
     assert numbers["test_r2"] == pytest.approx(0.5)
     assert numbers["test_loss"] == pytest.approx(1 / 3)
 

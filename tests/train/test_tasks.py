@@ -67,7 +67,7 @@ def _evaluated(runtime, num_samples=7):
         runtime,
         torch.float32,
         num_classes=4,
-    )
+    )[0]
 
 
 @pytest.mark.parametrize("num_samples", range(1, 14))
