@@ -1,4 +1,8 @@
-"""Callbacks: code of extensions that a run calls at four moments, on every rank."""
+"""Callbacks: code of extensions that a run calls at four moments, on every rank.
+
+What a callback draws from the global generators is decided by seed, step, moment and rank, and changes none of the run's
+own random numbers: a run that is only observed has the bits of one that is not.
+"""
 
 import traceback
 from collections.abc import Callable, Mapping
@@ -9,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from syncbn.data.chance import isolated, seed_generators, seed_of
 from syncbn.errors import UsageError
 from syncbn.registry import CALLBACKS
 from syncbn.runtime.base import Runtime
@@ -72,10 +77,16 @@ class Callback:
 
 
 class Callbacks:
-    """The callbacks of a run in their order; false where it has none."""
+    """The callbacks of a run in their order; false where it has none.
 
-    def __init__(self, chosen: Mapping[str, Any], runtime: Runtime) -> None:
-        self._runtime = runtime
+    Args:
+        chosen: the options of each by name.
+        runtime: of the rank.
+        seed: of the run, which decides what callbacks draw.
+    """
+
+    def __init__(self, chosen: Mapping[str, Any], runtime: Runtime, seed: int) -> None:
+        self._runtime, self._seed, self._step = runtime, seed, 0
         self._asked: list[str] = []
         self._all: dict[str, Callback] = {}
         for name, given in chosen.items():
@@ -97,6 +108,7 @@ class Callbacks:
         Raises:
             UsageError: one raised; names it, the moment and the line.
         """
+        self._step = seen["step"]
         moment = Moment(
             **seen,
             rank=self._runtime.rank,
@@ -122,9 +134,12 @@ class Callbacks:
             self._guarded(name, "load_state_dict", lambda c=callback, g=given: c.load_state_dict(g))
 
     def _guarded(self, name: str, what: str, call: Callable[[], Any]) -> Any:
-        """`call()`; what it raises, other than errors with an exit code, becomes one line."""
+        """`call()` with random numbers of its own; what it raises, other than errors with an exit code, becomes one line."""
+        rank, device = self._runtime.rank, self._runtime.device
         try:
-            return call()
+            with isolated(device):
+                seed_generators(seed_of(self._seed, self._step, rank, name, what))
+                return call()
         except Exception as error:
             if hasattr(error, "exit_code"):
                 raise
@@ -133,5 +148,5 @@ class Callbacks:
             reason = " ".join(f"{type(error).__name__}: {error}".split())
             raise UsageError(
                 f"callback {name} failed in {what} at {Path(own[-1].filename).name}:{own[-1].lineno} "
-                f"on rank {self._runtime.rank} ({reason})"
+                f"on rank {rank} ({reason})"
             ) from error

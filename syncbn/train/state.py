@@ -185,7 +185,7 @@ def build(cfg: RunConfig, runtime: Runtime) -> State:
         probes,
         None if cfg.train.ema is None else Ema(model, cfg.train.ema),
         loss_scale(cfg.train.precision, runtime.device),
-        Callbacks(cfg.callbacks, runtime) if cfg.callbacks else None,
+        Callbacks(cfg.callbacks, runtime, cfg.seed) if cfg.callbacks else None,
         report,
     )
 

@@ -1,7 +1,9 @@
 """Callbacks of extensions: when they are called, what they may do, and how they fail."""
 
+import random
 import re
 
+import numpy as np
 import pytest
 import torch
 
@@ -44,6 +46,27 @@ class Counter(Callback):
         self.count = state["count"]
 
 
+class Drawing(Callback):
+    """Draws from every global generator whenever it is called."""
+
+    def __init__(self) -> None:
+        self.drawn: list[float] = []
+        DRAWN.append(self.drawn)
+        self._draw(None)
+        for what in ("start", "after_step", "after_evaluation", "end"):
+            setattr(self, what, self._draw)
+
+    def _draw(self, moment) -> None:
+        self.drawn += [torch.rand(()).item(), random.random(), np.random.rand()]
+
+    def state_dict(self) -> dict[str, int]:
+        self._draw(None)
+        return {}
+
+
+DRAWN: list[list[float]] = []
+
+
 def _alien() -> dict:
     return {}
 
@@ -53,7 +76,9 @@ def registered(monkeypatch):
     monkeypatch.setattr(CALLBACKS, "_entries", {})
     CALLBACKS.register("counter")(Counter)
     CALLBACKS.register("alien")(_alien)
+    CALLBACKS.register("drawing")(Drawing)
     SEEN.clear()
+    DRAWN.clear()
 
 
 def _config(folder, *overrides: str):
@@ -89,6 +114,31 @@ def test_a_resumed_run_continues_a_callback(tmp_path):
     recorded_run(cfg, SOLO)
     records = list(read_journal(cfg.folder / "journal.jsonl"))
     assert [r["metrics"]["count"] for r in records if "count" in r.get("metrics", {})][-1] == 6
+
+
+def test_a_callback_that_draws_changes_no_bit_and_draws_the_same_again(tmp_path):
+    settings = ["model.dropout=0.5", "train.checkpoint_every=2", "train.eval_every=2"]
+    names = ("plain", "drawn", "again")
+    runs = [
+        _config(
+            tmp_path,
+            *settings,
+            f"name={name}",
+            *(["callbacks.drawing={}"] if name != "plain" else []),
+        )
+        for name in names
+    ]
+    plain, *drawn = (_numbers(cfg) for cfg in runs)
+    assert drawn == [plain, plain]
+    first, second = DRAWN
+    assert first == second
+    assert len(set(first)) == len(first)
+
+
+def _numbers(cfg) -> list:
+    recorded_run(cfg, SOLO)
+    records = read_journal(cfg.folder / "journal.jsonl")
+    return [(r["step"], r["metrics"]) for r in records if "metrics" in r]
 
 
 def test_callbacks_and_their_options_are_part_of_a_run(tmp_path):
