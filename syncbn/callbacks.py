@@ -1,7 +1,7 @@
 """Callbacks: code of extensions that a run calls at four moments, on every rank.
 
-What a callback draws from the global generators is decided by seed, step, moment and rank, and changes none of the run's
-own random numbers: a run that is only observed has the bits of one that is not.
+What a callback draws from the global generators is decided by seed, step, moment and rank, and changes none of the
+run's own random numbers: a run that is only observed has the bits of one that is not.
 """
 
 import traceback
@@ -134,7 +134,7 @@ class Callbacks:
             self._guarded(name, "load_state_dict", lambda c=callback, g=given: c.load_state_dict(g))
 
     def _guarded(self, name: str, what: str, call: Callable[[], Any]) -> Any:
-        """`call()` with random numbers of its own; what it raises, other than errors with an exit code, becomes one line."""
+        """`call()` with random numbers of its own; an error without an exit code becomes one line."""
         rank, device = self._runtime.rank, self._runtime.device
         try:
             with isolated(device):

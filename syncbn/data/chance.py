@@ -1,9 +1,9 @@
 """Random numbers of code of extensions: decided by the run's seed and by where it is called, and by nothing else.
 
 Code of an extension draws from the global generators of Python, numpy and torch. They are seeded anew for each sample
-(`syncbn.data`) and for each call of a callback (`syncbn.callbacks`), and given back as they were. So what a sample looks
-like depends neither on the rank that fetches it, nor on loader processes, nor on where a run was resumed, and neither
-fetching nor observing changes the run's own random numbers. It costs about 20 us a sample or call.
+(`syncbn.data`) and for each call of a callback (`syncbn.callbacks`), and given back as they were. So what a sample
+looks like depends neither on the rank that fetches it, nor on loader processes, nor on where a run was resumed, and
+neither fetching nor observing changes the run's own random numbers. It costs about 20 us a sample or call.
 """
 
 import random
@@ -23,16 +23,16 @@ def isolated(device: torch.device | None = None) -> Iterator[None]:
         device: a GPU whose generator is given back too.
     """
     python, numpy, own = random.getstate(), np.random.get_state(), torch.get_rng_state()  # noqa: NPY002 - others use it
-    on_gpu = device is not None and device.type == "cuda"
-    gpu = torch.cuda.get_rng_state(device) if on_gpu else None
+    gpu = device if device is not None and device.type == "cuda" else None
+    on_gpu = None if gpu is None else torch.cuda.get_rng_state(gpu)
     try:
         yield
     finally:
         random.setstate(python)
         np.random.set_state(numpy)  # noqa: NPY002
         torch.set_rng_state(own)
-        if gpu is not None and device is not None:
-            torch.cuda.set_rng_state(gpu, device)
+        if gpu is not None and on_gpu is not None:
+            torch.cuda.set_rng_state(on_gpu, gpu)
 
 
 def seed_generators(seed: int) -> None:

@@ -57,7 +57,7 @@ class Drawing(Callback):
             setattr(self, what, self._draw)
 
     def _draw(self, moment) -> None:
-        self.drawn += [torch.rand(()).item(), random.random(), np.random.rand()]
+        self.drawn += [torch.rand(()).item(), random.random(), np.random.rand()]  # noqa: NPY002
 
     def state_dict(self) -> dict[str, int]:
         self._draw(None)
