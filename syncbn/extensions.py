@@ -78,7 +78,12 @@ def failures_named() -> Iterator[None]:
 
 @contextmanager
 def _no_quiet_end() -> Iterator[None]:
-    """Within, `os._exit` of this thread raises as `sys.exit` does: else the process ends without a word, as if done."""
+    """Within, `os._exit` of this thread raises as `sys.exit` does: else the process ends without a word, as if done.
+
+    The function is replaced because nothing else would notice. Who started the process could ask it for a report beside
+    its status, but of a run on one rank that is the user's shell, and under torchrun torch's agent, and both believe 0.
+    Neither handlers of `atexit` nor audit hooks are called.
+    """
     caller, end = (os.getpid(), threading.get_ident()), os._exit
 
     def refuse(status: int) -> NoReturn:
