@@ -22,7 +22,7 @@ from syncbn.config import Config
 from syncbn.errors import InfrastructureError, RankFailed, SyncbnError, exit_code
 from syncbn.extensions import load_extensions
 from syncbn.launch.outcomes import LOST, kind, lost_ranks_named
-from syncbn.launch.ray_progress import progress_of
+from syncbn.launch.ray_progress import told
 from syncbn.launch.ray_stop import signals_written_to, stopping_on
 from syncbn.runtime.base import Runtime
 from syncbn.runtime.ray import NamedInterfaceConfig, from_ray
@@ -31,8 +31,10 @@ Work = Callable[[Any, Runtime], Any]
 """What every rank does: `run_rank`, or `run_trials` with its wave."""
 
 
-def fit(cfg: Config, work: Work, num_ranks: int) -> Any:
+def fit(cfg: Config, work: Work, num_ranks: int, progress: Callable[[], str]) -> Any:
     """Let `num_ranks` ranks do `work`; return what rank 0's returned.
+
+    Meanwhile what `progress` gives is said on stderr, where `train.progress` wants it.
 
     SIGINT and SIGTERM ask the ranks to save a checkpoint and stop; a second one ends this process at once.
 
@@ -51,7 +53,7 @@ def fit(cfg: Config, work: Work, num_ranks: int) -> Any:
         run_config=_run_config(storage),
     )
     try:
-        with signals_written_to(storage / "stop"), progress_of(cfg):
+        with signals_written_to(storage / "stop"), told(progress, cfg.train.progress):
             return _in_a_thread(trainer.fit).return_value
     except TrainingFailedError as error:
         raise cause(error) from error

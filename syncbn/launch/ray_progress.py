@@ -4,10 +4,12 @@ Ray would forward every line that any of its processes writes; the run's own jou
 """
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 
 from syncbn.compare.study.design import SEARCH, TRIALS, num_trials
+from syncbn.compare.study.failure import failure_in
+from syncbn.compare.sweep.design import Sweep
 from syncbn.config import Config
 from syncbn.launch.periodic import periodically
 from syncbn.tracking.journal import read_journal
@@ -16,19 +18,19 @@ EVERY_S = 5.0
 
 
 @contextmanager
-def progress_of(cfg: Config) -> Iterator[None]:
-    """Say every few seconds on stderr how far the run or study in `cfg` is, where `train.progress` wants it."""
+def told(progress: Callable[[], str], wanted: bool) -> Iterator[None]:
+    """Say every few seconds on stderr what `progress` gives, where it is new and `wanted` (`train.progress`)."""
     said = ""
 
     def tell() -> None:
         nonlocal said
-        line = study_progress(cfg) if cfg.study else run_progress(cfg)
+        line = progress()
         if line not in ("", said):
             said = line
             sys.stderr.write(line + "\n")
             sys.stderr.flush()
 
-    with periodically(tell, EVERY_S) if cfg.train.progress else nullcontext():
+    with periodically(tell, EVERY_S) if wanted else nullcontext():
         yield
 
 
@@ -48,3 +50,12 @@ def study_progress(cfg: Config) -> str:
     assert cfg.study is not None
     done = sum(len(list(cfg.folder.glob(f"{f}/*/summary.json"))) for f in (SEARCH, TRIALS))
     return f"{cfg.name}: {done} of {num_trials(cfg.study)} trials done"
+
+
+def sweep_progress(sweep: Sweep) -> str:
+    """How many of the sweep's trials are done, and how many of those failed."""
+    folders = [trial.config.folder for trial in sweep.trials]
+    done = sum((folder / "summary.json").is_file() for folder in folders)
+    failed = sum(failure_in(folder) is not None for folder in folders)
+    said = f"{sweep.config.name}: {done + failed} of {len(folders)} trials done"
+    return f"{said}, {failed} failed" if failed else said

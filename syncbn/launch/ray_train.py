@@ -13,6 +13,7 @@ from syncbn.compare.study.design import most_processes
 from syncbn.compare.sweep.design import Sweep
 from syncbn.config import Config
 from syncbn.launch.ray_access import prepare_environment
+from syncbn.launch.ray_progress import run_progress, study_progress, sweep_progress
 
 if TYPE_CHECKING:
     from syncbn.train import RunSummary
@@ -28,7 +29,7 @@ def launch_run(cfg: Config) -> "RunSummary":
         from syncbn.launch.rank import run_rank
         from syncbn.launch.ray_fit import fit
 
-        return fit(cfg, run_rank, cfg.num_ranks)
+        return fit(cfg, run_rank, cfg.num_ranks, partial(run_progress, cfg))
 
 
 def launch_study(cfg: Config) -> dict[str, Any]:
@@ -42,7 +43,10 @@ def launch_study(cfg: Config) -> dict[str, Any]:
         from syncbn.launch.ray_fit import fit
         from syncbn.launch.study import conduct
 
-        return conduct(cfg, lambda wave, processes: fit(cfg, partial(run_trials, wave), processes))
+        progress = partial(study_progress, cfg)
+        return conduct(
+            cfg, lambda wave, processes: fit(cfg, partial(run_trials, wave), processes, progress)
+        )
 
 
 def launch_sweep(sweep: Sweep) -> dict[str, Any]:
@@ -57,9 +61,12 @@ def launch_sweep(sweep: Sweep) -> dict[str, Any]:
         from syncbn.launch.ray_fit import fit
         from syncbn.launch.sweep import conduct_sweep
 
+        progress = partial(sweep_progress, sweep)
         return conduct_sweep(
             sweep,
-            lambda wave, processes: fit(cfg, partial(run_trials, wave, go_on=True), processes),
+            lambda wave, processes: fit(
+                cfg, partial(run_trials, wave, go_on=True), processes, progress
+            ),
         )
 
 

@@ -22,11 +22,13 @@ from syncbn.config import Config
 from syncbn.launch.outcomes import was_stopped
 from syncbn.launch.tracked import probe_tracking
 from syncbn.tracking import read_journal
-from syncbn.tracking.study import StudyTracker
+from syncbn.tracking.study import StudyTracker, Swept
 from syncbn.train.record import finished
 
 RunWave = Callable[[Sequence[Trial], int], object]
 """Lets so many processes take these trials, and returns when they are done."""
+PrintTable = Callable[[dict[str, Any], Console, Path], None]
+"""Prints what stands in a summary, and names files in the folder."""
 
 
 def conduct(cfg: Config, run: RunWave) -> dict[str, Any]:
@@ -36,29 +38,71 @@ def conduct(cfg: Config, run: RunWave) -> dict[str, Any]:
         SyncbnError: MLflow cannot be used, a trial failed, or the results cannot be compared; finished trials are
             kept.
     """
-    clock = Clock()
-    folders = [trial.config.folder for trial in trials(cfg)]
-    probe_tracking(cfg)
-    with RunLock(cfg.folder), tracked(StudyTracker(cfg), clock) as tracker:
-        if not cfg.train.resume:
-            forget([*folders, *(trial.config.folder for trial in search(cfg))])
-        tracker.follow(folders)
+    with (
+        held(cfg, [*trials(cfg), *search(cfg)]) as clock,
+        launched(cfg, trials(cfg), clock),
+    ):
         _search(cfg, run, clock)
-        began = time.time()
-        _take(trials(cfg, tuned_values(chosen(cfg))), cfg, run)
-        first = first_start(folders, since=began)
-        clock.lap("start", until=first)
-        clock.lap("training")
+        with trained(trials(cfg), clock):
+            _take(trials(cfg, tuned_values(chosen(cfg))), cfg, run)
         from syncbn.compare.results import write_results
 
         summary = write_results(cfg)
         clock.lap("statistics, figures, report")
     from syncbn.compare.report.terminal import print_table
 
+    show(print_table, summary, cfg, clock)
+    return summary
+
+
+@contextmanager
+def held(cfg: Config, wanted: Sequence[Trial]) -> Iterator["Clock"]:
+    """The folder of `cfg` held against other jobs, once MLflow is known to work; gives the clock of this process.
+
+    With `train.resume=false` what earlier launches left of the trials `wanted` is forgotten.
+
+    Raises:
+        SyncbnError: MLflow cannot be used, or another job holds the folder.
+    """
+    clock = Clock()
+    probe_tracking(cfg)
+    with RunLock(cfg.folder):
+        if not cfg.train.resume:
+            _forget([trial.config.folder for trial in wanted])
+        yield clock
+
+
+@contextmanager
+def launched(
+    cfg: Config, wanted: Sequence[Trial], clock: "Clock", swept: Swept | None = None
+) -> Iterator[None]:
+    """A launch of the trials `wanted` as MLflow sees it, ended in its true state; `swept` is a sweep's."""
+    tracker = StudyTracker(cfg, swept)
+    try:
+        tracker.follow([trial.config.folder for trial in wanted])
+        yield
+    except BaseException as error:
+        status = "stopped" if was_stopped(error) else "failed"
+        tracker.finish(status, f"{type(error).__name__}: {error}")
+        raise
+    tracker.finish()
+    clock.lap("last records to MLflow")
+
+
+@contextmanager
+def trained(wanted: Sequence[Trial], clock: "Clock") -> Iterator[None]:
+    """Book the time within on `clock`: until the first of the trials `wanted` begins, and after it."""
+    began = time.time()
+    yield
+    clock.lap("start", until=_first_start([trial.config.folder for trial in wanted], since=began))
+    clock.lap("training")
+
+
+def show(print_table: PrintTable, summary: dict[str, Any], cfg: Config, clock: "Clock") -> None:
+    """Print the summary's table, and how long each part of the launch took."""
     console = Console()
     print_table(summary, console, cfg.folder)
     console.print(f"Time: {clock}")
-    return summary
 
 
 def _search(cfg: Config, run: RunWave, clock: "Clock") -> None:
@@ -76,27 +120,14 @@ def _take(wanted: Sequence[Trial], cfg: Config, run: RunWave) -> None:
         run(wave, processes)
 
 
-def forget(folders: Sequence[Path]) -> None:
+def _forget(folders: Sequence[Path]) -> None:
     """Begin anew: what earlier trials left no longer counts as finished, nor as begun."""
     for folder in folders:
         (folder / "summary.json").unlink(missing_ok=True)
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)
 
 
-@contextmanager
-def tracked(tracker: StudyTracker, clock: "Clock") -> Iterator[StudyTracker]:
-    """A launch as MLflow sees it, ended in its true state."""
-    try:
-        yield tracker
-    except BaseException as error:
-        status = "stopped" if was_stopped(error) else "failed"
-        tracker.finish(status, f"{type(error).__name__}: {error}")
-        raise
-    tracker.finish()
-    clock.lap("last records to MLflow")
-
-
-def first_start(folders: Sequence[Path], since: float) -> float | None:
+def _first_start(folders: Sequence[Path], since: float) -> float | None:
     """When the first trial of this launch began, in seconds since the epoch; None where none had to."""
     journals = [folder / "journal.jsonl" for folder in folders]
     records = (record for path in journals if path.is_file() for record in read_journal(path))

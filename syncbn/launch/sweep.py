@@ -4,22 +4,16 @@ A trial that fails is noted, and a group of ranks that it ended is started anew 
 nothing of one trial alone - a signal, a service or a machine that is gone - ends the sweep; the same command goes on.
 """
 
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
-from syncbn.checkpoint import RunLock
 from syncbn.compare.study.design import Trial, waves
 from syncbn.compare.study.failure import failure_in, forget_failure, note_failure, of_the_trial
 from syncbn.compare.sweep.design import Sweep
 from syncbn.errors import StudyFailed, UsageError
 from syncbn.launch.studies import MEANINGS, worst
-from syncbn.launch.study import Clock, RunWave, first_start, forget, tracked
-from syncbn.launch.tracked import probe_tracking
-from syncbn.tracking.study import StudyTracker
+from syncbn.launch.study import RunWave, held, launched, show, trained
 from syncbn.train.record import finished
 
 MOST_NAMED = 5
@@ -33,31 +27,22 @@ def conduct_sweep(sweep: Sweep, run: RunWave) -> dict[str, Any]:
         SyncbnError: MLflow cannot be used, the folder holds something else, or all was stopped; finished trials are
             kept. A trial that failed is in the summary.
     """
-    cfg, clock = sweep.config, Clock()
-    folders = [trial.config.folder for trial in sweep.trials]
+    cfg = sweep.config
     _refuse_other_folder(cfg.folder)
-    probe_tracking(cfg)
-    with RunLock(cfg.folder):
-        if not cfg.train.resume:
-            forget(folders)
+    swept = {trial.name: trial.texts for trial in sweep.trials}
+    with held(cfg, sweep.trials) as clock:
         # Also refuses what ran with other settings, before a launch is recorded.
         pending = _pending(sweep)
-        settings = {trial.name: trial.texts for trial in sweep.trials}
-        with tracked(StudyTracker(cfg, settings), clock) as tracker:
-            tracker.follow(folders)
-            began = time.time()
-            _take(pending, cfg.launcher.processes, run)
-            clock.lap("start", until=first_start(folders, since=began))
-            clock.lap("training")
+        with launched(cfg, sweep.trials, clock, swept):
+            with trained(sweep.trials, clock):
+                _take(pending, cfg.launcher.processes, run)
             from syncbn.compare.sweep.results import write_results
 
             summary = write_results(sweep)
             clock.lap("figure, report")
     from syncbn.compare.sweep.tables import print_table
 
-    console = Console()
-    print_table(summary, console, cfg.folder)
-    console.print(f"Time: {clock}")
+    show(print_table, summary, cfg, clock)
     return summary
 
 

@@ -10,12 +10,13 @@ import torch
 from syncbn.checkpoint import RunLock
 from syncbn.cli.launching import make_plan
 from syncbn.compare.report.figures.canvas import Picture
-from syncbn.compare.study.failure import failure_in
+from syncbn.compare.study.failure import failure_in, note_failure
 from syncbn.compare.study.queue import run_trials
 from syncbn.compare.sweep.design import sweep_of
 from syncbn.config import config_hash
 from syncbn.errors import InfrastructureError, RankFailed, StudyFailed, UsageError
 from syncbn.launch.local import launch_sweep
+from syncbn.launch.ray_progress import sweep_progress
 from syncbn.launch.sweep import conduct_sweep, raise_failures
 from syncbn.runtime import Solo
 from syncbn.tracking import Journal, read_journal
@@ -75,6 +76,16 @@ def _is_kept_by_the_same_command(sweep, name):
     before = journal.read_bytes()
     launch_sweep(sweep)
     assert journal.read_bytes() == before
+
+
+def test_a_sweep_on_ray_says_how_far_it_is(tmp_path):
+    sweep = tiny(tmp_path, "seed=0,1,2")
+    first, second, _ = sweep.trials
+    assert sweep_progress(sweep) == "run-sweep: 0 of 3 trials done"
+    end(first)
+    assert sweep_progress(sweep) == "run-sweep: 1 of 3 trials done"
+    note_failure(second.config.folder, ValueError("no luck"))
+    assert sweep_progress(sweep) == "run-sweep: 2 of 3 trials done, 1 failed"
 
 
 def noting(taken):

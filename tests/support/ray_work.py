@@ -31,7 +31,7 @@ def outcome(cfg):
     from syncbn.launch.ray_fit import fit
 
     try:
-        fit(cfg, work, 2)
+        fit(cfg, work, 2, str)
     except SyncbnError as error:
         return [exit_code(error), str(error)]
     return [0, ""]
