@@ -52,6 +52,12 @@ def test_without_a_project_there_is_one_folder(tmp_path, monkeypatch):
     assert compose().train.steps == 600
 
 
+@pytest.mark.parametrize(("given", "used"), [((), "journal"), (("tracking=mlflow",), "mlflow")])
+def test_a_debug_run_goes_to_mlflow_where_it_is_asked_to(project, given, used):
+    cfg = compose(["debug=tiny", *given])
+    assert (cfg.tracking.name, cfg.train.steps) == (used, 2)
+
+
 def test_a_checkouts_conf_is_not_laid_over_itself(monkeypatch):
     monkeypatch.chdir(config_folder().parent)
     assert config_folders() == [config_folder()]
