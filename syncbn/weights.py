@@ -70,8 +70,9 @@ def find(cfg: RunConfig) -> Source:
 def pin(cfg: RunConfig) -> None:
     """Set `cfg.model.weights_sha256`; where it is set already, it is what the content must have.
 
-    What is not there is allowed where its sha256 is known, from the config or from the journal of the run: a run that
-    resumes from a checkpoint of its own does not read the weights again.
+    A run that has a checkpoint of its own does not read the weights again. So what is not there any more is allowed
+    where its sha256 is known, from the config or from the journal of the run, and so is another run that has trained on
+    since this one began with it.
 
     Raises:
         UsageError: see `find`.
@@ -81,7 +82,9 @@ def pin(cfg: RunConfig) -> None:
         return
     demanded = cfg.model.weights_sha256
     try:
-        found = find(cfg).sha256 or None
+        source = find(cfg)
+        began_with = _recorded(cfg) if source.kind == "checkpoint" and _has_begun(cfg) else None
+        found = began_with or source.sha256 or None
     except NotThere:
         found = demanded or _recorded(cfg)
         if found is None:
@@ -131,12 +134,17 @@ def _manifest(checkpoint: Path) -> str | None:
     return hashlib.sha256(text).hexdigest() if whole and entries else None
 
 
+def _has_begun(cfg: RunConfig) -> bool:
+    """Whether the run goes on from a checkpoint of its own."""
+    return cfg.train.resume and any((cfg.folder / "checkpoints").glob("step-*"))
+
+
 def _recorded(cfg: RunConfig) -> str | None:
-    """The sha256 that the run's own journal names for the same `model.weights`."""
+    """The sha256 that the latest attempt in the run's own journal names for the same `model.weights`."""
     try:
-        with (cfg.folder / "journal.jsonl").open() as lines:
-            model = json.loads(next(lines))["config"]["model"]
-    except (OSError, StopIteration, ValueError, KeyError, TypeError):
+        records = [json.loads(line) for line in (cfg.folder / "journal.jsonl").open()]
+        model = [r for r in records if r.get("event") == "start"][-1]["config"]["model"]
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
         return None
     return model.get("weights_sha256") if model.get("weights") == cfg.model.weights else None
 

@@ -11,13 +11,14 @@ from torch import Tensor, nn
 from syncbn.after.find import Found
 from syncbn.arms import apply_arm
 from syncbn.checkpoint import Checkpoint, load, load_best, load_latest, restore_model
-from syncbn.config import RunConfig, resume_hash
+from syncbn.config import RunConfig
 from syncbn.data import DataSets, load_data
 from syncbn.errors import CheckpointError, UsageError
 from syncbn.models import build_model
 from syncbn.norm import SyncBatchNorm
 from syncbn.runtime.local import pick_device
 from syncbn.tasks import Task, build_task, collate_of
+from syncbn.train.changes import accept_changes
 from syncbn.train.precision import autocast
 
 LATEST, BEST = "latest", "best"
@@ -113,8 +114,7 @@ def chosen(found: Found, which: str) -> Checkpoint:
         raise UsageError(f"--checkpoint {which} is not allowed: latest, best or a step")
     if checkpoint is None:
         raise CheckpointError(_missing(found, which))
-    if checkpoint.meta.config_hash != resume_hash(found.config):
-        raise CheckpointError(f"{checkpoint.path} was made with another config than {found.folder}")
+    accept_changes(found.config, found.folder, checkpoint.meta.config_hash, checkpoint.meta.step)
     return checkpoint
 
 

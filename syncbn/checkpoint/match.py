@@ -12,27 +12,19 @@ from syncbn.sharded import shared_out, shared_out_beside
 
 
 def check_matches(
-    checkpoint: Checkpoint,
-    config_hash: str,
-    world_size: int,
-    global_batch: int,
-    parallel: str = "ddp",
+    checkpoint: Checkpoint, world_size: int, global_batch: int, parallel: str = "ddp"
 ) -> list[str]:
     """What to tell the user before `checkpoint` is resumed so; empty where it is bit-exact.
 
     Raises:
-        CheckpointError: it was made by another config, or with another global batch.
+        CheckpointError: it was made with another global batch.
     """
-    meta, path = checkpoint.meta, checkpoint.path
-    remedy = "give this run another name, or train.resume=false"
-    for what, saved, wanted in (
-        ("global batch", meta.global_batch, global_batch),
-        ("config", meta.config_hash, config_hash),
-    ):
-        if saved != wanted:
-            raise CheckpointError(
-                f"{path} was made with {what} {saved}, this run has {wanted}: {remedy}"
-            )
+    meta = checkpoint.meta
+    if meta.global_batch != global_batch:
+        raise CheckpointError(
+            f"{checkpoint.path} was made with a global batch (train.per_rank_batch on all ranks) of "
+            f"{meta.global_batch}, this run has {global_batch}: give this run another name, or train.resume=false"
+        )
     notes = []
     if meta.world_size != world_size:
         notes.append(

@@ -5,7 +5,16 @@ travel; nothing changes them. Nothing in the project instantiates a class that a
 the registries of the module that owns them.
 """
 
-from syncbn.config.identity import config_hash, identity, identity_of, resume_hash
+from syncbn.config.identity import (
+    config_hash,
+    differences,
+    flat,
+    identity,
+    identity_of,
+    resume_hash,
+    resume_hash_of,
+    resume_identity_of,
+)
 from syncbn.config.run import (
     ARMS,
     PROBES,
@@ -55,7 +64,11 @@ __all__ = [
     "TrainConfig",
     "TuneConfig",
     "config_hash",
+    "differences",
+    "flat",
     "identity",
     "identity_of",
     "resume_hash",
+    "resume_hash_of",
+    "resume_identity_of",
 ]

@@ -84,11 +84,37 @@ def resume_hash(cfg: RunConfig) -> str:
 
     Virtual ranks are not processes but part of the arithmetic: their number may not change.
     """
-    tree = identity(cfg)
+    return _digest(resume_identity_of(asdict(cfg)))
+
+
+def resume_hash_of(config: Mapping[str, Any]) -> str:
+    """`resume_hash` of a config that was read back as a tree, as a journal's `start` record holds it."""
+    return _digest(resume_identity_of(config))
+
+
+def differences(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Dotted keys in which two identities differ, with the value of each; None where one lacks the key."""
+    left, right = flat(one), flat(other)
+    keys = sorted(left.keys() | right.keys())
+    return {k: (left.get(k), right.get(k)) for k in keys if left.get(k) != right.get(k)}
+
+
+def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """The leaves of `tree` under dotted keys."""
+    leaves: dict[str, Any] = {}
+    for key, value in tree.items():
+        nested = isinstance(value, Mapping)
+        leaves |= flat(value, f"{prefix}{key}.") if nested else {prefix + key: value}
+    return leaves
+
+
+def resume_identity_of(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What `resume_hash` holds of a config that was read back as a tree."""
+    tree = identity_of(config)
     tree["train"].pop("parallel", None)
-    if not cfg.train.virtual:
+    if not config["train"].get("virtual"):
         del tree["launcher"]["num_workers"], tree["train"]["per_rank_batch"]
-    return _digest(tree)
+    return tree
 
 
 def _digest(tree: dict[str, Any]) -> str:

@@ -11,6 +11,7 @@ from syncbn.extensions import failures_named
 from syncbn.runtime.base import Runtime
 from syncbn.tracking import Journal, Tracker, Untracked
 from syncbn.tracking.redact import redact_text
+from syncbn.train.changes import changes_since
 from syncbn.train.loop import train
 from syncbn.train.summary import RunSummary
 
@@ -24,7 +25,7 @@ def recorded_run(cfg: RunConfig, runtime: Runtime) -> RunSummary:
         UsageError: the folder holds a finished run of another config.
         SyncbnError: see `train`; the journal then ends with how the run ended.
     """
-    done = finished(cfg) if cfg.train.resume else None
+    done = _done(cfg) if cfg.train.resume else None
     if _on_main(done is not None, runtime):
         assert done is not None
         return done
@@ -54,21 +55,39 @@ def finished(cfg: RunConfig) -> RunSummary | None:
     """The summary of the run in `cfg.folder`, where it has finished.
 
     Raises:
-        UsageError: it finished with another config.
+        UsageError: it finished with another config; names what differs.
     """
-    path = cfg.folder / "summary.json"
-    if not path.is_file():
-        return None
-    try:
-        summary = RunSummary.from_dict(json.loads(path.read_text()))
-    except (ValueError, TypeError, KeyError, AttributeError):
-        return None  # half a file from before a crash, or another program's: train again
-    if summary.config_hash != config_hash(cfg):
-        raise UsageError(
-            f"{cfg.folder} holds a finished run of config {summary.config_hash}, this one is {config_hash(cfg)}: "
-            "give it another name, or train.resume=false to replace it"
-        )
+    summary = _summary(cfg.folder)
+    if summary is not None and summary.config_hash != config_hash(cfg):
+        raise _of_another(cfg, summary)
     return summary
+
+
+def _done(cfg: RunConfig) -> RunSummary | None:
+    """`finished`, with what may change in a run; None where it is given more steps, so that it goes on."""
+    summary = _summary(cfg.folder)
+    if summary is None or summary.config_hash == config_hash(cfg):
+        return summary
+    changes = changes_since(cfg, summary.config_hash)
+    if changes is None or not changes.allowed_from(summary.steps):
+        raise _of_another(cfg, summary)
+    return None if changes.give_more_steps else summary
+
+
+def _summary(folder: Path) -> RunSummary | None:
+    try:
+        return RunSummary.from_dict(json.loads((folder / "summary.json").read_text()))
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        return None  # none, half a file from before a crash, or another program's: train again
+
+
+def _of_another(cfg: RunConfig, summary: RunSummary) -> UsageError:
+    changes = changes_since(cfg, summary.config_hash)
+    hashes = f"of config {summary.config_hash}, this one is {config_hash(cfg)}"
+    how = hashes if changes is None else f"with other settings: {changes}"
+    return UsageError(
+        f"{cfg.folder} holds a finished run {how}: give it another name, or train.resume=false to replace it"
+    )
 
 
 def write_summary(folder: Path, summary: RunSummary) -> None:

@@ -43,6 +43,7 @@ from syncbn.tasks import Task, build_task, collate_of
 from syncbn.tracking import Tracker, read_journal
 from syncbn.tracking.redact import redact
 from syncbn.train.accumulate import accumulated_share
+from syncbn.train.changes import accept_changes
 from syncbn.train.ema import Ema
 from syncbn.train.evaluation import settle_buffers
 from syncbn.train.network import trained
@@ -240,9 +241,8 @@ def resume(state: State, tracker: Tracker) -> None:
         return
     meta = checkpoint.meta
     notes = [*checkpoint.notes]
-    notes += check_matches(
-        checkpoint, resume_hash(cfg), runtime.world_size, cfg.global_batch, cfg.train.parallel
-    )
+    notes += accept_changes(cfg, cfg.folder, meta.config_hash, meta.step)
+    notes += check_matches(checkpoint, runtime.world_size, cfg.global_batch, cfg.train.parallel)
     notes += restore_model(state.model, checkpoint.model_state)
     restore_optimizer(state.optimizer, checkpoint.optimizer_state)
     state.step, state.standing = meta.step, _restored(state, checkpoint.extra)

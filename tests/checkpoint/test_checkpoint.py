@@ -148,17 +148,15 @@ def test_a_save_waits_for_the_disk_no_more_often_for_a_model_of_more_layers(tmp_
 # Matching
 
 
-def test_another_config_or_global_batch_is_refused(tmp_path):
+def test_another_global_batch_is_refused(tmp_path):
     found = load(save_step(tmp_path, 2))
-    assert check_matches(found, "abc", world_size=2, global_batch=8) == []
-    with pytest.raises(CheckpointError, match="made with config abc, this run has def"):
-        check_matches(found, "def", world_size=2, global_batch=8)
-    with pytest.raises(CheckpointError, match="made with global batch 8, this run has 16"):
-        check_matches(found, "abc", world_size=4, global_batch=16)
+    assert check_matches(found, world_size=2, global_batch=8) == []
+    with pytest.raises(CheckpointError, match=r"a global batch .* of 8, this run has 16"):
+        check_matches(found, world_size=4, global_batch=16)
 
 
 def test_another_world_size_is_said(tmp_path):
-    (note,) = check_matches(load(save_step(tmp_path, 2)), "abc", world_size=4, global_batch=8)
+    (note,) = check_matches(load(save_step(tmp_path, 2)), world_size=4, global_batch=8)
     assert "resuming on 4 ranks a run saved on 2" in note
 
 

@@ -127,8 +127,21 @@ def test_the_content_is_part_of_a_run_and_its_place_is_not(trained):
     torch.save({name: tensor + 1 for name, tensor in trained.items()}, "base.pt")
     with pytest.raises(CheckpointError, match="has changed since the run was planned"):
         build(first, SOLO)
-    with pytest.raises(CheckpointError, match="was made with config"):
+    with pytest.raises(CheckpointError, match=r"model.weights_sha256 was"):
         recorded_run(compose([*TINY, "name=tuned", "model.weights=base.pt"]), SOLO)
+
+
+def test_a_run_goes_on_where_the_run_that_it_began_with_has_trained_on(trained):
+    first = [*TINY, "optim.schedule=constant", "name=first", "tracking=journal"]
+    recorded_run(compose([*first, "train.steps=2"]), SOLO)
+    settings = [*TINY, "name=tuned", "model.weights=first", "tracking=journal"]
+    began = compose(settings)
+    recorded_run(began, SOLO)
+    Path("runs/tuned/summary.json").unlink()
+    recorded_run(compose([*first, "train.steps=4"]), SOLO)
+    assert config_hash(compose([*settings, "name=other"])) != config_hash(began)
+    assert config_hash(compose(settings)) == config_hash(began)
+    recorded_run(compose(settings), SOLO)
 
 
 def test_an_arm_has_weights_of_its_own(trained):

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from syncbn.compare.study.design import TRIALS, arms_of, study_of
-from syncbn.config import Config, RunConfig, identity_of
+from syncbn.config import Config, RunConfig, flat, identity_of
 from syncbn.errors import UsageError
 from syncbn.tracking.journal import read_journal
 
@@ -197,12 +197,3 @@ def difference(one: Mapping[str, Any], other: Mapping[str, Any], free: Sequence[
         if left.get(key) != right.get(key):
             return f"{key} ({left.get(key)!r} against {right.get(key)!r})"
     return None
-
-
-def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """The leaves of `tree` under dotted keys."""
-    leaves: dict[str, Any] = {}
-    for key, value in tree.items():
-        nested = isinstance(value, Mapping)
-        leaves |= flat(value, f"{prefix}{key}.") if nested else {prefix + key: value}
-    return leaves
