@@ -10,6 +10,7 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
+from urllib.parse import urlsplit
 
 from syncbn.config import ARMS, PROBES, Config, ParameterGroup, StudyConfig
 from syncbn.errors import UsageError
@@ -54,8 +55,32 @@ class _Names:
         return f"one of {', '.join(self._registry.names())}"
 
 
-def _whole(key: str, least: int) -> Check:
-    return Check(key, lambda value: value is None or value >= least, f"a whole number >= {least}")
+def _whole(key: str, least: int, most: int = 2**31 - 1) -> Check:
+    def passes(value: int | None) -> bool:
+        return value is None or least <= value <= most
+
+    return Check(key, passes, f"a whole number >= {least} and <= {most}")
+
+
+def _text(key: str) -> Check:
+    return Check(
+        key, lambda value: value is None or value.strip() != "", "a text that is not empty"
+    )
+
+
+def is_tracking_uri(uri: str) -> bool:
+    """Whether `uri` is one that MLflow is reached by: of a server, or of an sqlite file."""
+    if uri.startswith("sqlite:///"):
+        return True
+    try:
+        parts = urlsplit(uri)
+        return parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:  # a port that is no number, or beyond 65535
+        return False
+
+
+TRACKING_URIS = "http://host:port, https://host or sqlite:///file"
+"""What `is_tracking_uri` lets through, in words."""
 
 
 def _positive(key: str) -> Check:
@@ -87,7 +112,8 @@ def _is_group(group: ParameterGroup) -> bool:
 
 CHECKS = (
     Check("name", is_folder_name, "one folder name of letters, digits, '.', '_' and '-'"),
-    _whole("seed", 0),
+    _whole("seed", 0, 2**32 - 1),
+    _text("runs_dir"),
     _registered(MODELS),
     _one_of("model.activation", "relu", "sigmoid", "tanh", "silu"),
     _one_of("model.init", "default", "normal"),
@@ -101,8 +127,11 @@ CHECKS = (
         lambda text: text is None or re.fullmatch("[0-9a-f]{64}", text) is not None,
         "64 hexadecimal digits",
     ),
+    _text("model.arch"),
+    _text("model.weights"),
     Check("model.hidden", lambda widths: all(w >= 1 for w in widths), "whole numbers >= 1"),
     _registered(DATA),
+    _text("data.root"),
     _whole("data.limit", 1),
     Check("data.validation", lambda share: 0 <= share < 1, "a number from 0 to below 1"),
     _whole("data.image_size", 1),
@@ -161,6 +190,7 @@ CHECKS = (
     _whole("train.num_threads", 1),
     _one_of("launcher.name", "local", "ray"),
     _whole("launcher.num_workers", 1),
+    _text("launcher.address"),
     _whole("launcher.processes", 1),
     _whole("launcher.cpus_per_worker", 1),
     _whole("launcher.gpus_per_worker", 0),
@@ -175,6 +205,8 @@ CHECKS = (
     _whole("probe.first", 0),
     _whole("probe.samples", 1),
     _one_of("tracking.name", "mlflow", "journal"),
+    Check("tracking.uri", lambda uri: uri is None or is_tracking_uri(uri), TRACKING_URIS),
+    _text("tracking.experiment"),
 )
 
 

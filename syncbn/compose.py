@@ -28,15 +28,13 @@ from syncbn.checks import check
 from syncbn.config import Config, RunConfig
 from syncbn.errors import UsageError
 from syncbn.extensions import load_extensions
-from syncbn.overrides import Grid, Point, explain_hydra, grid_of, refuse_several
+from syncbn.keys import instead_of, known_keys
+from syncbn.overrides import Grid, Point, explain_hydra, grid_of, parse, refuse_several
 from syncbn.registry import CALLBACKS, REGISTRIES, TRANSFORMS
 from syncbn.weights import pin
 
 ENV_ALLOWED = ("HOME", "USER", "TMPDIR", "SYNCBN_DATA_ROOT")
 """Environment variables that a config may read through `${oc.env:NAME}`."""
-
-RENAMED = {"dtype": "train.precision"}
-"""Keys that have another name now, by their last part."""
 
 _NOISE = ("full_key:", "object_type=", "reference_type=")
 """Lines of OmegaConf's messages that mean nothing to a user."""
@@ -157,7 +155,7 @@ def _tree(overrides: Sequence[str]) -> DictConfig:
     try:
         with initialize_config_dir(str(config_folder()), version_base="1.3"):
             return hydra_compose("main", overrides=[*map(_with_new_names, overrides)])
-    except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
+    except (HydraException, OmegaConfBaseException, yaml.YAMLError, ValueError) as error:
         raise UsageError(_one_line(error)) from error
 
 
@@ -338,15 +336,34 @@ def _about_form(override: str, key: str, value: str) -> Iterator[str]:
             f"{override!r} is not allowed: keys are written with dots, and each group has one place: "
             f"give {plain}={value}"
         )
+    if _is_group(plain) and override.startswith(plain):
+        yield from _about_option(override, plain)
+    group, _, last = plain.rpartition(".")
+    if last == "name" and _names_an_option(group, value):
+        yield f"{override!r} is not allowed: {value} is an option of {group}, which sets more: give {group}={value}"
     if override.startswith("+") and not key.startswith("study.arms."):
         sign = override[: len(override) - len(override.lstrip("+"))]
         yield (
             f"{override!r} is not allowed: {key} is there already, and needs no {sign}: give {key}={value}"
             if known
-            else f"unknown key {key!r}{_did_you_mean(key)}"
+            else f"unknown key {key!r}{instead_of(key)}"
         )
     if override.startswith("~") and known and not key.startswith("study."):
         yield f"{override!r} is not allowed: no key of a run can be left out: give it a value, {key}=VALUE"
+
+
+def _about_option(override: str, group: str) -> Iterator[str]:
+    """Complaints about what is no text where an option of `group` is chosen; several values are a sweep's."""
+    given = parse(override)
+    if not given.is_sweep_override() and (not isinstance(given.value(), str) or not given.value()):
+        rest = ", or nothing at all" if group in ("study", "debug") else ""
+        yield f"{override!r} is not allowed: one of {', '.join(_options_of(group))}{rest}"
+
+
+def _names_an_option(group: str, value: str) -> bool:
+    """Whether `value` is an option of `group` and no name by which it is registered, as resnet18 is of models."""
+    registry = REGISTRIES.get(group)
+    return registry is not None and value not in registry.names() and value in config_files(group)
 
 
 def _refuse_environment(tree: DictConfig) -> None:
@@ -365,6 +382,7 @@ def _one_line(error: Exception) -> str:
     text = str(error) if cause is None else f"{error}: {cause}"
     lines = [line.strip() for line in text.split("Config search path")[0].splitlines()]
     text = " ".join(line for line in lines if not line.startswith(_NOISE))
+    text = re.sub(r"Error merging override \+*(.*?): (?=[A-Zf])", r"\1 is not allowed: ", text)
     option = re.search(r"Could not override '(\w+)\.options\.(\w+)'", text)
     if option:
         return f"{option[0][20:-1]} is no option of what {option[1]}= chooses{_options_like(*option.groups())}"
@@ -374,8 +392,11 @@ def _one_line(error: Exception) -> str:
         return (
             "callbacks takes names, each with its options: callbacks={histogram:{every:10},bell:{}}"
         )
-    unknown = re.search(r"Could not override '([^']+)'|Key '([^']+)'", text)
-    return text.strip() + (_did_you_mean(unknown.group(1) or unknown.group(2)) if unknown else "")
+    unknown = re.search(r"Could not override '([^']+)'|Key '([^']+)' not in", text)
+    if unknown is None:
+        return text.strip()
+    key = unknown.group(1) or unknown.group(2)
+    return f"unknown key {key!r}{instead_of(key)}"
 
 
 def _options_like(group: str, wrong: str) -> str:
@@ -384,28 +405,3 @@ def _options_like(group: str, wrong: str) -> str:
     near = difflib.get_close_matches(wrong, known, n=1)
     hint = f"; did you mean {near[0]!r}?" if near else f": one of {', '.join(known)}"
     return hint if known else ""
-
-
-def _did_you_mean(key: str) -> str:
-    near = nearest_key(key.rsplit(".", 1)[-1])
-    return f"; did you mean {near!r}?" if near else ""
-
-
-def known_keys(tree: Any = None, prefix: str = "") -> list[str]:
-    """All dotted keys of the schema."""
-    tree = OmegaConf.to_container(OmegaConf.structured(Config)) if tree is None else tree
-    keys = []
-    for key, value in tree.items():
-        keys.append(prefix + key)
-        if isinstance(value, dict):
-            keys += known_keys(value, f"{prefix}{key}.")
-    return keys
-
-
-def nearest_key(name: str) -> str | None:
-    """The schema's key whose last part is most like `name`, or None where none is."""
-    if name in RENAMED:
-        return RENAMED[name]
-    by_last_part = {key.rsplit(".", 1)[-1]: key for key in reversed(known_keys())}
-    match = difflib.get_close_matches(name, by_last_part, n=1, cutoff=0.5)
-    return by_last_part[match[0]] if match else None

@@ -19,6 +19,7 @@ from syncbn.cli.hydra_flags import explain
 from syncbn.errors import UsageError, exit_code
 from syncbn.extensions import failures_named
 from syncbn.launch.streams import make_unbreakable
+from syncbn.tracking.redact import redact_text
 
 
 def invoke(command: click.Command, argv: Sequence[str], prog_name: str | None = None) -> int:
@@ -48,15 +49,15 @@ def _complain(error: Exception) -> int:
 
 
 def _details(error: Exception) -> str:
-    """The traceback behind `error`: the rank's, where it comes from one."""
-    return getattr(error, "details", "") or "".join(traceback.format_exception(error))
+    """The traceback behind `error` without secrets: the rank's, where it comes from one."""
+    return redact_text(getattr(error, "details", "") or "".join(traceback.format_exception(error)))
 
 
 def _one_line(error: Exception) -> str:
     text = str(error) or type(error).__name__
     if not hasattr(error, "exit_code"):
         text = f"{type(error).__name__}: {text}"
-    return " ".join(" ".join([text, *getattr(error, "__notes__", [])]).split())
+    return redact_text(" ".join(" ".join([text, *getattr(error, "__notes__", [])]).split()))
 
 
 def _is_first_to_fail() -> bool:

@@ -12,7 +12,12 @@ HIDDEN = "***"
 _SECRET_KEY = re.compile(
     r"token|password|passwd|secret|credential|(?:^|[._-])key$|api[._-]?key", re.IGNORECASE
 )
-_USER_INFO = re.compile(r"(\w://)[^/@\s]+@")
+_USER_INFO = re.compile(
+    r"""((?<=['"])\w+://(?!/)(?=[^'"]*@))[^'"]*@|(\w+://)(?!/)\S+@"""
+    r"""|(?<![\w/@])[^\s:/@'"]+:(?!//)[^\s'"]*@(?=[\w.-]+:\d)"""
+)
+"""A name and a password before a host, up to the last `@`: passwords hold `@` and `/` that should be encoded, within
+quotes blanks too, and an address `host:port` has no scheme."""
 _QUERY_SECRET = re.compile(
     r"([?&][^=&\s]*(?:token|password|secret|key)[^=&\s]*=)[^&\s]+", re.IGNORECASE
 )
@@ -35,6 +40,10 @@ def redact(value: Any, key: str = "") -> Any:
     return redact_text(value) if isinstance(value, str) else value
 
 
+def _without_user(found: re.Match[str]) -> str:
+    return f"{found[1] or found[2] or ''}{HIDDEN}@"
+
+
 def redact_text(text: str) -> str:
     """`text` with what is secret in the URLs in it replaced by `***`."""
-    return _QUERY_SECRET.sub(rf"\1{HIDDEN}", _USER_INFO.sub(rf"\1{HIDDEN}@", text))
+    return _QUERY_SECRET.sub(rf"\1{HIDDEN}", _USER_INFO.sub(_without_user, text))

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from urllib.parse import urlsplit, urlunsplit
 
+from syncbn.checks import TRACKING_URIS, is_tracking_uri
 from syncbn.config import RunConfig
 from syncbn.errors import NotAuthorised, ServiceUnreachable, SyncbnError, UsageError
 from syncbn.tracking.redact import redact_text
@@ -63,14 +64,12 @@ def probe(uri: str, timeout_s: float = 5.0) -> None:
             written.
         NotAuthorised: it asks for another user (401) or forbids this one (403).
     """
+    if not is_tracking_uri(uri):
+        raise UsageError(f"tracking.uri={redact_text(uri)!r} is not allowed: {TRACKING_URIS}")
     if uri.startswith(SQLITE):
         _probe_file(sqlite_path(uri))
-    elif urlsplit(uri).scheme in ("http", "https") and urlsplit(uri).hostname:
-        _within(timeout_s, lambda: _probe_server(uri, timeout_s), redact_text(uri))
     else:
-        raise UsageError(
-            f"tracking.uri={redact_text(uri)!r} is not allowed: http://host:port, https://host or sqlite:///file"
-        )
+        _within(timeout_s, lambda: _probe_server(uri, timeout_s), redact_text(uri))
 
 
 def _probe_file(path: Path) -> None:

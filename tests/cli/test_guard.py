@@ -37,6 +37,14 @@ def test_an_expected_failure_is_one_line_and_its_code(error, code, capsys):
     assert lines[0].startswith("syncbn: error: ")
 
 
+@pytest.mark.parametrize("error", [DataError, ValueError])
+def test_what_is_printed_of_a_failure_has_no_password(error, capsys):
+    invoke(failing_with(error("at http://u:pass@word@host")), [])
+    said = capsys.readouterr().err
+    assert "http://***@host" in said
+    assert "word" not in said
+
+
 def test_ctrl_c_says_nothing(capsys):
     assert invoke(failing_with(KeyboardInterrupt()), []) == 130
     assert not capsys.readouterr().err.strip()

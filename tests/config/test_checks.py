@@ -7,6 +7,7 @@ import pytest
 from syncbn.checks import check
 from syncbn.config import (
     Config,
+    DataConfig,
     LauncherConfig,
     ModelConfig,
     NormConfig,
@@ -18,6 +19,13 @@ from syncbn.config import (
 from syncbn.errors import UsageError
 
 REFUSED = {
+    "runs_dir=''": Config(runs_dir=""),
+    "data.root=' '": Config(data=DataConfig(root=" ")),
+    "seed=4294967296": Config(seed=2**32),
+    "train.per_rank_batch=2147483648": Config(train=TrainConfig(per_rank_batch=2**31)),
+    "tracking.uri='http://h:abc'": Config(tracking=TrackingConfig(uri="http://h:abc")),
+    "tracking.uri='http://h:65536'": Config(tracking=TrackingConfig(uri="http://h:65536")),
+    "tracking.uri='h:5000'": Config(tracking=TrackingConfig(uri="h:5000")),
     "model.dropout=1.0": Config(model=ModelConfig(dropout=1.0)),
     "model.dropout=-0.1": Config(model=ModelConfig(dropout=-0.1)),
     "model.dropout=nan": Config(model=ModelConfig(dropout=float("nan"))),

@@ -139,6 +139,14 @@ BAD_FORMS = {
     "hydra.sweeper.n=3": "`syncbn sweep`",
     "+hydra.job.name=x": "name= names a run",
     "hydra/job_logging=none": "set by syncbn's own keys",
+    "model=null": "one of cnn, mlp",
+    "model=": "one of cnn, mlp",
+    "model=5": "one of cnn, mlp",
+    "norm=[sync]": "one of big_batch",
+    "study=null": "or nothing at all",
+    "model.name=resnet18": "give model=resnet18",
+    "optim.groups=null": "optim.groups=null is not allowed: field",
+    "optim.lr=": "optim.lr= is not allowed: Value ''",
 }
 
 

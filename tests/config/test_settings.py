@@ -6,9 +6,9 @@ import pytest
 from click.testing import CliRunner
 
 from syncbn.cli.settings import settings as verb
-from syncbn.compose import known_keys
 from syncbn.config.settings import as_page, settings
 from syncbn.errors import UsageError
+from syncbn.keys import known_keys
 
 pytestmark = pytest.mark.untraced
 PAGE = Path(__file__).parents[2] / "docs/settings.md"

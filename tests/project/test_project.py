@@ -13,7 +13,8 @@ import pytest
 import syncbn
 from syncbn.cli import VERBS
 from syncbn.cli.launching import make_plan
-from syncbn.compose import compose, known_keys
+from syncbn.compose import compose
+from syncbn.keys import known_keys
 from syncbn.launch.plan import Plan
 
 pytestmark = pytest.mark.untraced

@@ -52,7 +52,16 @@ def _no_credentials(monkeypatch):
 
 @pytest.mark.parametrize(
     "uri",
-    ["ftp://host/x", "runs", "file:///tmp/x", "http://", "postgresql://h/db", "", "sqlite://x"],
+    [
+        "ftp://host/x",
+        "runs",
+        "file:///tmp/x",
+        "http://",
+        "postgresql://h/db",
+        "",
+        "sqlite://x",
+        "http://h:abc",
+    ],
 )
 def test_an_unknown_scheme_is_a_usage_error_that_says_what_is_allowed(uri):
     with pytest.raises(UsageError, match=r"http://host:port, https://host or sqlite:///file"):
