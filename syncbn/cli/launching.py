@@ -11,6 +11,7 @@ from importlib import import_module
 from typing import Any
 
 from syncbn.cli.guard import invoke, logged, say
+from syncbn.cli.surroundings import refuse_other_size, use_mlflow_variables, world_size
 from syncbn.compare.study.preflight import refuse_unfit
 from syncbn.compare.sweep.design import sweep_of
 from syncbn.compose import compose, config_files
@@ -43,16 +44,21 @@ def launch(verb: str, overrides: Sequence[str], dry_run: bool, as_json: bool) ->
 def make_plan(verb: str, overrides: Sequence[str], environ: Mapping[str, str]) -> Plan:
     """The plan for `verb`; under torchrun, its world size takes the place of `launcher.num_workers`.
 
+    MLflow's variables in `environ` stand for `tracking.uri` and `tracking.experiment` where these are not set.
+
     Raises:
         UsageError: overrides that cannot be used, alone or with torchrun's environment.
     """
-    world_size = _torchrun_world_size(environ)
-    of_torchrun = [] if world_size is None else [f"launcher.num_workers={world_size}"]
+    size = world_size(environ)
+    if size is not None:
+        refuse_other_size(overrides, size)
+    of_torchrun = [] if size is None else [f"launcher.num_workers={size}"]
     sweep = sweep_of(overrides, of_torchrun) if verb == "sweep" else None
     cfg = compose([*overrides, *of_torchrun]) if sweep is None else sweep.config
     _refuse_wrong_verb(verb, cfg)
-    if world_size is not None:
-        _refuse_under_torchrun(verb, cfg, world_size)
+    if size is not None:
+        _refuse_under_torchrun(verb, cfg, size)
+    use_mlflow_variables([cfg, *(t.config for t in (sweep.trials if sweep else ()))], environ)
     return Plan(verb, cfg, tuple(overrides), sweep)
 
 
@@ -83,26 +89,6 @@ def say_on_main(value: dict[str, Any], text: str, as_json: bool) -> None:
         say(value, text, as_json)
 
 
-def _torchrun_world_size(environ: Mapping[str, str]) -> int | None:
-    """The world size that torchrun set, or None where it did not start this process."""
-    if "WORLD_SIZE" not in environ:
-        return None
-    world_size, rank = _whole("WORLD_SIZE", environ), _whole("RANK", environ)
-    if world_size < 1:
-        raise UsageError(f"WORLD_SIZE={world_size} is not allowed: a whole number >= 1")
-    if not 0 <= rank < world_size:
-        raise UsageError(f"RANK={rank} is not allowed: 0 to WORLD_SIZE - 1 = {world_size - 1}")
-    return world_size
-
-
-def _whole(name: str, environ: Mapping[str, str]) -> int:
-    text = environ.get(name, "0")
-    try:
-        return int(text)
-    except ValueError:
-        raise UsageError(f"{name}={text!r} is not allowed: a whole number") from None
-
-
 def _refuse_wrong_verb(verb: str, cfg: Config) -> None:
     if verb == "compare" and cfg.study is None:
         raise UsageError(f"compare needs study=NAME; studies: {', '.join(config_files('study'))}")
@@ -113,15 +99,15 @@ def _refuse_wrong_verb(verb: str, cfg: Config) -> None:
         refuse_unfit(cfg, cfg.study)
 
 
-def _refuse_under_torchrun(verb: str, cfg: Config, world_size: int) -> None:
+def _refuse_under_torchrun(verb: str, cfg: Config, size: int) -> None:
     if verb != "train":
         raise UsageError(f"{verb} starts its own ranks: run it with python, not with torchrun")
     if cfg.launcher.name == "ray":
         raise UsageError("launcher=ray starts its own ranks: run it with python, not with torchrun")
-    if cfg.norm.name == "big_batch" and world_size > 1:
+    if cfg.norm.name == "big_batch" and size > 1:
         raise UsageError(
-            f"norm=big_batch is one process that takes the whole batch, and torchrun started {world_size}: "
-            f"run it with python and launcher.num_workers={world_size}"
+            f"norm=big_batch is one process that takes the whole batch, and torchrun started {size}: "
+            f"run it with python and launcher.num_workers={size}"
         )
 
 

@@ -1,5 +1,6 @@
 """`syncbn submit`: send a run, a study or a sweep to a Ray cluster."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -31,12 +32,16 @@ def submit(
     from syncbn.cli.cluster import enter, require_room
     from syncbn.cli.guard import say
     from syncbn.cli.launching import make_plan
+    from syncbn.cli.surroundings import of_mlflow
     from syncbn.launch.plan import as_yaml
+    from syncbn.launch.ray_dashboard import require_url
     from syncbn.launch.ray_jobs import entrypoint, files, job_overrides, send
     from syncbn.launch.ray_upload import upload_of
 
+    address = address.rstrip("/")
+    require_url(address)
     sent = job_overrides(overrides, Path.cwd())
-    plan = make_plan(verb, sent, {})
+    plan = make_plan(verb, sent, of_mlflow(os.environ))
     upload = upload_of(sent, Path.cwd())
     what: dict[str, Any] = {"address": address, **upload.to_dict()}
     if dry_run:

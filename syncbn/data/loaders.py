@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from syncbn.errors import InfrastructureError, SyncbnError
 from syncbn.extensions import failures_named
+from syncbn.signals import STOPPING
 from syncbn.structure import mapped
 
 Key = tuple[int, Tensor]
@@ -107,8 +108,10 @@ def _as_it_is(batch: Any) -> Any:
 
 
 def _leave_signals_to_the_rank(_loader: int) -> None:
-    """In a loader: ignore SIGINT, and heed SIGTERM from the rank alone."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """In a loader: ignore what asks a run to stop, and heed SIGTERM from the rank alone."""
+    for number in STOPPING:
+        if number != signal.SIGTERM:
+            signal.signal(number, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     threading.Thread(target=_end_when_the_rank_says, args=(os.getppid(),), daemon=True).start()
 

@@ -19,6 +19,7 @@ from multiprocessing import (
 from multiprocessing.process import BaseProcess
 
 from syncbn.errors import InfrastructureError
+from syncbn.signals import STOPPING
 
 PRELOADED = ["torch._dynamo", "syncbn.launch.local"]
 
@@ -30,8 +31,6 @@ RANK_ENVIRONMENT = {
 half of a large layer's time (docs/performance.md)."""
 
 SAVING_S = 30.0
-
-_STOPPING = (signal.SIGINT, signal.SIGTERM)
 
 _OF_THE_SERVER = dict(os.environ)
 """In a fork: the environment that the server was started in."""
@@ -49,9 +48,10 @@ def start_server(num_threads: int) -> None:
     for name, value in (RANK_ENVIRONMENT | {"OMP_NUM_THREADS": str(num_threads)}).items():
         os.environ.setdefault(name, value)
     forkserver.set_forkserver_preload(PRELOADED)
-    resource_tracker.ensure_running()  # which would unblock signals when it starts
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, _STOPPING)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
     try:
+        resource_tracker.ensure_running()  # which unblocks some when it starts
+        signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
         forkserver.ensure_running()
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
@@ -109,7 +109,7 @@ def listen() -> None:
     assert starter is not None
     if not starter.is_alive():
         raise SystemExit(128 + signal.SIGINT)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOPPING)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPPING)
     threading.Thread(target=_interrupted_after, args=(starter,), daemon=True).start()
 
 

@@ -29,6 +29,7 @@ from syncbn.launch.rank import run_rank
 from syncbn.launch.study import conduct
 from syncbn.launch.sweep import conduct_sweep
 from syncbn.runtime import Runtime, from_environment
+from syncbn.signals import as_stop, heeded
 from syncbn.train import RunSummary
 from syncbn.train.stopping import ended_by_signals, stop_on_signals
 
@@ -100,6 +101,7 @@ def _under_an_agent(cfg: RunConfig, work: Work, num_ranks: int, folder: str) -> 
         max_restarts=0,
         monitor_interval=0.1,
         start_method="forkserver",
+        signals_to_handle=",".join([*(number.name for number in heeded()), "SIGQUIT"]),
         logs_specs=DefaultLogsSpecs(log_dir=folder),
     )
     for name in _SAID_IN_ONE_LINE:
@@ -108,7 +110,8 @@ def _under_an_agent(cfg: RunConfig, work: Work, num_ranks: int, folder: str) -> 
         return elastic_launch(launch, _rank)(cfg, work, dict(os.environ))[0]
     except SignalException as signalled:
         end_forks(signalled.sigval)
-        raise after_signal(signalled.sigval, reports_in(Path(folder)), num_ranks) from signalled
+        stop = as_stop(signalled.sigval)
+        raise after_signal(stop, reports_in(Path(folder)), num_ranks) from signalled
     except ChildFailedError as failed:
         raise failure(reports_in(Path(folder)), num_ranks) from failed
 

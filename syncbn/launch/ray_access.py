@@ -4,6 +4,7 @@ Ray reads its settings when it is imported, token mode among them, so they must 
 a missing token is answered without waiting for the import.
 """
 
+import logging
 import os
 import secrets
 from collections.abc import Mapping
@@ -11,6 +12,9 @@ from pathlib import Path
 
 from syncbn.config import RunConfig
 from syncbn.errors import NotAuthorised, UsageError
+from syncbn.tracking.redact import redact_text
+
+log = logging.getLogger("syncbn")
 
 SETTINGS = {
     "RAY_AUTH_MODE": "token",
@@ -36,6 +40,12 @@ def prepare_environment(cfg: RunConfig) -> str | None:
     os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(cfg.launcher.start_timeout_s)
     address = cluster_address(cfg.launcher.address, os.environ)
     if address is None:
+        if "RAY_ADDRESS" in os.environ:
+            log.warning(
+                "RAY_ADDRESS=%s is set and not used: a cluster of its own is started; "
+                "launcher.address=auto joins that one",
+                redact_text(os.environ["RAY_ADDRESS"]),
+            )
         os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
         os.environ.pop("RAY_ADDRESS", None)
     else:
@@ -54,7 +64,13 @@ def cluster_address(address: str | None, environ: Mapping[str, str]) -> str | No
     if address == "auto":
         address = environ.get("RAY_ADDRESS", "127.0.0.1:6379")
     host, _, port = address.rpartition(":")
-    if "://" in address or not host or not port.isdigit() or not 0 < int(port) < 65536:
+    if (
+        "://" in address
+        or "@" in address
+        or not host
+        or not port.isdigit()
+        or not 0 < int(port) < 65536
+    ):
         raise UsageError(
             f"launcher.address={address!r} is not allowed: host:port of a cluster's head (6379 by default), or auto; "
             "to send a run to http://host:8265 use `syncbn submit`"

@@ -141,7 +141,7 @@ def cluster_resources(address: str, token: str) -> Mapping[str, float]:
 def _ask_for_nodes(address: str, token: str | None) -> Any:
     """The cluster's nodes, or None where it does not let this token (or none) in."""
     metadata = [("authorization", f"Bearer {token}")] if token else None
-    with grpc.insecure_channel(address) as channel:
+    with grpc.insecure_channel(address, options=[("grpc.enable_http_proxy", 0)]) as channel:
         service = gcs_service_pb2_grpc.NodeInfoGcsServiceStub(channel)
         request = gcs_service_pb2.GetAllNodeInfoRequest()  # pyright: ignore[reportAttributeAccessIssue]
         try:
@@ -150,5 +150,6 @@ def _ask_for_nodes(address: str, token: str | None) -> Any:
             if error.code() in (grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.PERMISSION_DENIED):
                 return None
             raise ServiceUnreachable(
-                f"no Ray cluster answers at {address}: {error.code().name}"
+                f"no Ray cluster answers at {address}: {error.code().name}; give the port that nodes connect to (6379 "
+                "by default), not the dashboard's (8265)"
             ) from error

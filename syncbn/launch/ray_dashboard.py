@@ -6,6 +6,7 @@ runs anyone's code, and is refused.
 """
 
 import json
+import os
 import re
 import urllib.error
 import urllib.request
@@ -17,6 +18,7 @@ from typing import Any
 from urllib.parse import quote, urlsplit
 
 from syncbn.errors import NotAuthorised, ServiceUnreachable, UsageError
+from syncbn.tracking.proxy import proxy_hint
 
 TIMEOUT_S = 5.0
 TERMINAL = ("SUCCEEDED", "FAILED", "STOPPED")
@@ -96,12 +98,14 @@ def require_token_mode(address: str) -> None:
         ServiceUnreachable: nothing answers, or not as Ray does.
         NotAuthorised: it accepts callers without a token.
     """
-    _require_http(address)
+    require_url(address)
     status, body = _request(address + "/api/version", "GET", None)
     if status in (401, 403):
         return
     if status != 200 or "ray_version" not in _parsed(address, body):
-        raise ServiceUnreachable(f"what answers at {address} is no Ray dashboard (HTTP {status})")
+        raise ServiceUnreachable(
+            f"what answers at {address} is no Ray dashboard (HTTP {status}){proxy_hint(address)}"
+        )
     raise NotAuthorised(
         f"the cluster at {address} answers without a token, so anyone who can connect can run code there: "
         "start it with RAY_AUTH_MODE=token"
@@ -124,9 +128,14 @@ def exit_code_of(job: Mapping[str, Any]) -> int:
     return (job.get("driver_exit_code") or 1) if job["status"] == "FAILED" else 0
 
 
-def _require_http(address: str) -> None:
-    url = urlsplit(address)
-    if url.scheme not in ("http", "https") or not url.hostname or url.username or url.path:
+def require_url(address: str) -> None:
+    """Raise `UsageError` unless `address` is the URL of a dashboard, without a login or a path."""
+    try:
+        url = urlsplit(address)
+        known = url.scheme in ("http", "https") and bool(url.hostname) and url.port != 0
+    except ValueError:  # a port that is no number, or beyond 65535
+        known = False
+    if not known or "@" in address or url.path or url.query:
         raise UsageError(
             f"--address {address!r} is not allowed: the dashboard's URL, http://host:8265 or https://host"
         )
@@ -141,13 +150,33 @@ def _request(url: str, method: str, token: str | None) -> tuple[int, str]:
             return answer.status, answer.read().decode(errors="replace")
     except urllib.error.HTTPError as error:
         return error.code, error.read().decode(errors="replace")
-    except (OSError, HTTPException, ValueError) as error:
+    except HTTPException as error:  # BadStatusLine has what was answered, in bytes for programs
+        raise ServiceUnreachable(
+            f"what answers at {url} speaks no HTTP: give the dashboard's port (8265 by default), not the port that "
+            "nodes connect to (6379)"
+        ) from error
+    except (OSError, ValueError) as error:
         reason = getattr(error, "reason", error)
-        raise ServiceUnreachable(f"no Ray dashboard answers at {url}: {reason}") from error
+        raise ServiceUnreachable(
+            f"no Ray dashboard answers at {url}: {reason}{proxy_hint(url) or _ray_address_hint()}"
+        ) from error
+
+
+def _ray_address_hint() -> str:
+    """That Ray's own variables are not read, where one is set."""
+    for name in ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS"):
+        if os.environ.get(name):
+            return (
+                f" ({name}={os.environ[name]} is not read: the dashboard's address is --address or SYNCBN_ADDRESS, "
+                "http://host:8265)"
+            )
+    return ""
 
 
 def _parsed(address: str, body: str) -> Any:
     try:
         return json.loads(body)
     except ValueError:
-        raise ServiceUnreachable(f"what answers at {address} is no Ray dashboard") from None
+        raise ServiceUnreachable(
+            f"what answers at {address} is no Ray dashboard{proxy_hint(address)}"
+        ) from None

@@ -36,7 +36,7 @@ def fit(cfg: Config, work: Work, num_ranks: int, progress: Callable[[], str]) ->
 
     Meanwhile what `progress` gives is said on stderr, where `train.progress` wants it.
 
-    SIGINT and SIGTERM ask the ranks to save a checkpoint and stop; a second one ends this process at once.
+    The signals of `STOPPING` ask the ranks to save a checkpoint and stop; a second one ends this process at once.
 
     Raises:
         RankFailed: a rank failed or was stopped; its message and exit code.

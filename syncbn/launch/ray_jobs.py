@@ -8,7 +8,7 @@ import logging
 import os
 import secrets
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from syncbn.config import Config, config_hash
@@ -17,6 +17,7 @@ from syncbn.launch.plan import has_secrets
 from syncbn.launch.ray_dashboard import Dashboard
 from syncbn.launch.ray_upload import Upload, runtime_env
 from syncbn.provenance import git_revision, versions
+from syncbn.tracking.redact import redact_text
 
 HOME_ON_CLUSTER = "${oc.env:HOME}/syncbn-runs"
 """Where files go when `runs_dir` is not given: beside the job's own folder, which Ray throws away."""
@@ -67,6 +68,26 @@ def files(overrides: Sequence[str], name: str) -> str:
     return f"{runs_dir.replace('${oc.env:HOME}', '~')}/{name}"
 
 
+def mlflow_variables(cfg: Config, environ: Mapping[str, str]) -> dict[str, str]:
+    """MLflow's variables of `environ` that `cfg` was planned with, which the job is to read as well.
+
+    Raises:
+        UsageError: an address with a password, or of a file.
+    """
+    uri, experiment = environ.get("MLFLOW_TRACKING_URI"), environ.get("MLFLOW_EXPERIMENT_NAME")
+    found = {}
+    if uri and cfg.tracking.uri == uri:
+        if uri.startswith("sqlite:") or redact_text(uri) != uri:
+            raise UsageError(
+                f"MLFLOW_TRACKING_URI={redact_text(uri)} is not sent with a job: it names a file of this machine, or "
+                "has a password in it; give tracking.uri, with the login in the cluster's environment"
+            )
+        found["MLFLOW_TRACKING_URI"] = uri
+    if experiment and cfg.tracking.experiment == experiment:
+        found["MLFLOW_EXPERIMENT_NAME"] = experiment
+    return found
+
+
 def send(
     dashboard: Dashboard, verb: str, cfg: Config, overrides: Sequence[str], upload: Upload
 ) -> str:
@@ -80,10 +101,14 @@ def send(
     from ray.job_submission import JobSubmissionClient
 
     logging.disable(logging.WARNING)  # the client warns of each file it leaves out
-    environment = ENVIRONMENT | {
-        "SYNCBN_REVISION": git_revision(),
-        "SYNCBN_VERSION": versions().get("syncbn", ""),
-    }
+    environment = (
+        ENVIRONMENT
+        | mlflow_variables(cfg, os.environ)
+        | {
+            "SYNCBN_REVISION": git_revision(),
+            "SYNCBN_VERSION": versions().get("syncbn", ""),
+        }
+    )
     headers = {"Authorization": f"Bearer {dashboard.token}"}
     try:
         client = JobSubmissionClient(dashboard.address, headers=headers)

@@ -15,7 +15,7 @@ EVERY_S = 0.5
 
 @contextmanager
 def signals_written_to(path: Path) -> Iterator[None]:
-    """Write the number of the first SIGINT or SIGTERM into `path`; a second one ends this process at once."""
+    """Write the number of the first signal to stop into `path`; a second one ends this process at once."""
     with stop_on_signals() as request:
 
         def write() -> None:

@@ -19,6 +19,7 @@ from typing import IO, Any
 
 from syncbn.compare.suite.tiers import Launch
 from syncbn.launch.plan import Plan
+from syncbn.signals import STOPPING, as_stop, heeded
 
 COMPARE = (sys.executable, "-m", "syncbn", "compare")
 MEANINGS = {
@@ -129,7 +130,7 @@ class _Running:
 
     def hand_on(self, signal_number: int, _frame: FrameType | None) -> None:
         """Remember the signal, and give it to the process that runs."""
-        self.signal_number = signal_number
+        self.signal_number = as_stop(signal_number)
         if self.process is not None:
             self.process.send_signal(signal_number)
 
@@ -147,9 +148,9 @@ class _Running:
 
 @contextmanager
 def _handing_on() -> Iterator[_Running]:
-    """Hand SIGINT and SIGTERM on to the process that runs, while the context lasts."""
+    """Hand the signals of `STOPPING` on to the process that runs, while the context lasts."""
     running = _Running()
-    before = {n: signal.signal(n, running.hand_on) for n in (signal.SIGINT, signal.SIGTERM)}
+    before = {n: signal.signal(n, running.hand_on) for n in heeded()}
     try:
         yield running
     finally:
@@ -173,8 +174,8 @@ def _exit_code(code: int) -> int:
     """The code of a process; one that was killed from outside is infrastructure, one that crashed is a bug."""
     if code >= 0:
         return code if code in MEANINGS else 1
-    if code in (-signal.SIGINT, -signal.SIGTERM):
-        return 128 - code
+    if -code in STOPPING:
+        return 128 + as_stop(-code)
     return 75 if code == -signal.SIGKILL else 1
 
 

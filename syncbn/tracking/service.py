@@ -11,12 +11,14 @@ import threading
 import urllib.error
 import urllib.request
 from collections.abc import Callable
+from http.client import HTTPException
 from pathlib import Path
 from urllib.parse import urlsplit, urlunsplit
 
 from syncbn.checks import TRACKING_URIS, is_tracking_uri
 from syncbn.config import RunConfig
 from syncbn.errors import NotAuthorised, ServiceUnreachable, SyncbnError, UsageError
+from syncbn.tracking.proxy import proxy_hint
 from syncbn.tracking.redact import redact_text
 
 ENVIRONMENT = {
@@ -100,9 +102,11 @@ def _probe_server(uri: str, timeout_s: float) -> None:
             json.loads(answer.read())
     except urllib.error.HTTPError as error:
         raise _refusal(error, redact_text(uri)) from error
-    except (OSError, ValueError) as error:
+    except (OSError, HTTPException, ValueError) as error:
         reason = getattr(error, "reason", error)
-        raise ServiceUnreachable(f"no MLflow server at {redact_text(uri)}: {reason}") from error
+        raise ServiceUnreachable(
+            f"no MLflow server at {redact_text(uri)}: {reason}{proxy_hint(uri)}"
+        ) from error
 
 
 def _refusal(error: urllib.error.HTTPError, where: str) -> SyncbnError:
@@ -114,7 +118,7 @@ def _refusal(error: urllib.error.HTTPError, where: str) -> SyncbnError:
             "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN"
         )
     return ServiceUnreachable(
-        f"no working MLflow server at {where}: it answers {error.code}: {said}"
+        f"no working MLflow server at {where}: it answers {error.code}: {said}{proxy_hint(where)}"
     )
 
 
@@ -139,13 +143,15 @@ def _within(timeout_s: float, ask: Callable[[], None], where: str) -> None:
         try:
             ask()
             outcome.append(None)
-        except SyncbnError as error:
+        except Exception as error:
             outcome.append(error)
 
     thread = threading.Thread(target=run, name="syncbn-probe", daemon=True)
     thread.start()
     thread.join(timeout_s)
     if not outcome:
-        raise ServiceUnreachable(f"no answer from the MLflow server at {where} in {timeout_s:g} s")
+        raise ServiceUnreachable(
+            f"no answer from the MLflow server at {where} in {timeout_s:g} s{proxy_hint(where)}"
+        )
     if outcome[0] is not None:
         raise outcome[0]

@@ -1,4 +1,4 @@
-"""Signals become a request that ranks agree on: finish the step, save, and leave with 128 + signal.
+"""Signals become a request that ranks agree on: finish the step, save, and leave with 130 (SIGINT) or 143.
 
 A request lasts as long as the outermost `stop_on_signals`: a study holds one around all its trials, so that a signal
 which reaches a trial after its last agreement is not lost with it.
@@ -12,16 +12,14 @@ from contextlib import contextmanager
 from types import FrameType
 
 from syncbn.errors import Stopped
-
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
-
+from syncbn.signals import as_stop, heeded
 
 REPEAT_S = 1.0
 """A second signal sooner than this is the first one again: a terminal's Ctrl-C comes from the launcher as well."""
 
 
 class StopRequest:
-    """The signal that asked this rank to stop, or 0."""
+    """The signal that asked this rank to stop, SIGINT or SIGTERM, or 0; the others of `STOPPING` count as SIGTERM."""
 
     def __init__(self) -> None:
         self.signal_number = 0
@@ -31,7 +29,7 @@ class StopRequest:
         """Remember the request; a second one ends the process at once."""
         now = time.monotonic()
         if self.signal_number == 0:
-            self.signal_number, self._first_at = signal_number, now
+            self.signal_number, self._first_at = as_stop(signal_number), now
         elif now - self._first_at > REPEAT_S:
             signal.signal(signal_number, signal.SIG_DFL)
             signal.raise_signal(signal_number)
@@ -39,7 +37,7 @@ class StopRequest:
 
 @contextmanager
 def stop_on_signals() -> Iterator[StopRequest]:
-    """Turn SIGINT and SIGTERM into a `StopRequest` while the context lasts; within another one, into its request.
+    """Turn the signals of `STOPPING` into a `StopRequest` while the context lasts; within another, into its request.
 
     Outside the main thread, as in a Ray worker, Python allows no handlers, and `ask_to_stop` takes their place.
     """
@@ -60,7 +58,7 @@ def _handled_by(request: StopRequest) -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = {number: signal.signal(number, request.ask) for number in SIGNALS}
+    before = {number: signal.signal(number, request.ask) for number in heeded()}
     try:
         yield
     finally:
@@ -78,7 +76,7 @@ def ended_by_signals() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = {number: signal.signal(number, signal.SIG_DFL) for number in SIGNALS}
+    before = {number: signal.signal(number, signal.SIG_DFL) for number in heeded()}
     try:
         for request in _open:
             if request.signal_number:

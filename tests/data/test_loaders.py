@@ -9,6 +9,7 @@ from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter as DataLo
 
 from syncbn.data.loaders import Loading, fetched
 from syncbn.errors import DataError, InfrastructureError, exit_code
+from syncbn.signals import STOPPING
 
 KEYS = [(step, torch.tensor([step])) for step in range(4)]
 
@@ -32,7 +33,7 @@ def test_a_loader_leaves_signals_to_its_rank():
     loader = int(next(batches)[0])
     other = os.fork()  # a signal of a third process, as of one that stops the whole group
     if other == 0:
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in STOPPING:
             os.kill(loader, number)
         os._exit(0)
     os.waitpid(other, 0)

@@ -70,10 +70,11 @@ def test_a_signal_to_the_launch_says_that_a_checkpoint_was_saved(bench):
 
 
 @pytest.mark.slow
-def test_a_signal_to_all_processes_of_the_job_says_that_a_checkpoint_was_saved(bench):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1])
+def test_a_signal_to_all_processes_of_the_job_says_that_a_checkpoint_was_saved(bench, number):
     process = start(bench)
     wait_for_losses(bench)
-    os.killpg(process.pid, signal.SIGTERM)
+    os.killpg(process.pid, number)
     result = ended(process)
     assert (result.returncode, complaint(result)) == (
         143,

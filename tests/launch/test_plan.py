@@ -4,12 +4,13 @@ import json
 
 import pytest
 import yaml
+from programs import torchrun
 
 from syncbn.cli.launching import make_plan
 from syncbn.errors import UsageError
 from syncbn.launch.plan import as_yaml, has_secrets
 
-TORCHRUN = {"WORLD_SIZE": "2", "RANK": "1"}
+TORCHRUN = torchrun(rank="1")
 
 
 def plan_of(verb, *overrides, environ=None):
@@ -63,8 +64,44 @@ def test_passwords_stay_out_of_a_plan():
 
 
 def test_torchruns_world_size_takes_the_place_of_num_workers():
-    plan = plan_of("train", "launcher.num_workers=8", environ=TORCHRUN)
+    plan = plan_of("train", environ=TORCHRUN)
     assert plan.config.launcher.num_workers == 2
+    assert plan_of("train", "launcher.num_workers=2", environ=TORCHRUN).num_ranks == 2
+
+
+def test_tasks_of_slurm_with_torchruns_variables_are_ranks():
+    environ = torchrun(SLURM_PROCID="0", SLURM_STEP_NUM_TASKS="2", SLURM_STEP_ID="0")
+    assert plan_of("train", environ=environ).num_ranks == 2
+
+
+def test_a_batch_script_of_slurm_starts_its_own_ranks():
+    plan_of("train", environ={"SLURM_PROCID": "0", "SLURM_NTASKS": "2"})
+    plan_of("train", environ={"SLURM_PROCID": "0", "SLURM_NTASKS": "1", "SLURM_STEP_ID": "0"})
+
+
+MLFLOW = {"MLFLOW_TRACKING_URI": "http://host:5000", "MLFLOW_EXPERIMENT_NAME": "mine"}
+
+
+@pytest.mark.parametrize(
+    ("verb", "overrides"),
+    [("train", ()), ("compare", ("study=demo",)), ("sweep", ("seed=0,1",))],
+)
+def test_mlflows_variables_are_used_and_shown(verb, overrides):
+    plan = plan_of(verb, *overrides, environ=MLFLOW)
+    assert plan.to_dict()["config"]["tracking"] == {
+        **plan_of(verb, *overrides).to_dict()["config"]["tracking"],
+        "uri": "http://host:5000",
+        "experiment": "mine",
+    }
+    for trial in plan.sweep.trials if plan.sweep else ():
+        assert trial.config.tracking.uri == "http://host:5000"
+
+
+def test_settings_come_before_mlflows_variables():
+    own = ("tracking.uri=sqlite:///x", "tracking.experiment=other")
+    tracking = plan_of("train", *own, environ=MLFLOW).config.tracking
+    assert (tracking.uri, tracking.experiment) == ("sqlite:///x", "other")
+    plan_of("train", "tracking=journal", environ={"MLFLOW_RUN_ID": "abc"})
 
 
 def test_checks_across_keys_see_torchruns_world_size():
@@ -89,10 +126,23 @@ def test_samples_that_would_be_normalised_alone_are_refused(norm):
 @pytest.mark.parametrize(
     ("verb", "overrides", "environ", "complaint"),
     [
-        ("train", (), {"WORLD_SIZE": "2", "RANK": "2"}, "RANK=2 is not allowed"),
-        ("train", (), {"WORLD_SIZE": "2", "RANK": "-1"}, "RANK=-1 is not allowed"),
-        ("train", (), {"WORLD_SIZE": "0", "RANK": "0"}, "WORLD_SIZE=0 is not allowed"),
-        ("train", (), {"WORLD_SIZE": "two", "RANK": "0"}, "WORLD_SIZE='two' is not allowed"),
+        ("train", (), torchrun("2", "2"), "RANK=2 is not allowed"),
+        ("train", (), torchrun("2", "-1"), "RANK=-1 is not allowed"),
+        ("train", (), torchrun("0", "0"), "WORLD_SIZE=0 is not allowed"),
+        ("train", (), torchrun("two", "0"), "WORLD_SIZE=two is not allowed"),
+        ("train", (), torchrun(MASTER_PORT="65536"), "MASTER_PORT=65536 is not allowed: .* from 1"),
+        ("train", (), torchrun(LOCAL_RANK="x"), "LOCAL_RANK=x is not allowed"),
+        ("train", (), {"WORLD_SIZE": "1"}, "set without RANK, MASTER_ADDR, MASTER_PORT"),
+        ("train", (), {"RANK": "1"}, "RANK=1 is set without WORLD_SIZE"),
+        ("train", ("launcher.num_workers=8",), TORCHRUN, "num_workers=8 and WORLD_SIZE=2"),
+        ("train", (), {"SLURM_PROCID": "0", "SLURM_NTASKS": "2", "SLURM_STEP_ID": "0"},
+         "srun started 2 tasks .*torchrun --nnodes"),
+        ("train", (), {"SLURM_PROCID": "1", "SLURM_NTASKS": "2"}, "srun started 2 tasks"),
+        ("train", (), {"OMPI_COMM_WORLD_RANK": "0", "OMPI_COMM_WORLD_SIZE": "4"}, "mpirun started 4"),
+        ("compare", ("study=demo",), {"PMI_RANK": "0", "PMI_SIZE": "2"}, "mpiexec started 2"),
+        ("train", (), {"MLFLOW_RUN_ID": "abc"}, "MLFLOW_RUN_ID=abc is not allowed: .*unset it"),
+        ("train", (), {"MLFLOW_EXPERIMENT_ID": "3"}, "MLFLOW_EXPERIMENT_NAME; unset it"),
+        ("train", (), {"MLFLOW_TRACKING_URI": "file:///x"}, "MLFLOW_TRACKING_URI='file:///x' is not"),
         ("train", ("norm=big_batch",), TORCHRUN, "norm=big_batch is one process"),
         ("train", ("launcher=ray",), TORCHRUN, "launcher=ray starts its own ranks"),
         ("compare", ("study=demo",), TORCHRUN, "compare starts its own ranks"),

@@ -2,6 +2,7 @@
 
 import json
 import shlex
+import socket
 import threading
 from concurrent import futures
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -18,7 +19,7 @@ from syncbn.launch.ray_dashboard import (
     require_same_ray,
     require_token_mode,
 )
-from syncbn.launch.ray_jobs import entrypoint, files, job_overrides
+from syncbn.launch.ray_jobs import entrypoint, files, job_overrides, mlflow_variables
 from syncbn.provenance import versions
 
 HERE = Path("/submitted/from")
@@ -69,6 +70,57 @@ def test_a_dashboard_that_lets_anybody_in_is_refused(dashboard):
 def test_another_service_is_no_dashboard(dashboard, status, body):
     with pytest.raises(ServiceUnreachable, match="no Ray dashboard"):
         require_token_mode(dashboard(status, body))
+
+
+def test_a_port_that_speaks_no_http_is_named_in_words_alone():
+    with socket.socket() as head:
+        head.bind(("127.0.0.1", 0))
+        head.listen()
+        answer = threading.Thread(target=_answer_in_frames, args=(head,), daemon=True)
+        answer.start()
+        with pytest.raises(ServiceUnreachable, match=r"speaks no HTTP: .*8265") as refused:
+            require_token_mode(f"http://127.0.0.1:{head.getsockname()[1]}")
+        answer.join()
+    assert str(refused.value).isprintable()
+
+
+def _answer_in_frames(head):
+    connection, _ = head.accept()
+    with connection:
+        connection.recv(1000)
+        connection.sendall(b"\x00\x00\x18\x04\x00\x00\x00\x00\x00\x00\xff")
+
+
+def test_variables_that_are_not_read_and_proxies_are_named(monkeypatch):
+    for name in ("http_proxy", "HTTP_PROXY", "no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("RAY_ADDRESS", "http://other:8265")
+    with pytest.raises(
+        ServiceUnreachable, match=r"RAY_ADDRESS=http://other:8265 is not read: .*SYNCBN_"
+    ):
+        require_token_mode("http://127.0.0.1:1")
+    monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:1")
+    with pytest.raises(ServiceUnreachable, match="the proxy of HTTP_PROXY: add head to NO_PROXY"):
+        require_token_mode("http://head:8265")
+
+
+@pytest.mark.parametrize(
+    ("environ", "sent"),
+    [
+        ({"MLFLOW_TRACKING_URI": "http://h:5", "MLFLOW_EXPERIMENT_NAME": "e"}, True),
+        ({"MLFLOW_TRACKING_URI": "http://other"}, False),
+    ],
+)
+def test_a_job_reads_mlflows_variables_that_it_was_planned_with(environ, sent):
+    cfg = compose(["tracking.uri=http://h:5", "tracking.experiment=e"])
+    assert mlflow_variables(cfg, environ) == (environ if sent else {})
+
+
+def test_no_password_is_sent_in_a_jobs_environment():
+    cfg = compose([])
+    cfg.tracking.uri = "http://u:p@h:5"
+    with pytest.raises(UsageError, match=r"MLFLOW_TRACKING_URI=http://\*\*\*@h:5 is not sent"):
+        mlflow_variables(cfg, {"MLFLOW_TRACKING_URI": "http://u:p@h:5"})
 
 
 def test_nothing_at_the_address_is_unreachable():

@@ -6,6 +6,7 @@ from dataclasses import asdict
 
 import pytest
 import torch
+from programs import torchrun
 
 from syncbn.checkpoint import RunLock
 from syncbn.cli.launching import make_plan
@@ -265,4 +266,4 @@ def test_a_sweep_takes_no_study_and_starts_its_own_ranks():
     with pytest.raises(UsageError, match="takes no study"):
         make_plan("sweep", ["study=demo", "seed=0,1"], {})
     with pytest.raises(UsageError, match="not with torchrun"):
-        make_plan("sweep", ["seed=0,1"], {"WORLD_SIZE": "2", "RANK": "0"})
+        make_plan("sweep", ["seed=0,1"], torchrun())

@@ -7,6 +7,7 @@ import sys
 
 import pytest
 from programs import ROOT, SYNCBN, losses
+from programs import torchrun as of_torchrun
 
 from syncbn.cli.launching import make_plan
 from syncbn.compare.advice import error_study
@@ -49,7 +50,7 @@ def test_every_launch_of_the_page_composes_with_its_own_names(
         words = [word for word in shlex.split(rest) if word != "--dry-run"]
         if verb == "advise":
             verb, words = "compare", error_study(words, 2)
-        plan = make_plan(verb, words, {"WORLD_SIZE": "2"} if torchrun else {})
+        plan = make_plan(verb, words, of_torchrun() if torchrun else {})
         assert (plan.config.model.name, plan.config.data.name) == ("net", "scans")
 
 

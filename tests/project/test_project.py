@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from programs import torchrun
 
 import syncbn
 from syncbn.cli import VERBS
@@ -54,7 +55,7 @@ def _plan(command: str) -> Plan | None:
     job = JOB.search(command)
     if job is None:
         return None
-    environ = {} if job[1] is None else {"WORLD_SIZE": job[1]}
+    environ = {} if job[1] is None else torchrun(job[1])
     overrides = [word for word in shlex.split(job[3]) if word != "--dry-run"]
     return make_plan(job[2], overrides, environ)
 

@@ -137,3 +137,9 @@ def complaint(result):
     lines = [line for line in result.stderr.splitlines() if line.startswith("syncbn: error: ")]
     assert len(lines) == 1, result.stderr
     return lines[0]
+
+
+def torchrun(world_size="2", rank="0", **more):
+    """The environment that torchrun gives one of its processes."""
+    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+    return {"WORLD_SIZE": world_size, "RANK": rank, **address, **more}

@@ -267,6 +267,32 @@ def test_the_first_signal_asks_and_handlers_come_back(clock):
     assert signal.getsignal(signal.SIGTERM) is before
 
 
+@pytest.mark.parametrize(
+    ("number", "code"),
+    [
+        (2, 130),
+        (signal.SIGTERM, 143),
+        (signal.SIGHUP, 143),
+        (signal.SIGUSR1, 143),
+        (signal.SIGUSR2, 143),
+    ],
+)
+def test_what_closes_a_terminal_or_warns_of_a_time_limit_stops_as_sigterm_does(number, code):
+    with stop_on_signals() as stop:
+        signal.raise_signal(number)
+    assert Stopped(stop.signal_number).exit_code == code
+
+
+def test_a_run_under_nohup_outlives_its_terminal():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with stop_on_signals() as stop:
+            signal.raise_signal(signal.SIGHUP)
+        assert stop.signal_number == 0
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
 def test_a_second_signal_that_is_not_the_first_passed_on_ends_the_process(clock, monkeypatch):
     raised, restored = [], []
     monkeypatch.setattr(signal, "raise_signal", raised.append)
