@@ -5,6 +5,9 @@ and that code. The layer's own errors carry theirs too (5: ranks disagree, 8: no
 here imports torch. Anything else that escapes is our bug: exit 1.
 """
 
+import traceback
+from pathlib import Path
+
 
 class SyncbnError(Exception):
     """A failure with a message for the person who reads it: what was wrong, the value, what is allowed."""
@@ -111,17 +114,26 @@ class Stopped(Interrupted):
 
 
 class RankFailed(SyncbnError):
-    """What made a rank fail, as reported to the process that started it.
+    """What made a rank fail, as reported to the process that started it and to the other ranks.
 
     Args:
         message: what went wrong, in one line.
         exit_code: the rank's own exit code.
         details: the rank's traceback, where the failure is a bug.
+        rank: which, where it is not the same on all.
+        kind: the name of the error's class, where `message` lacks it.
     """
 
-    def __init__(self, message: str, exit_code: int, details: str = "") -> None:
-        super().__init__(message, exit_code, details)  # all of them, so that it can travel pickled
-        self.exit_code, self.details = exit_code, details
+    def __init__(
+        self,
+        message: str,
+        exit_code: int,
+        details: str = "",
+        rank: int | None = None,
+        kind: str = "",
+    ) -> None:
+        super().__init__(message, exit_code, details, rank, kind)  # so that it can travel pickled
+        self.exit_code, self.details, self.rank, self.kind = exit_code, details, rank, kind
 
     def __str__(self) -> str:
         return str(self.args[0])
@@ -130,3 +142,26 @@ class RankFailed(SyncbnError):
 def exit_code(error: BaseException) -> int:
     """The exit code that `error` carries, or 1: our bug."""
     return getattr(error, "exit_code", 1)
+
+
+def of_rank(error: BaseException) -> int | None:
+    """The rank whose failure `error` is; None where it is not known, or not of one rank alone."""
+    return getattr(error, "rank", None)
+
+
+def in_words(error: BaseException) -> str:
+    """The message of `error`; of a bug of ours with its class, and the last line of ours that it came through."""
+    if hasattr(error, "exit_code"):
+        return str(error) or type(error).__name__
+    frames = list(traceback.walk_tb(error.__traceback__))
+    ours = [one for one in frames if one[0].f_globals.get("__name__", "").startswith("syncbn.")]
+    at = [f"at {Path(f.f_code.co_filename).name}:{n}" for f, n in (ours or frames)[-1:]]
+    return " ".join([f"{type(error).__name__}:", str(error), *at])
+
+
+def with_class(error: BaseException) -> str:
+    """The message of `error` with the name of its class and, where it is another rank's, with that."""
+    kind = getattr(error, "kind", "") or type(error).__name__
+    where = f" (rank {of_rank(error)})" if isinstance(error, RankFailed) else ""
+    text = in_words(error)
+    return (text if text.startswith(f"{kind}:") else f"{kind}: {text}") + where

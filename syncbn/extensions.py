@@ -71,7 +71,7 @@ def failures_named() -> Iterator[None]:
         with _no_quiet_end():
             yield
     except (Exception, SystemExit) as error:
-        if hasattr(error, "exit_code") or isinstance(error, MemoryError) or not _is_theirs(error):
+        if hasattr(error, "exit_code") or _is_no_memory(error) or not _is_theirs(error):
             raise
         raise UsageError(f"an extension failed at {_line(error)} ({_reason(error)})") from error
 
@@ -96,6 +96,11 @@ def _no_quiet_end() -> Iterator[None]:
         yield
     finally:
         os._exit = end
+
+
+def _is_no_memory(error: BaseException) -> bool:
+    """Whether `error` is Python's or torch's, which is not imported here, of a request for memory that failed."""
+    return isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
 
 
 def _is_theirs(error: BaseException) -> bool:

@@ -16,7 +16,7 @@ from typing import Any
 import click
 
 from syncbn.cli.hydra_flags import explain
-from syncbn.errors import UsageError, exit_code
+from syncbn.errors import UsageError, exit_code, in_words, of_rank
 from syncbn.extensions import failures_named
 from syncbn.launch.streams import make_unbreakable
 from syncbn.tracking.redact import redact_text
@@ -54,10 +54,10 @@ def _details(error: Exception) -> str:
 
 
 def _one_line(error: Exception) -> str:
-    text = str(error) or type(error).__name__
-    if not hasattr(error, "exit_code"):
-        text = f"{type(error).__name__}: {text}"
-    return redact_text(" ".join(" ".join([text, *getattr(error, "__notes__", [])]).split()))
+    rank = of_rank(error)
+    where = [] if rank is None else [f"rank {rank}:"]
+    parts = [*where, in_words(error), *getattr(error, "__notes__", [])]
+    return redact_text(" ".join(" ".join(parts).split()))
 
 
 def _is_first_to_fail() -> bool:

@@ -13,7 +13,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from syncbn.errors import InfrastructureError, RankFailed, Stopped, SyncbnError, exit_code
+from syncbn.errors import (
+    InfrastructureError,
+    RankFailed,
+    Stopped,
+    SyncbnError,
+    exit_code,
+    in_words,
+    of_rank,
+)
 from syncbn.launch.outcomes import LOST, kind
 from syncbn.train.stopping import stop_on_signals
 
@@ -31,7 +39,7 @@ def told() -> Iterator[None]:
         try:
             yield
         except BaseException as error:
-            _tell(_report(exit_code(error), _message(error), traceback.format_exc()))
+            _tell(_report(exit_code(error), in_words(error), _details(error), of_rank(error)))
             raise SystemExit(exit_code(error)) from None
         _tell(_report(0, "done", ""))
 
@@ -44,16 +52,18 @@ def _tell(report: dict[str, Any]) -> None:
         beside.replace(file)
 
 
-def _message(error: BaseException) -> str:
-    return str(error) if hasattr(error, "exit_code") else f"{type(error).__name__}: {error}"
+def _details(error: BaseException) -> str:
+    """The traceback, that of another rank where `error` came from there."""
+    return getattr(error, "details", "") or traceback.format_exc()
 
 
-def _report(code: int, message: str, details: str) -> dict[str, Any]:
-    """An outcome in the form that torchrun's agent reads, with our own fields beside it."""
+def _report(code: int, message: str, details: str, rank: int | None = None) -> dict[str, Any]:
+    """An outcome in the form that torchrun's agent reads, with our own fields beside it: `rank` is whose failure."""
     extra = {"py_callstack": details, "timestamp": str(int(time.time()))}
     return {
         "message": {"message": message, "extraInfo": extra},
         "exit_code": code,
+        "rank": rank,
         "time": time.time(),
     }
 
@@ -78,7 +88,10 @@ def failure(reports: Reports, num_ranks: int) -> SyncbnError:
     if not failed:
         return InfrastructureError("a rank died at its end: start it again")
     told = failed[0]["message"]
-    return RankFailed(told["message"], failed[0]["exit_code"], told["extraInfo"]["py_callstack"])
+    details, rank = told["extraInfo"]["py_callstack"], failed[0].get("rank")
+    alike = len({report["message"]["message"] for report in failed}) == 1
+    same = alike and len({report.get("rank") for report in failed}) > 1  # each failed by itself
+    return RankFailed(told["message"], failed[0]["exit_code"], details, None if same else rank)
 
 
 def after_signal(signal_number: int, reports: Reports, num_ranks: int) -> SyncbnError:

@@ -24,11 +24,11 @@ from syncbn.errors import Stopped
 from syncbn.extensions import load_extensions
 from syncbn.launch.children import after_signal, failure, reports_in, told
 from syncbn.launch.forks import end_forks, listen, start_server, take_environment, wait_for_server
-from syncbn.launch.outcomes import lost_ranks_named
 from syncbn.launch.rank import run_rank
 from syncbn.launch.study import conduct
 from syncbn.launch.sweep import conduct_sweep
 from syncbn.runtime import Runtime, from_environment
+from syncbn.runtime.causes import cause_told
 from syncbn.signals import as_stop, heeded
 from syncbn.train import RunSummary
 from syncbn.train.stopping import ended_by_signals, stop_on_signals
@@ -129,7 +129,7 @@ def _work(cfg: RunConfig, work: Work) -> Any:
         load_extensions(cfg.extensions)
         runtime = from_environment(cfg)
     try:
-        with lost_ranks_named():
+        with cause_told(runtime):
             return work(cfg, runtime)
     finally:
         runtime.close()

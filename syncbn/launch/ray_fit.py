@@ -7,9 +7,11 @@ rank's own exception may not survive pickling.
 
 import secrets
 import shutil
+import time
 import traceback
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,13 +21,25 @@ from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig, Tr
 from ray.train.torch import TorchTrainer
 
 from syncbn.config import Config
-from syncbn.errors import InfrastructureError, RankFailed, SyncbnError, exit_code
+from syncbn.errors import (
+    InfrastructureError,
+    RankFailed,
+    SyncbnError,
+    exit_code,
+    in_words,
+    of_rank,
+)
 from syncbn.extensions import load_extensions
-from syncbn.launch.outcomes import LOST, kind, lost_ranks_named
+from syncbn.launch.outcomes import LOST, kind
 from syncbn.launch.ray_progress import told
 from syncbn.launch.ray_stop import signals_written_to, stopping_on
 from syncbn.runtime.base import Runtime
+from syncbn.runtime.causes import cause_told
 from syncbn.runtime.ray import NamedInterfaceConfig, from_ray
+
+LINGER_S = 3.5
+"""How long a rank that failed, other than 0, waits before Ray learns of it and kills the others: rank 0 finds the cause
+and writes how the run ended, after 3 s over gloo."""
 
 Work = Callable[[Any, Runtime], Any]
 """What every rank does: `run_rank`, or `run_trials` with its wave."""
@@ -76,13 +90,14 @@ def _rank(config: dict[str, Any]) -> Any:
     cfg: Config = config["cfg"]
     try:
         load_extensions(cfg.extensions)
-        with stopping_on(config["stop_file"]), lost_ranks_named():
-            return config["work"](cfg, from_ray(cfg))
-    except Exception as error:
-        if hasattr(error, "exit_code"):
-            raise RankFailed(str(error), exit_code(error)) from None
-        message = f"{type(error).__name__}: {error}"
-        raise RankFailed(message, 1, traceback.format_exc()) from None
+        runtime = from_ray(cfg)
+        with closing(runtime), stopping_on(config["stop_file"]), cause_told(runtime):
+            return config["work"](cfg, runtime)
+    except (Exception, SystemExit) as error:
+        if of_rank(error) and not isinstance(error, RankFailed):
+            time.sleep(LINGER_S)
+        details = getattr(error, "details", "") or traceback.format_exc()
+        raise RankFailed(in_words(error), exit_code(error), details, of_rank(error)) from None
 
 
 def cause(error: TrainingFailedError) -> SyncbnError:
@@ -91,9 +106,9 @@ def cause(error: TrainingFailedError) -> SyncbnError:
     causes = {rank: getattr(failure, "_base_exc", failure) for rank, failure in failures}
     told = [failure for failure in causes.values() if isinstance(failure, RankFailed)]
     killed = {rank: f for rank, f in causes.items() if not isinstance(f, RankFailed)}
-    heard = min(told, key=lambda failure: kind(failure.exit_code), default=None)
-    if heard is not None and (kind(heard.exit_code) < LOST or not killed):
-        return heard
+    told.sort(key=lambda failure: kind(failure.exit_code))
+    if told and (kind(told[0].exit_code) < LOST or not killed):
+        return told[0]
     dead = ", ".join(f"rank {rank}" for rank in killed) or "the worker group"
     reason = next(iter(killed.values()), getattr(error, "controller_failure", error))
     return InfrastructureError(

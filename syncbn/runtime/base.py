@@ -38,6 +38,14 @@ class Runtime(Protocol):
         """Return when every rank has called it."""
         ...
 
+    def post(self, key: str, text: str) -> None:
+        """Let every rank read `text` under `key`, unless one has posted there; no collective, and it never raises."""
+        ...
+
+    def posted(self, key: str) -> str | None:
+        """What a rank has posted under `key`; None where none has, or where it cannot be read any more."""
+        ...
+
     def solo(self) -> "Solo":
         """This process as a world of one, on the same device."""
         ...
@@ -71,6 +79,14 @@ class Solo:
 
     def barrier(self) -> None:
         """Return at once."""
+
+    def post(self, key: str, text: str) -> None:
+        """Nobody else would read it."""
+
+    def posted(self, key: str) -> str | None:
+        """Nobody else posts."""
+        del key
+        return None
 
     def solo(self) -> "Solo":
         """This runtime itself."""

@@ -1,6 +1,7 @@
 """Ranks of this machine, or of any job that sets torchrun's environment variables (torchrun, Ray Train)."""
 
 import os
+from contextlib import suppress
 from datetime import timedelta
 
 import torch
@@ -47,6 +48,18 @@ class TorchrunRuntime:
     def barrier(self) -> None:
         """Return when every rank has called it."""
         dist.barrier()
+
+    def post(self, key: str, text: str) -> None:
+        """Let every rank read `text` under `key`, in the store of the process group."""
+        with suppress(RuntimeError, ValueError):  # the store, or the group, is gone
+            dist.distributed_c10d._get_default_store().compare_set(key, "", text)
+
+    def posted(self, key: str) -> str | None:
+        """What a rank has posted under `key`, or None."""
+        with suppress(RuntimeError, ValueError):
+            store = dist.distributed_c10d._get_default_store()
+            return store.get(key).decode() if store.check([key]) else None
+        return None
 
     def solo(self) -> Solo:
         """This process as a world of one, on the same device."""

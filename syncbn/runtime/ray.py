@@ -23,10 +23,11 @@ from syncbn.runtime.local import TorchrunRuntime, pick_device
 
 
 class RayRuntime(TorchrunRuntime):
-    """This Ray Train worker as a rank; Ray opened the process group and will close it."""
+    """This Ray Train worker as a rank of the process group that Ray opened.
 
-    def close(self) -> None:
-        """Leave the process group to Ray."""
+    It leaves the group itself: Ray would close it when all ranks have returned, and those that wait for one that has
+    failed would not.
+    """
 
 
 def from_ray(cfg: RunConfig) -> Runtime:

@@ -6,9 +6,10 @@ from pathlib import Path
 import torch
 
 from syncbn.config import RunConfig, config_hash
-from syncbn.errors import Interrupted, UsageError
+from syncbn.errors import Interrupted, UsageError, with_class
 from syncbn.extensions import failures_named
 from syncbn.runtime.base import Runtime
+from syncbn.runtime.causes import cause_told
 from syncbn.tracking import Journal, Tracker, Untracked
 from syncbn.tracking.redact import redact_text
 from syncbn.train.changes import changes_since
@@ -33,13 +34,13 @@ def recorded_run(cfg: RunConfig, runtime: Runtime) -> RunSummary:
         (cfg.folder / "summary.json").unlink(missing_ok=True)
     tracker: Tracker = Journal(cfg.folder / "journal.jsonl") if runtime.is_main else Untracked()
     try:
-        with failures_named():
+        with cause_told(runtime, cfg.name), failures_named():
             summary = train(cfg, runtime, tracker)
     except BaseException as error:
         status = "stopped" if isinstance(error, Interrupted | KeyboardInterrupt) else "failed"
         if not tracker.begun:
             raise  # this attempt has nothing to record, and an earlier one's journal stays as it is
-        reason = redact_text(f"{type(error).__name__}: {error}")
+        reason = redact_text(with_class(error))
         tracker.event("end", status=status, summary=None, error=reason)
         raise
     else:
