@@ -104,11 +104,11 @@ def cause(error: TrainingFailedError) -> SyncbnError:
     """The failure behind `error`: that of the rank to be reported (see `outcomes`), else the death of a worker."""
     failures = sorted(getattr(error, "worker_failures", {}).items())
     causes = {rank: getattr(failure, "_base_exc", failure) for rank, failure in failures}
-    told = [failure for failure in causes.values() if isinstance(failure, RankFailed)]
+    heard = [failure for failure in causes.values() if isinstance(failure, RankFailed)]
     killed = {rank: f for rank, f in causes.items() if not isinstance(f, RankFailed)}
-    told.sort(key=lambda failure: kind(failure.exit_code))
-    if told and (kind(told[0].exit_code) < LOST or not killed):
-        return told[0]
+    heard.sort(key=lambda failure: kind(failure.exit_code))
+    if heard and (kind(heard[0].exit_code) < LOST or not killed):
+        return heard[0]
     dead = ", ".join(f"rank {rank}" for rank in killed) or "the worker group"
     reason = next(iter(killed.values()), getattr(error, "controller_failure", error))
     return InfrastructureError(
