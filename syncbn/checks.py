@@ -245,7 +245,7 @@ def check(cfg: Config) -> None:
                 f"train.time_limit_s={cfg.train.time_limit_s:g} is not allowed in a study: its trials are compared "
                 "after equal numbers of steps"
             )
-        _check_study(cfg.study)
+        _check_study(cfg.study, cfg.task.name == "classification")
 
 
 def _of_names(cfg: Config) -> Iterator[str]:
@@ -387,9 +387,9 @@ def _samples_together(cfg: Config) -> int | None:
     return None if ranks is None else ranks * cfg.train.per_rank_batch
 
 
-def _check_study(study: StudyConfig) -> None:
+def _check_study(study: StudyConfig, classifies: bool) -> None:
     """Raise `UsageError` for the first thing that is wrong with a study."""
-    for complaint in complaints(study):
+    for complaint in complaints(study, classifies):
         raise UsageError(complaint)
     for arm in study.arms:
         if not is_folder_name(arm):

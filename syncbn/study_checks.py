@@ -10,8 +10,11 @@ from collections.abc import Iterator
 from syncbn.config import KINDS, SCALES, ClaimConfig, StudyConfig, TargetConfig, TuneConfig
 
 
-def complaints(study: StudyConfig) -> Iterator[str]:
-    """What is wrong with `study`, a line each, nothing where it is sound; names of arms are checked elsewhere."""
+def complaints(study: StudyConfig, classifies: bool = True) -> Iterator[str]:
+    """What is wrong with `study`, a line each, nothing where it is sound; names of arms are checked elsewhere.
+
+    Where its task `classifies`, a target is a fraction.
+    """
     if not study.arms:
         yield "study.arms is empty: a study compares at least two arms"
     yield from _about_seeds("study.seeds", study.seeds)
@@ -26,7 +29,7 @@ def complaints(study: StudyConfig) -> Iterator[str]:
         if study.grid:
             yield "study.tune and study.grid exclude each other: the grid shows every value"
     if study.target is not None:
-        yield from _about_target(study.target, study)
+        yield from _about_target(study.target, study, classifies)
     for claim in study.claims:
         yield from _about_claim(claim, study)
 
@@ -47,10 +50,12 @@ def _about_search(tune: TuneConfig) -> Iterator[str]:
         )
 
 
-def _about_target(target: TargetConfig, study: StudyConfig) -> Iterator[str]:
+def _about_target(target: TargetConfig, study: StudyConfig, classifies: bool) -> Iterator[str]:
     if (target.error is None) == (target.arm is None):
         yield "study.target needs either error, a fraction, or arm, whose best error is the target"
-    if target.error is not None and not 0 <= target.error <= 1:
+    if target.error is not None and not math.isfinite(target.error):
+        yield f"study.target.error={target.error} is not allowed: a finite number"
+    if classifies and target.error is not None and not 0 <= target.error <= 1:
         yield f"study.target.error={target.error} is not allowed: a fraction from 0 to 1"
     if target.arm is not None and target.arm not in study.arms:
         yield f"study.target.arm={target.arm!r} is none of {', '.join(study.arms)}"

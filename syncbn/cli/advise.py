@@ -26,9 +26,8 @@ if TYPE_CHECKING:
 @click.option(
     "--margin",
     type=click.FloatRange(min=0, min_open=True),
-    default=0.01,
-    show_default=True,
-    help="The smallest difference in test error that matters to you; 0.01 is one point.",
+    help="The smallest difference that matters to you, in the unit of what the task decides by. Default: a point, "
+    "which is 0.01 of a test error, and of other measures 1 % of the largest median.",
 )
 @click.option(
     "--point-worth",
@@ -43,7 +42,7 @@ if TYPE_CHECKING:
 def advise(
     overrides: tuple[str, ...],
     source: Path | None,
-    margin: float,
+    margin: float | None,
     point_worth: float,
     no_cost: bool,
     dry_run: bool,

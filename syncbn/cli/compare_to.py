@@ -15,14 +15,14 @@ from syncbn.cli.options import as_json
     "metrics",
     multiple=True,
     help="What to compare, NAME or NAME:lower or NAME:higher (what is better). Default: the study's "
-    "primary metric; for times the test error.",
+    "primary metric; for times what its task decides by.",
 )
 @click.option(
     "--margin",
     type=click.FloatRange(min=0),
     default=0.0,
     show_default=True,
-    help="A change for the worse that is accepted, in the metric's unit; 0.01 is one point of error.",
+    help="A change for the worse that is accepted, in the metric's unit; 0.01 is one point of a share.",
 )
 @as_json
 def compare_to(
@@ -40,7 +40,7 @@ def compare_to(
     from syncbn.errors import GotWorse
 
     old, late = read_summary(base), read_summary(new)
-    found = compare(old, late, [metric_of(metric) for metric in metrics], margin)
+    found = compare(old, late, [metric_of(metric, old) for metric in metrics], margin)
     other = differences(old, late)
     say(to_dict(found, other), text(found, other), as_json)
     if found.worse:

@@ -20,6 +20,7 @@ from syncbn.errors import UsageError
 from syncbn.launch.forks import start_server
 from syncbn.launch.plan import Plan, as_yaml
 from syncbn.layout import require_folders
+from syncbn.registry import TASKS
 
 
 def launch(verb: str, overrides: Sequence[str], dry_run: bool, as_json: bool) -> None:
@@ -73,6 +74,8 @@ def follow(plan: Plan) -> dict[str, Any]:
         for data in [plan.config.data, *(trial.config.data for trial in trials)]:
             require_folders(data)
     on_ray = plan.config.launcher.name == "ray"
+    if plan.verb == "compare" and not on_ray and plan.config.task.name not in TASKS.built_in:
+        import_module("syncbn.compare.study.rehearsal").refuse_ungiven(plan.config)
     if not on_ray and plan.num_ranks > 1 and "WORLD_SIZE" not in os.environ:
         start_server(plan.config.train.num_threads)  # first: it imports torch while we do
     launcher = import_module("syncbn.launch.ray_train" if on_ray else "syncbn.launch.local")

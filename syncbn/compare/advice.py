@@ -1,8 +1,9 @@
 """Whether to synchronise, over which ranks, at what cost: a pure function of what a study measured.
 
 Two numbers are declared beforehand: the smallest difference in error that matters (`margin`), and how much longer a
-step may take for each point of error saved (`point_worth`). Everything is judged by whole 95 % intervals against them;
-where an interval straddles its bound, the advice is that these seeds cannot tell.
+step may take for each point of error saved (`point_worth`). Where the task decides by something else than a share, a
+point is 1 % of the largest median among the arms, in the measure's unit. Everything is judged by whole 95 % intervals
+against these; where an interval straddles its bound, the advice is that these seeds cannot tell.
 
 Two short studies give the numbers, as overrides of conf/study/advise.yaml. Errors are measured on virtual ranks, which
 any machine can run at any world size; costs on real ranks, and only where there is a core for each.
@@ -15,6 +16,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from syncbn.compare.measure import Measure, decided_by
 from syncbn.compare.statistics import effects
 from syncbn.compare.statistics.effects import Floats, Interval
 from syncbn.compare.study.repeat import hydra_value
@@ -45,9 +47,9 @@ class Group:
     arm: str
     size: int
     error: float
-    """Median over seeds."""
+    """Median over seeds of the test error, or of what else the task decides by."""
     excess: PairedEffect
-    """Error above that of the group with the smallest median."""
+    """How much worse it is than the group with the best median; in the measure's unit, as gain and margin are."""
     standing: str
     """`AS_GOOD`: less than the margin above every other. `WORSE`: more than the margin above another."""
 
@@ -80,16 +82,20 @@ class Advice:
     synchronised: Group
     """The best way to synchronise: the smallest group as good as every other, else the one with the smallest median."""
     gain: PairedEffect
-    """Error that this saves: local - synchronised."""
+    """What this is better by: local - synchronised, the other way round where more is better."""
     cost: Cost | None
     """None where it was not measured."""
     margin: float
     point_worth: float
+    point: float
+    """A point in the measure's unit: 0.01 of a share."""
+    measure: Measure
+    """What is compared."""
 
 
 def advice(
     summary: Summary,
-    margin: float = 0.01,
+    margin: float | None = None,
     point_worth: float = 0.10,
     cost: Summary | None = None,
 ) -> Advice:
@@ -97,20 +103,23 @@ def advice(
 
     Args:
         summary: of a study with the arm `local` and at least one that synchronises.
-        margin: the smallest difference in test error that matters, a fraction.
+        margin: the smallest difference that matters, in the unit of what the task decides by; None means a point.
         point_worth: how much longer a step may take for each point of error saved: 0.1 is a tenth.
         cost: of a study on real ranks with the same arms; None where the cost is not known.
 
     Raises:
         UsageError: arms are missing, or fewer than two seeds have a number in all of them.
     """
+    measure = decided_by(summary)
+    points = points_per_unit(summary)
+    margin = 1 / points if margin is None else margin
     groups = _groups(summary, margin)
     local, others = groups[0], groups[1:]
     good = [group for group in groups if group.standing == AS_GOOD]
-    best = min(others, key=lambda group: group.error)
+    best = min(others, key=lambda group: measure.sign * group.error)
     chosen = next((group for group in good if group.size > 1), best)
     gain = _paired(summary, local.arm, chosen.arm)
-    bill = None if cost is None else _cost(cost, chosen.arm, gain, point_worth)
+    bill = None if cost is None else _cost(cost, chosen.arm, gain, point_worth * points)
     verdict = _verdict(local, gain, bill, margin)
     recommended = local if verdict == DO_NOT else chosen
     return Advice(
@@ -123,7 +132,18 @@ def advice(
         cost=bill,
         margin=margin,
         point_worth=point_worth,
+        point=1 / points,
+        measure=measure,
     )
+
+
+def points_per_unit(summary: Summary) -> float:
+    """How many points make a unit of what the task decides by: 100 of a share."""
+    measure = decided_by(summary)
+    if measure.is_share:
+        return 100.0
+    medians = [abs(float(np.median(_errors(summary, arm)))) for arm in arms_by_size(summary)]
+    return 100 / (max(medians) or 1.0)
 
 
 def _verdict(local: Group, gain: PairedEffect, bill: Cost | None, margin: float) -> str:
@@ -137,14 +157,15 @@ def _verdict(local: Group, gain: PairedEffect, bill: Cost | None, margin: float)
 def _groups(summary: Summary, margin: float) -> list[Group]:
     """All groups by size, each compared with every other."""
     sizes = arms_by_size(summary)
-    errors = {arm: _errors(summary, arm) for arm in sizes}
+    sign = decided_by(summary).sign
+    errors = {arm: sign * _errors(summary, arm) for arm in sizes}
     medians = {arm: float(np.median(values)) for arm, values in errors.items()}
     best = min(medians, key=medians.__getitem__)
     return [
         Group(
             arm=arm,
             size=size,
-            error=medians[arm],
+            error=sign * medians[arm],
             excess=_effect(errors[arm] - errors[best]),
             standing=_standing([errors[arm] - errors[o] for o in sizes if o != arm], margin),
         )
@@ -188,22 +209,24 @@ def _size(summary: Summary, arm: str) -> int | None:
 
 
 def _errors(summary: Summary, arm: str) -> Floats:
-    """The arm's test errors over the seeds.
+    """The arm's test errors over the seeds, or what else the task decides by.
 
     Raises:
         UsageError: one of them is missing, or there are fewer than two.
     """
-    values = values_of(summary, arm, "test_error")
+    metric = decided_by(summary).name
+    values = values_of(summary, arm, metric)
     if len(values) < 2 or None in values:
         raise UsageError(
-            f"study {summary['study']}: test_error of arm {arm!r} is {values}: advice needs a number for each of at "
+            f"study {summary['study']}: {metric} of arm {arm!r} is {values}: advice needs a number for each of at "
             "least two seeds, better eight"
         )
     return np.array(values, dtype=np.float64)
 
 
 def _paired(summary: Summary, arm: str, against: str) -> PairedEffect:
-    return _effect(_errors(summary, arm) - _errors(summary, against))
+    sign = decided_by(summary).sign
+    return _effect(sign * (_errors(summary, arm) - _errors(summary, against)))
 
 
 def _effect(values: Floats) -> PairedEffect:
@@ -211,25 +234,25 @@ def _effect(values: Floats) -> PairedEffect:
     return PairedEffect(found.median, found.interval, found.n)
 
 
-def _cost(summary: Summary, arm: str, gain: PairedEffect, point_worth: float) -> Cost | None:
+def _cost(summary: Summary, arm: str, gain: PairedEffect, unit_worth: float) -> Cost | None:
     """The time of a step in `arm` over that of a local one; None where `summary` has no number for it."""
     for metric in _COSTS:
         times = [values_of(summary, name, metric) for name in (arm, "local")]
         if all(values and None not in values for values in times):
             logs = effects.effect(effects.paired_log_ratios(*times))  # pyright: ignore
-            return _cost_of(metric, logs, gain, point_worth)
+            return _cost_of(metric, logs, gain, unit_worth)
     return None
 
 
 def _cost_of(
-    metric: str, logs: effects.Effect, gain: PairedEffect, point_worth: float
+    metric: str, logs: effects.Effect, gain: PairedEffect, unit_worth: float
 ) -> Cost | None:
     if not math.isfinite(logs.median):
         return None
     with np.errstate(over="ignore"):
         low, middle, high = np.exp([logs.interval.low, logs.median, logs.interval.high])
     ends = (gain.interval.low, gain.median, gain.interval.high)
-    least, worth, most = (1 + point_worth * 100 * max(end, 0.0) for end in ends)
+    least, worth, most = (1 + unit_worth * max(end, 0.0) for end in ends)
     return Cost(
         ratio=PairedEffect(float(middle), Interval(float(low), float(high)), logs.n),
         metric=metric,

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
+from syncbn.compare.measure import Measure, decided_by, primary_of, shown
 from syncbn.compare.statistics import effects, significance
 from syncbn.compare.statistics.claims import INCONCLUSIVE, LEVEL, REPRODUCED
 from syncbn.compare.statistics.effects import Floats, Interval
@@ -50,8 +51,10 @@ class Metric:
     lower_is_better: bool = True
 
 
-def metric_of(text: str) -> Metric:
+def metric_of(text: str, summary: Summary | None = None) -> Metric:
     """The metric that `text` names: `test_error`, or `name:lower` and `name:higher`, which say what is better.
+
+    Without that, the way of what the study of `summary` is decided by is known, and of others by their names.
 
     Raises:
         UsageError: no direction is given, and none is known.
@@ -61,6 +64,9 @@ def metric_of(text: str) -> Metric:
         if direction not in ("lower", "higher"):
             raise UsageError(f"metric={text!r} is not allowed: NAME:lower or NAME:higher")
         return Metric(name, direction == "lower")
+    decides = None if summary is None else decided_by(summary)
+    if decides is not None and name in (decides.name, decides.name.replace("test_", "best_", 1)):
+        return Metric(name, decides.lower_is_better)
     if name.endswith(_HIGHER_IS_BETTER):
         return Metric(name, lower_is_better=False)
     if name.startswith("steps_to_target") or name.endswith(_LOWER_IS_BETTER):
@@ -72,16 +78,18 @@ def metric_of(text: str) -> Metric:
 
 
 def default_metric(summary: Summary) -> Metric:
-    """What the study is about, where that has a better and a worse; else, and for times, the test error.
+    """What the study is about, where that has a better and a worse; else, and for times, what its task decides by.
 
     Times differ from machine to machine, and with what else runs there.
     """
-    primary = summary["design"].get("primary_metric") or "test_error"
+    primary, decides = primary_of(summary), decided_by(summary)
     try:
-        metric = metric_of(primary)
+        metric = metric_of(primary, summary)
     except UsageError:
-        return Metric("test_error")
-    return Metric("test_error") if primary.endswith(_TIMES) else metric
+        return Metric(decides.name, decides.lower_is_better)
+    if primary.endswith(_TIMES):
+        return Metric(decides.name, decides.lower_is_better)
+    return metric
 
 
 @dataclass(frozen=True)
@@ -114,6 +122,8 @@ class Change:
     p_holm: float
     """Of "it did not get worse", after Holm's correction over all arms and metrics."""
     note: str
+    measure: Measure
+    """How the metric is shown."""
 
 
 @dataclass(frozen=True)
@@ -169,7 +179,7 @@ def compare(
         base: summary of an earlier launch of the study.
         new: summary of a later one.
         metrics: what to compare.
-        margin: a change for the worse up to this much is accepted; in the metric's unit, errors are fractions.
+        margin: a change for the worse up to this much is accepted, in the metric's unit; shares are fractions.
 
     Raises:
         UsageError: other studies or designs, fewer than two seeds in common, or a metric that was not measured.
@@ -182,7 +192,7 @@ def compare(
         study=base["study"],
         margin=margin,
         seeds=seeds,
-        changes=_judge(found, margin),
+        changes=_judge(found, margin, base),
         claims=_lost_claims(base, new),
     )
 
@@ -223,14 +233,19 @@ def _numbers(values: Mapping[int, float | None], seeds: Sequence[int]) -> list[f
     return [value for seed in seeds if (value := values[seed]) is not None]
 
 
-def _judge(found: Sequence[_Pairs], margin: float) -> list[Change]:
+def _judge(found: Sequence[_Pairs], margin: float, base: Summary) -> list[Change]:
     """Verdicts; changes for the better are corrected by Holm's method like those for the worse."""
     worse = significance.holm([significance.p_below(-pairs.worsening, -margin) for pairs in found])
     better = significance.holm([significance.p_below(pairs.worsening, -margin) for pairs in found])
-    return [_change(*each, margin) for each in zip(found, worse, better, strict=True)]
+    return [
+        _change(pairs, p_worse, p_better, margin, shown(base, pairs.metric.name))
+        for pairs, p_worse, p_better in zip(found, worse, better, strict=True)
+    ]
 
 
-def _change(pairs: _Pairs, p_worse: float, p_better: float, margin: float) -> Change:
+def _change(
+    pairs: _Pairs, p_worse: float, p_better: float, margin: float, measure: Measure
+) -> Change:
     effect = effects.effect(effects.paired_differences(pairs.new, pairs.base))
     worsening = effects.effect(pairs.worsening).interval
     verdict, note = _decide(worsening, p_worse, p_better, margin)
@@ -247,6 +262,7 @@ def _change(pairs: _Pairs, p_worse: float, p_better: float, margin: float) -> Ch
         n=effect.n,
         p_holm=p_worse,
         note="; ".join(filter(None, [note, _left_out(pairs)])),
+        measure=measure,
     )
 
 

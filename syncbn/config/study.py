@@ -30,8 +30,9 @@ class ClaimConfig:
     """Two arms whose difference is taken off: an interaction."""
     along: list[str] = field(default_factory=list)
     """Arms in order, for `increasing` and `decreasing`: Kendall's tau of the metric against the order, Page's test."""
-    metric: str = "test_error"
-    """A metric at the end of a trial, or `metric@step`."""
+    metric: str = ""
+    """A metric at the end of a trial, or `metric@step`; empty means what the task decides by: `test_error` where it
+    classifies."""
     kind: str = "less"
     """`less`: the whole interval lies below threshold. `greater`: above. `equivalent`: within +-threshold (TOST).
     `within`: inside `range`. `different`: 0 (or ratio 1) lies outside the interval, and the effect is not shown to be
@@ -75,14 +76,14 @@ class TuneConfig:
 
 @dataclass
 class TargetConfig:
-    """The test error that `steps_to_target` counts steps to, and that a grid cell must reach to have trained."""
+    """What `steps_to_target` counts to, and a grid cell must reach: a value of what the task decides by."""
 
     error: float | None = None
-    """A fraction; none takes it from `arm`."""
+    """A fraction, or in the unit of what else the task decides by; none takes it from `arm`."""
     arm: str | None = None
     """In each seed the best error that this arm held, in the sense of `tolerance`, is the target."""
     tolerance: float = 0.005
-    """How far the next evaluation may lie above the target for the first to count."""
+    """How far the next evaluation may lie on the wrong side of the target for the first to count; in its unit."""
 
 
 @dataclass
@@ -129,8 +130,8 @@ class StudyConfig:
     """A search that every arm gets before the study; none tunes nothing."""
     target: TargetConfig | None = None
     """What `steps_to_target` counts to; none counts nothing."""
-    primary_metric: str = "test_error"
-    """What the study is about, and what its figures show first."""
+    primary_metric: str = ""
+    """What the study is about, and what its figures show first; empty means what the task decides by."""
     claims: list[ClaimConfig] = field(default_factory=list)
     """What is claimed, before it runs."""
     published: list[PublishedConfig] = field(default_factory=list)

@@ -62,12 +62,13 @@ def note(report: str) -> str:
 
 
 def headline(summary: Mapping[str, Any]) -> dict[str, float]:
-    """Median test error an arm, and the effect a claim, under the names that they have in MLflow."""
+    """Median of what the task decides by an arm, and the effect a claim, under their names in MLflow."""
     values: dict[str, float] = {}
+    metric = summary["design"].get("decides") or "test_error"
     for arm, measured in summary["arms"].items():
-        errors = [error for error in measured.get("test_error", []) if error is not None]
+        errors = [error for error in measured.get(metric, []) if error is not None]
         if errors:
-            values[f"test_error/{arm}"] = median(errors)
+            values[f"{metric}/{arm}"] = median(errors)
     for claim in summary["claims"]:
         if claim["effect"] is not None:
             values[f"effect/{claim['name']}"] = claim["effect"]

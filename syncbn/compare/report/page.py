@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from textwrap import shorten
 from typing import Any
 
+from syncbn.compare.measure import primary_of
 from syncbn.compare.report.figures.canvas import Picture
 from syncbn.compare.report.figures.dots import steps_title
 from syncbn.compare.report.tables import arm_header, arm_rows
@@ -39,8 +40,7 @@ def headline(summary: Summary) -> str:
     """The finding in one sentence: the first primary claim's, else the contrast of the study's primary metric."""
     claims = sorted(summary["claims"], key=lambda claim: not claim["primary"])
     if not claims:
-        metric = summary["design"].get("primary_metric") or "test_error"
-        return f"{contrast_title(summary, metric)}."
+        return f"{contrast_title(summary, primary_of(summary))}."
     metric = claims[0]["metric"]
     if claims[0]["effect"] is None and metric == "steps_to_target":
         return f"{steps_title(summary)}."

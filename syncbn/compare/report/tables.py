@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from syncbn.compare.measure import Measure, decided_by, primary_of, shown
 from syncbn.compare.report.figures.dots import arrivals
 from syncbn.compare.report.figures.grids import axis_words, rows_and_columns, trained
 from syncbn.compare.report.words.claims import (
@@ -16,7 +17,6 @@ from syncbn.compare.report.words.claims import (
     threshold_words,
     without_unit,
 )
-from syncbn.compare.report.words.metrics import is_share
 from syncbn.compare.report.words.numbers import NOTHING, p_cell, range_words, value_words
 from syncbn.compare.report.words.study import split_words
 from syncbn.compare.statistics import effects
@@ -75,27 +75,28 @@ def _columns(summary: Summary) -> list[Column]:
 
 def _primary_columns(summary: Summary) -> list[Column]:
     """Median and interval of what the study is about, where no other column has it."""
-    metric = summary["design"].get("primary_metric") or "test_error"
-    if metric in ("test_error", "steps_to_target") or not arms_with(summary, metric):
+    metric, of = primary_of(summary), shown(summary, primary_of(summary))
+    if metric in (decided_by(summary).name, "steps_to_target") or not arms_with(summary, metric):
         return []
     words = f"median {split_words(summary, metric)}"
     return [
-        (words, lambda arm: value_words(metric, median_of(summary, arm, metric))),
-        ("its 95 % interval", lambda arm: range_words(metric, *_interval(summary, arm, metric))),
+        (words, lambda arm: value_words(of, median_of(summary, arm, metric))),
+        ("its 95 % interval", lambda arm: range_words(of, *_interval(summary, arm, metric))),
     ]
 
 
 def _error_columns(summary: Summary) -> list[Column]:
-    metric = "test_error"
+    of = decided_by(summary)
+    metric = of.name
     if not arms_with(summary, metric):
         return []
     return [
         (
             f"median {split_words(summary, metric)}",
-            lambda arm: value_words(metric, median_of(summary, arm, metric)) + _lost(summary, arm),
+            lambda arm: value_words(of, median_of(summary, arm, metric)) + _lost(summary, arm),
         ),
-        ("95 % interval", lambda arm: range_words(metric, *_interval(summary, arm, metric))),
-        ("range over seeds", lambda arm: _range(metric, values_of(summary, arm, metric))),
+        ("95 % interval", lambda arm: range_words(of, *_interval(summary, arm, metric))),
+        ("range over seeds", lambda arm: _range(of, values_of(summary, arm, metric))),
     ]
 
 
@@ -109,12 +110,12 @@ def _interval(summary: Summary, arm: str, metric: str) -> tuple[float | None, fl
     interval = effects.effect(array_of(summary, arm, metric)).interval
     if interval == effects.NO_BOUNDS:
         return None, None
-    if not is_share(metric):
+    if not shown(summary, metric).is_share:
         return interval.low, interval.high
     return max(0.0, interval.low), min(1.0, interval.high)  # a t interval knows no such bounds
 
 
-def _range(metric: str, values: Sequence[float | None]) -> str:
+def _range(metric: Measure, values: Sequence[float | None]) -> str:
     known = [value for value in values if value is not None]
     return range_words(metric, min(known), max(known)) if known else NOTHING
 
@@ -131,7 +132,7 @@ def _target_columns(summary: Summary) -> list[Column]:
     if not any("steps_to_target" in values for values in summary["arms"].values()):
         return []
     goal = summary["design"].get("target")
-    head = "reached target" if goal is None else f"reached {value_words('test_error', goal)}"
+    head = "reached target" if goal is None else f"reached {value_words(decided_by(summary), goal)}"
     return [
         (head, lambda arm: "{0.reached} of {0.total}".format(arrivals(summary, arm))),
         ("median steps to it", lambda arm: _steps(arrivals(summary, arm).median)),
@@ -178,11 +179,12 @@ def cell_tables(summary: Summary) -> list[Table]:
     *others, last = summary["design"]["grid"]
     rows, columns = rows_and_columns(summary)
     header = [" / ".join([*others, last]), *(f"{value:g}" for value in columns)]
+    beyond = "below" if decided_by(summary).lower_is_better else "above"
     note = f"Rows: {', '.join(map(axis_words, others)) or 'one'}; columns: {axis_words(last)}."
     return [
         Table(
             family,
-            f"{note} Median test error, and of how many seeds it is at the target or below.",
+            f"{note} Median {decided_by(summary).words}, and of how many seeds it is at the target or {beyond}.",
             header,
             [
                 [
@@ -199,7 +201,8 @@ def cell_tables(summary: Summary) -> list[Table]:
 def _cell(summary: Summary, arm: str) -> str:
     counts = trained(summary, arm)
     of = "" if counts is None else f" ({counts[0]}/{counts[1]})"
-    return value_words("test_error", median_of(summary, arm, "test_error")) + of
+    decides = decided_by(summary)
+    return value_words(decides, median_of(summary, arm, decides.name)) + of
 
 
 def claim_rows(summary: Summary) -> list[tuple[str, ...]]:
@@ -224,18 +227,24 @@ def tuned_table(summary: Summary) -> Table | None:
         return None
     key = next(key for key in next(iter(tuned.values())) if "." in key or key == "lr")
     rows = [
-        (arm, f"{chosen[key]:g}", _tried(chosen), _edge(chosen)) for arm, chosen in tuned.items()
+        (arm, f"{chosen[key]:g}", _tried(summary, chosen), _edge(chosen))
+        for arm, chosen in tuned.items()
     ]
+    decides = decided_by(summary)
+    found = decides.words.replace("test", "validation", 1)
+    best = "smallest" if decides.lower_is_better else "largest"
     note = (
         "Every arm was searched alike, on training samples held out for it and under other seeds than the study's; the "
-        "smallest mean validation error won. The test set was not looked at."
+        f"{best} mean {found} won. The test set was not looked at."
     )
-    return Table(f"How {key} was chosen", note, ("arm", key, "validation error by value", ""), rows)
+    return Table(f"How {key} was chosen", note, ("arm", key, f"{found} by value", ""), rows)
 
 
-def _tried(chosen: Mapping[str, Any]) -> str:
+def _tried(summary: Summary, chosen: Mapping[str, Any]) -> str:
     errors = chosen.get("errors") or {}
-    tried = [f"{value}: {value_words('test_error', error)}" for value, error in errors.items()]
+    tried = [
+        f"{value}: {value_words(decided_by(summary), error)}" for value, error in errors.items()
+    ]
     return ", ".join(tried) or "follows another arm"
 
 

@@ -9,6 +9,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from syncbn.compare.measure import deciding
 from syncbn.compose import vary
 from syncbn.config import ClaimConfig, Config, RunConfig, StudyConfig
 from syncbn.errors import UsageError
@@ -43,14 +44,21 @@ class Arm:
 
 
 def study_of(cfg: Config) -> StudyConfig:
-    """The study in `cfg`.
+    """The study in `cfg`, its metrics named.
 
     Raises:
-        UsageError: there is none.
+        UsageError: there is none, or its task cannot be built.
     """
     if cfg.study is None:
         raise UsageError("study is not set: name one with study=NAME")
-    return cfg.study
+    return about_the_task(cfg.study, cfg)
+
+
+def about_the_task(study: StudyConfig, cfg: RunConfig) -> StudyConfig:
+    """`study`, with what the task decides by where it or a claim names no metric."""
+    decides = deciding(cfg.task).name
+    claims = [replace(claim, metric=claim.metric or decides) for claim in study.claims]
+    return replace(study, claims=claims, primary_metric=study.primary_metric or decides)
 
 
 def arms_of(study: StudyConfig) -> list[Arm]:

@@ -7,24 +7,23 @@ are compared (`records`).
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 
-from syncbn.compare.study.design import arm_configs, arms_in
-from syncbn.compare.study.measurements import BEST_ERROR, CELLS_TRAINED, STEPS_TO_TARGET, target_of
+from syncbn.compare.measure import deciding, given
+from syncbn.compare.study.design import about_the_task, arm_configs, arms_in
+from syncbn.compare.study.measurements import (
+    CELLS_TRAINED,
+    STEPS_TO_TARGET,
+    at_end,
+    best_name,
+    target_of,
+)
 from syncbn.compare.study.records import difference
 from syncbn.compare.study.tuning import followed
 from syncbn.config import ClaimConfig, Config, RunConfig, StudyConfig
 from syncbn.errors import UsageError
+from syncbn.registry import TASKS
 
-MEASURED = (
-    "train_loss",
-    "test_loss",
-    "test_error",
-    "diverged",
-    "seconds",
-    "steps",
-    "world_size",
-    BEST_ERROR,
-)
-"""What every trial leaves as one number, for claims to speak of."""
+MEASURED = ("diverged", "seconds", "steps", "world_size")
+"""What every trial leaves as one number beside its measures, for claims to speak of."""
 
 OF_PROBE = {
     "quantiles": ("quantile_range", "quantile_range_unit0"),
@@ -60,18 +59,20 @@ def refuse_unfit(cfg: Config, study: StudyConfig) -> None:
         UsageError: an arm that cannot be composed, or differs from the first outside `study.factor`; an arm that sets
             what is searched for; a claim on what no trial measures, or on arms that differ in more than it may.
     """
-    arms = arm_configs(cfg)
+    arms, study = arm_configs(cfg), about_the_task(study, cfg)
     _refuse_other_factors(arms, [*study.factor, *free_keys(study)], f"study.factor={study.factor}")
     _refuse_bad_search(study)
     for claim in study.claims:
-        _refuse_unmeasured(claim, claimable_metrics(cfg))
+        if not _may_be_given(cfg, at_end(claim.metric)):
+            refuse_unmeasured(claim, claimable_metrics(cfg))
         _refuse_unlike_arms(claim, arms, study)
 
 
 def claimable_metrics(cfg: Config) -> tuple[str, ...]:
     """The metrics that claims of the study in `cfg` may speak of."""
     study = cfg.study
-    names = [*MEASURED, *(name for probe in cfg.probe.names for name in OF_PROBE.get(probe, ()))]
+    names = ["train_loss", *given(cfg.task), *MEASURED, best_name(deciding(cfg.task))]
+    names += (name for probe in cfg.probe.names for name in OF_PROBE.get(probe, ()))
     if study is not None and target_of(cfg) is not None:
         names += [CELLS_TRAINED if study.grid else STEPS_TO_TARGET]
     if study is not None and study.tune is not None:
@@ -117,8 +118,18 @@ def _refuse_bad_search(study: StudyConfig) -> None:
             )
 
 
-def _refuse_unmeasured(claim: ClaimConfig, metrics: tuple[str, ...]) -> None:
-    name = claim.metric.partition("@")[0]
+def _may_be_given(cfg: Config, name: str) -> bool:
+    """Whether the task of an extension may have a measure of that name; `rehearsal` finds out."""
+    return cfg.task.name not in TASKS.built_in and name.startswith("test_")
+
+
+def refuse_unmeasured(claim: ClaimConfig, metrics: tuple[str, ...]) -> None:
+    """Refuse a claim on a metric that is none of `metrics`; one that ends in a slash stands for one a layer.
+
+    Raises:
+        UsageError: names what there is.
+    """
+    name = at_end(claim.metric)
     if not any(name == known or (known[-1] == "/" and name.startswith(known)) for known in metrics):
         raise UsageError(
             f"claim {claim.name!r}: metric={claim.metric!r} is not measured: one of {', '.join(metrics)}"

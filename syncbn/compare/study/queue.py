@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 
 from syncbn.checkpoint import FolderInUse, RunLock
+from syncbn.compare.measure import DEFAULT, deciding, measure
 from syncbn.compare.study.design import Trial
 from syncbn.compare.study.failure import note_failure, of_the_trial
 from syncbn.config import RunConfig, config_hash
@@ -27,8 +28,8 @@ def run_trials(
 ) -> None:
     """Run those of `trials` that have not finished; every rank calls it.
 
-    A trial whose loss stops being finite counts as finished, with `diverged` 1, a test error of 1 and an infinite
-    training loss.
+    A trial whose loss stops being finite counts as finished, with `diverged` 1, an infinite training loss and,
+    where its task is classification, a test error of 1.
 
     Args:
         trials: in the order in which they run.
@@ -83,6 +84,8 @@ def _run(trial: Trial, runtime: Runtime) -> None:
 
 
 def _diverged(cfg: RunConfig, steps: int, world_size: int) -> RunSummary:
-    """A network whose outputs are not numbers classifies nothing."""
-    final = {"train_loss": math.inf, "test_error": 1.0, "diverged": 1.0}
+    """A network whose outputs are not numbers classifies nothing; any other task has no number for it."""
+    final = {"train_loss": math.inf, "diverged": 1.0}
+    if deciding(cfg.task) == measure(DEFAULT):
+        final["test_error"] = 1.0
     return RunSummary(final, steps, 0.0, world_size, config_hash(cfg))

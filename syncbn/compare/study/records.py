@@ -44,7 +44,7 @@ class TrialRecord:
 
     @property
     def diverged(self) -> bool:
-        """Whether the loss stopped being finite; the test error is 1 then, and no time was measured."""
+        """Whether the loss stopped being finite; a test error is 1 then, other measures and times have no number."""
         return bool(self.final.get("diverged"))
 
 

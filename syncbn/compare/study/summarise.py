@@ -7,14 +7,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
+from syncbn.compare.measure import as_design, deciding, measure, of_task
 from syncbn.compare.statistics import claims
 from syncbn.compare.statistics.claims import Curve, Verdict
 from syncbn.compare.study import measurements
-from syncbn.compare.study.design import arm_configs, arms_of
+from syncbn.compare.study.design import about_the_task, arm_configs, arms_of
 from syncbn.compare.study.records import TrialRecord
-from syncbn.compare.study.summary import finite
+from syncbn.compare.study.summary import base_of, finite
 from syncbn.compare.study.tuning import Choice, tuned_values
-from syncbn.config import Config, StudyConfig
+from syncbn.config import Config, StudyConfig, TaskConfig
 
 
 def summarise(
@@ -28,21 +29,24 @@ def summarise(
     Raises:
         UsageError: a claim's metric is missing in some trial.
     """
+    study, decides = about_the_task(study, cfg), deciding(cfg.task)
     arms = measurements.by_arm(trials)
     target = measurements.target_of(cfg)
-    targets = measurements.targets_of(target, arms, len(study.seeds))
-    table = measurements.measure(study, arms, target, tuned_values(choices or {}) or {})
+    targets = measurements.targets_of(target, arms, len(study.seeds), decides)
+    tuned = tuned_values(choices or {}) or {}
+    table = measurements.measure(study, arms, target, tuned, decides)
     if study.grid and targets:
-        table |= measurements.families(arms_of(study), table, targets[0])
+        table |= measurements.families(arms_of(study), table, targets[0], decides)
     curves = {arm: _curves(own, study) for arm, own in arms.items()}
     verdicts = claims.judge(study.judged, table, study.seeds, curves)
     summary = {
         "study": cfg.name,
         "versions": shared_versions([trial.versions for trial in trials]),
         "git": ", ".join(sorted({trial.git for trial in trials})),
-        "design": _design(cfg, study, targets, choices or {}),
+        "design": _design(cfg, study, targets, choices or {})
+        | as_design(cfg.task, _bases(table, study)),
         "arms": table,
-        "claims": [_claim_entry(verdict) for verdict in verdicts],
+        "claims": [_claim_entry(verdict, cfg.task) for verdict in verdicts],
     }
     return finite(summary)
 
@@ -92,9 +96,9 @@ def _tuned(study: StudyConfig, choice: Choice) -> dict[str, Any]:
     return {study.tune.key: choice.value, "errors": errors, "at_an_end": choice.at_an_end}
 
 
-def _claim_entry(verdict: Verdict) -> dict[str, Any]:
-    """A verdict as `summary.json` holds it."""
-    bounds90 = verdict.interval90
+def _claim_entry(verdict: Verdict, task: TaskConfig) -> dict[str, Any]:
+    """A verdict as `summary.json` holds it; with its measure, where that is not as its name says."""
+    bounds90, shown = verdict.interval90, of_task(task, verdict.claim.metric)
     return {
         **asdict(verdict.claim),
         "effect": verdict.effect,
@@ -106,7 +110,14 @@ def _claim_entry(verdict: Verdict) -> dict[str, Any]:
         "p_holm": verdict.p_holm,
         "pairs": verdict.pairs,
         "note": verdict.note,
+        **({} if shown == measure(verdict.claim.metric) else {"measure": asdict(shown)}),
     }
+
+
+def _bases(table: Mapping[str, measurements.Table], study: StudyConfig) -> dict[str, None]:
+    """All metrics of `table`, and what the study is about, each once, without layer and step."""
+    measured = [*(metric for own in table.values() for metric in own), study.primary_metric]
+    return dict.fromkeys(base_of(metric) for metric in measured)
 
 
 def shared_versions(versions: Sequence[Mapping[str, str]]) -> dict[str, str]:

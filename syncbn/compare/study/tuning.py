@@ -9,6 +9,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
+from syncbn.compare.measure import Measure, deciding
 from syncbn.compare.study.design import SEARCH, Trial, study_of
 from syncbn.compose import vary
 from syncbn.config import Config, ProbeConfig, TuneConfig
@@ -21,7 +22,7 @@ class Choice:
 
     value: float
     errors: dict[float, list[float]]
-    """Validation errors of each value tried, one a seed of the search; none for an arm that follows another."""
+    """What the task decides by, of each value tried, one a seed of the search; none for an arm that follows another."""
 
     @property
     def at_an_end(self) -> bool:
@@ -64,7 +65,8 @@ def _settings(tune: TuneConfig, value: float) -> list[str]:
 def chosen(cfg: Config) -> dict[str, Choice]:
     """Each arm's choice, from the files that the search left; nothing where the study has no `tune`.
 
-    The value with the smallest mean validation error wins, the smaller of equals; a diverged trial counts as 1.
+    The value with the best mean of what the task decides by wins, the smaller of equals. A diverged trial counts as a
+    test error of 1, and where the task is no classification as infinitely bad.
 
     Raises:
         UsageError: a trial of the search is unfinished.
@@ -73,7 +75,7 @@ def chosen(cfg: Config) -> dict[str, Choice]:
     if study.tune is None:
         return {}
     choices = {
-        arm: _best(_errors(cfg, study.tune, arm))
+        arm: _best(_errors(cfg, study.tune, arm), deciding(cfg.task))
         for arm in study.arms
         if arm not in study.tune.follow
     }
@@ -113,16 +115,21 @@ def _errors(cfg: Config, tune: TuneConfig, arm: str) -> dict[float, list[float]]
 def _error(cfg: Config, trial: str) -> float:
     path = cfg.folder / SEARCH / trial / "summary.json"
     try:
-        return float(json.loads(path.read_text())["final"]["test_error"])
+        final, decides = json.loads(path.read_text())["final"], deciding(cfg.task)
+        return float(
+            decides.worst
+            if final.get("diverged") and decides.name not in final
+            else final[decides.name]
+        )
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UsageError(
             f"trial {trial} of the search in {path.parent.parent} is unfinished: run the study again"
         ) from error
 
 
-def _best(errors: Mapping[float, list[float]]) -> Choice:
+def _best(errors: Mapping[float, list[float]], decides: Measure) -> Choice:
     def badness(value: float) -> tuple[float, float]:
-        mean = sum(errors[value]) / len(errors[value])
+        mean = decides.sign * sum(errors[value]) / len(errors[value])
         return (mean if math.isfinite(mean) else math.inf, value)
 
     return Choice(min(errors, key=badness), dict(errors))

@@ -4,10 +4,11 @@ import json
 import math
 import shlex
 from collections.abc import Iterable, Sequence
+from dataclasses import asdict
 from typing import Any
 
+from syncbn.compare.measure import deciding
 from syncbn.compare.report.figures.parallel import parallel_coordinates
-from syncbn.compare.report.words.metrics import is_share
 from syncbn.compare.results import write_whole
 from syncbn.compare.study.failure import failure_in
 from syncbn.compare.study.summarise import shared_versions
@@ -16,7 +17,6 @@ from syncbn.compare.sweep.design import Sweep, SweepTrial
 from syncbn.compare.sweep.page import html, markdown
 from syncbn.config import config_hash, identity
 from syncbn.errors import NonFinite
-from syncbn.tasks import build_task
 from syncbn.tracking.journal import read_journal
 from syncbn.tracking.redact import redact
 from syncbn.train.record import finished
@@ -44,25 +44,19 @@ def summarise(sweep: Sweep) -> dict[str, Any]:
     `error`), and where it finished its `final` metrics, None for what is not finite.
     """
     cfg = sweep.config
-    task = build_task(cfg.task)
-    measure = f"test_{task.decides}"
-    sign = 1.0 if task.lower_is_better else -1.0
+    decides = deciding(cfg.task)
     entries = [_entry(trial) for trial in sweep.trials]
 
     def badness(entry: dict[str, Any]) -> float:
-        value = entry["final"].get(measure)
-        return math.inf if value is None else sign * value
+        value = entry["final"].get(decides.name)
+        return math.inf if value is None else decides.sign * value
 
     ranked = sorted(entries, key=lambda entry: (entry["exit_code"] != 0, badness(entry)))
     best = ranked[0] if math.isfinite(badness(ranked[0])) else None
     starts = [start for trial in sweep.trials if (start := _start(trial))]
     return {
         "sweep": cfg.name,
-        "measure": {
-            "name": measure,
-            "lower_is_better": task.lower_is_better,
-            "is_share": cfg.task.name == "classification" and is_share(measure),
-        },
+        "measure": asdict(decides),
         "keys": finite(dict(sweep.axes)),
         "best": None if best is None else best["name"],
         "command": _command("sweep", sweep.overrides),

@@ -23,7 +23,9 @@ PLAIN = str.maketrans({MINUS: "-", TIMES: "x", NOTHING: "-"})
 
 def entry(**parts) -> dict:
     """A claim as the summary holds it."""
-    settings = asdict(ClaimConfig("c", arm="sync", against="local", threshold=-0.2)) | {
+    settings = asdict(
+        ClaimConfig("c", metric="test_error", arm="sync", against="local", threshold=-0.2)
+    ) | {
         "effect": -0.3,
         "ci": [-0.4, -0.25],
         "n": 6,

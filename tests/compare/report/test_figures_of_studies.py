@@ -8,6 +8,7 @@ import pytest
 from fabricated_studies import fabricate
 from matplotlib.image import imread
 
+from syncbn.compare.measure import measure
 from syncbn.compare.report.figures import batches, dots, gallery, grids, paired
 from syncbn.compare.report.figures.canvas import styled
 from syncbn.compare.report.figures.gallery import chosen
@@ -243,7 +244,7 @@ def test_a_cell_trains_for_the_seeds_at_or_below_the_target(study):
     ],
 )
 def test_a_cell_tells_its_error_and_how_many_seeds_trained(error, counts, words):
-    assert grids.cell_words(error, counts) == words
+    assert grids.cell_words(error, counts, measure("test_error")) == words
 
 
 @pytest.mark.parametrize(
@@ -261,7 +262,7 @@ def test_a_cell_tells_its_error_and_how_many_seeds_trained(error, counts, words)
     ],
 )
 def test_what_a_claim_demands_is_shaded(parts, stretches):
-    claim = vars(ClaimConfig(name="c", arm="a", against="b")) | parts
+    claim = vars(ClaimConfig(name="c", metric="test_error", arm="a", against="b")) | parts
     assert paired.demanded(claim) == stretches
 
 

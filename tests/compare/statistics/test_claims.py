@@ -17,7 +17,7 @@ HIGH = [0.350, 0.352, 0.341, 0.360, 0.349, 0.345]
 
 def claim(kind: str = "less", threshold: float = -0.2, **more) -> ClaimConfig:
     settings = {"name": "c", "arm": "a", "against": "b", "kind": kind, "threshold": threshold}
-    return ClaimConfig(**(settings | more))
+    return ClaimConfig(**({"metric": "test_error"} | settings | more))
 
 
 def verdict(a, b, *, metric="test_error", **more):

@@ -24,7 +24,12 @@ from syncbn.errors import UsageError
 
 def claim(name, p=0.001, verdict="REPRODUCED", **more):
     declared = ClaimConfig(
-        name=name, arm="sync", against="local", threshold=-0.2, statement="It is so."
+        metric="test_error",
+        name=name,
+        arm="sync",
+        against="local",
+        threshold=-0.2,
+        statement="It is so.",
     )
     found = {"effect": -0.3, "ci": [-0.35, -0.25], "ci90": None, "verdict": verdict, "n": 6, "p": p,
              "p_holm": p, "pairs": [-0.3] * 6, "note": ""}  # fmt: skip

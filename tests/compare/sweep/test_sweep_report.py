@@ -1,10 +1,12 @@
 """The table, the figure and the report of a sweep, from a summary alone."""
 
+from dataclasses import asdict
 from itertools import pairwise
 
 import pytest
 from PIL import Image
 
+from syncbn.compare.measure import measure
 from syncbn.compare.report.figures.canvas import Picture
 from syncbn.compare.report.figures.parallel import parallel_coordinates, placed, scale_of, thinned
 from syncbn.compare.report.words.sweep import headline, short_keys, tally
@@ -38,7 +40,7 @@ def summary():
     ]
     return {
         "sweep": "mine",
-        "measure": {"name": "test_error", "lower_is_better": True, "is_share": True},
+        "measure": asdict(measure("test_error")),
         "keys": {"optim.lr": [0.01, 0.1, 10.0], "model": ["cnn", "[mlp|x]"]},
         "best": "a",
         "command": "syncbn sweep optim.lr=0.01,0.1,10",
@@ -66,7 +68,7 @@ def test_a_row_a_trial_with_its_settings_and_those_that_failed_say_so(summary):
 def test_the_best_is_said_in_words_and_what_is_no_share_has_no_percent(summary):
     assert headline(summary) == "Best of 4 trials: test error 5.0 % with optim.lr=0.1, model=cnn"
     assert tally(summary) == "2 finished, 1 diverged and 1 failed"
-    summary["measure"]["is_share"] = False
+    summary["measure"]["unit"] = ""
     assert "test error 0.0500 with" in headline(summary)
     summary["best"] = None
     assert headline(summary) == "None of 4 trials has a test error"

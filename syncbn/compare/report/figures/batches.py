@@ -1,4 +1,4 @@
-"""Test error against the number of samples that share batch statistics, with published curves apart.
+"""What the task decides by against the number of samples that share batch statistics, with published curves apart.
 
 Local, grouped and synchronised batch norm are one curve, because they differ only in how many ranks share statistics.
 Published curves have axes of their own, because their networks differ.
@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from syncbn.compare.measure import decided_by, shown
 from syncbn.compare.report.figures.canvas import (
     SOFT,
     ArmStyle,
@@ -45,7 +46,7 @@ def curves_of(summary: Summary, trials: Trials) -> dict[str, Curve]:
     batches = summary["design"].get("normalisation_batch") or {}
     norms = {trial.arm: setting_of(trial, "norm.name") for trial in trials}
     curves: dict[str, Curve] = {}
-    for arm in arms_with(summary, "test_error"):
+    for arm in arms_with(summary, decided_by(summary).name):
         if batches.get(arm):
             name = "shared" if norms.get(arm) in _SHARED else str(norms.get(arm))
             curves.setdefault(name, []).append((int(batches[arm]), arm))
@@ -95,20 +96,26 @@ def _layout(
 
 def _errors(axes: "Axes", summary: Summary, curves: Mapping[str, Curve]) -> None:
     """A line a curve, its marks in the style of their arms; a level line for each arm without a batch."""
-    given = arm_styles(arms_with(summary, "test_error"))
+    decides = decided_by(summary)
+    given = arm_styles(arms_with(summary, decided_by(summary).name))
     for curve in curves.values():
         sizes = [size for size, _ in curve]
-        medians = [_percent(summary, arm, "test_error") for _, arm in curve]
+        medians = [_median(summary, arm, decides.name) for _, arm in curve]
         axes.plot(sizes, medians, color="#999999", linewidth=1.2, zorder=1)
         for size, arm in curve:
-            _point(axes, size, 100 * array_of(summary, arm, "test_error"), given[arm], arm)
+            _point(
+                axes, size, decides.factor * array_of(summary, arm, decides.name), given[arm], arm
+            )
     joined = {arm for curve in curves.values() for _, arm in curve}
     for arm, style in given.items():
         if arm not in joined:
-            level = _percent(summary, arm, "test_error")
+            level = _median(summary, arm, decides.name)
             axes.axhline(level, color=style.colour, linestyle=style.line, label=arm)
     _over_samples(axes, summary, sorted({size for curve in curves.values() for size, _ in curve}))
-    axes.set_ylabel(f"{axis_label(summary, 'test_error')}, log")
+    axes.set_ylabel(f"{axis_label(summary, decides.name)}, log")
+    if not (decides.is_share or decides.lower_is_better):
+        axes.set_yscale("linear")
+        axes.set_ylabel(axis_label(summary, decides.name))
     axes.legend(loc="upper right", ncols=2 if len(given) > 4 else 1, fontsize=10)
 
 
@@ -120,9 +127,10 @@ def _point(axes: "Axes", size: int, values: Any, style: ArmStyle, label: str) ->
     axes.plot([size], [median], style.marker, color=style.colour, markersize=9, label=label)
 
 
-def _percent(summary: Summary, arm: str, metric: str) -> float:
+def _median(summary: Summary, arm: str, metric: str) -> float:
+    """As it is shown: of a share in percent."""
     median = median_of(summary, arm, metric)
-    return np.nan if median is None else 100 * median
+    return np.nan if median is None else shown(summary, metric).factor * median
 
 
 def _over_samples(axes: "Axes", summary: Summary, sizes: list[int]) -> None:
@@ -150,7 +158,7 @@ def _statistics(axes: "Axes | None", summary: Summary, main: Curve) -> bool:
         return len(known) > 1
     for metric in known:
         style = _STATISTICS[metric]
-        medians = [_percent(summary, arm, metric) for _, arm in main]
+        medians = [_median(summary, arm, metric) for _, arm in main]
         label = metric.removeprefix("test_error_")
         sizes = [size for size, _ in main]
         axes.plot(
@@ -227,19 +235,24 @@ def _title(summary: Summary, main: Curve) -> str:
     (few, first), (many, last) = main[0], main[-1]
     if (summary["design"].get("primary_metric") or "") == "precise_gap":
         return _gap_title(summary, main)
-    errors = {arm: median_of(summary, arm, "test_error") for _, arm in main}
-    words = {arm: value_words("test_error", error) for arm, error in errors.items()}
-    subject = capital(split_words(summary, "test_error"))
+    decides = decided_by(summary)
+    errors = {arm: median_of(summary, arm, decides.name) for _, arm in main}
+    words = {arm: value_words(decides, error) for arm, error in errors.items()}
+    subject = capital(split_words(summary, decides.name))
     found = f"{subject} is {words[first]} where {few} samples share statistics, {words[last]} where {many} do"
-    known = {arm: error for arm, error in errors.items() if error is not None}
+    known = {arm: decides.sign * error for arm, error in errors.items() if error is not None}
     best = min(known, key=known.__getitem__, default=first)
     if best in (first, last):
         return found
     size = next(size for size, arm in main if arm == best)
-    return f"{found}; smallest at {size}: {words[best]}"
+    return (
+        f"{found}; {'smallest' if decides.lower_is_better else 'largest'} at {size}: {words[best]}"
+    )
 
 
 def _gap_title(summary: Summary, main: Curve) -> str:
     gaps = [(size, median_of(summary, arm, "precise_gap")) for size, arm in (main[0], main[-1])]
-    words = [f"{value_words('precise_gap', gap)} at {size} samples" for size, gap in gaps]
+    words = [
+        f"{value_words(shown(summary, 'precise_gap'), gap)} at {size} samples" for size, gap in gaps
+    ]
     return f"Precise statistics lower the error by {words[0]}, by {words[1]}"

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from syncbn.compare.measure import decided_by
 from syncbn.compare.report.figures.canvas import (
     HEIGHT,
     ArmStyle,
@@ -26,6 +27,7 @@ from syncbn.compare.report.words.study import (
     arm_words,
     axis_label,
     contrast_title,
+    goal_words,
     setting,
 )
 from syncbn.compare.statistics import effects
@@ -75,33 +77,36 @@ def draw_lines(
 
 def can_converge(summary: Summary, trials: Trials) -> bool:
     """Whether some arm was evaluated more than once."""
-    own = by_arm(summary, trials, "test_error").values()
-    return any(len(shared_points(each, "test_error")[0]) > 1 for each in own)
+    metric = decided_by(summary).name
+    own = by_arm(summary, trials, metric).values()
+    return any(len(shared_points(each, metric)[0]) > 1 for each in own)
 
 
 def convergence(summary: Summary, trials: Trials) -> Picture:
-    """Test error over the steps."""
-    arms = by_arm(summary, trials, "test_error")
+    """Test error, or what else the task decides by, over the steps."""
+    decides = decided_by(summary)
+    metric = decides.name
+    arms = by_arm(summary, trials, metric)
     few = len(arms) <= MOST_WITH_SEEDS
-    words = {
-        arm: f"{arm} {value_words('test_error', median_of(summary, arm, 'test_error'))}"
-        for arm in arms
-    }
+    words = {arm: f"{arm} {value_words(decides, median_of(summary, arm, metric))}" for arm in arms}
     figure = new_figure(HEIGHT + 0.3 + legend_height(list(words.values())))
     axes = figure.subplots()
     for arm, style in arm_styles(list(arms)).items():
-        steps, values = shared_points(arms[arm], "test_error")
-        draw_lines(axes, steps, 100 * values, style, words[arm], few=few, marked=True)
-    _over_steps(axes, axis_label(summary, "test_error"))
+        steps, values = shared_points(arms[arm], metric)
+        draw_lines(axes, steps, decides.factor * values, style, words[arm], few=few, marked=True)
+    _over_steps(axes, axis_label(summary, metric))
     _scale_of_errors(axes)
     caption = f"{setting(summary)}. {reading(len(arms))}"
     return finish(figure, "convergence", _convergence_title(summary, trials), caption)
 
 
 def _scale_of_errors(axes: "Axes") -> None:
-    """A logarithmic axis where the smallest error would vanish beside the largest."""
+    """A logarithmic axis where the smallest value would vanish beside the largest, else one from 0."""
     drawn = np.concatenate([np.asarray(line.get_ydata(), float) for line in axes.lines])
-    drawn = drawn[np.isfinite(drawn) & (drawn > 0)]
+    drawn = drawn[np.isfinite(drawn)]
+    if (drawn < 0).any():
+        return
+    drawn = drawn[drawn > 0]
     if len(drawn) and drawn.max() > 5 * drawn.min():
         axes.set_yscale("log")
         axes.set_ylim(drawn.min() / 1.15, drawn.max() * 1.15)
@@ -113,15 +118,15 @@ def _scale_of_errors(axes: "Axes") -> None:
 
 def _convergence_title(summary: Summary, trials: Trials) -> str:
     """When one arm was as good as the other ever got, or where both ended."""
-    arms = by_arm(summary, trials, "test_error")
-    against, arm = (among(contrast(summary, "test_error"), list(arms)) * 2)[:2]
-    goal = median_of(summary, against, "test_error")
-    steps, values = shared_points(arms[arm], "test_error")
+    decides = decided_by(summary)
+    arms = by_arm(summary, trials, decides.name)
+    against, arm = (among(contrast(summary, decides.name), list(arms)) * 2)[:2]
+    goal = median_of(summary, against, decides.name)
+    steps, values = shared_points(arms[arm], decides.name)
     if goal is None or len(steps) < 2 or against == arm:
-        return contrast_title(summary, "test_error")
-    there = steps[np.median(values, axis=0) <= goal]
-    reached, last = value_words("test_error", goal), f"{steps[-1]:.0f}"
-    of = f"final {reached} error"
+        return contrast_title(summary, decides.name)
+    there = steps[decides.better(np.median(values, axis=0), goal)]
+    of, last = f"final {goal_words(decides, goal)}", f"{steps[-1]:.0f}"
     if not len(there):
         words = f"does not get to {arm_words(against)}'s {of} in {last} steps"
         return f"{arm_first(arm)} {words}"

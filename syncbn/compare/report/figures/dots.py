@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from syncbn.compare.measure import decided_by, primary_of, shown
 from syncbn.compare.report.figures.canvas import (
     SOFT,
     ArmStyle,
@@ -21,13 +22,13 @@ from syncbn.compare.report.figures.canvas import (
     plain_log,
 )
 from syncbn.compare.report.figures.series import Trials, budget_of
-from syncbn.compare.report.words.metrics import factor_of
 from syncbn.compare.report.words.numbers import NOTHING, TIMES, number, value_words
 from syncbn.compare.report.words.study import (
     arm_first,
     arm_words,
     axis_label,
     contrast_title,
+    goal_words,
     setting,
 )
 from syncbn.compare.report.words.text import listed
@@ -54,19 +55,21 @@ _MARKS = "A mark a seed; the bar, and the number at the right: the median."
 
 
 def has_errors(summary: Summary, _: Trials) -> bool:
-    """Whether arms have test errors."""
-    return bool(arms_with(summary, "test_error"))
+    """Whether arms have the measure that decides."""
+    return bool(arms_with(summary, decided_by(summary).name))
 
 
 def error_by_arm(summary: Summary, _: Trials) -> Picture:
-    """Each arm's test errors at the end."""
-    caption = f"{setting(summary)}. {_MARKS}"
-    title = contrast_title(summary, "test_error")
-    return _dots_by_arm(summary, "test_error", "error_by_arm", title, caption)
+    """Each arm's test errors at the end, or what the task decides by."""
+    metric = decided_by(summary).name
+    lost = [arm for arm in shown_arms(summary) if arm not in arms_with(summary, metric)]
+    absent = f" Without a number in any seed: {', '.join(lost)}." if lost else ""
+    caption = f"{setting(summary)}. {_MARKS}{absent}"
+    name = f"{metric.removeprefix('test_')}_by_arm"
+    return _dots_by_arm(summary, metric, name, contrast_title(summary, metric), caption)
 
 
 _DRAWN_OTHERWISE = (
-    "test_error",
     "seconds",
     "steps_to_target",
     "cells_trained",
@@ -81,19 +84,21 @@ _DRAWN_OTHERWISE = (
     "grad_norm",
     "shift",
 )
-"""Metrics that have a figure of their own."""
+"""Metrics that have a figure of their own, beside the one that the task decides by."""
 
 
 def has_primary(summary: Summary, _: Trials) -> bool:
     """Whether the study is about a metric that no other figure shows."""
-    metric = summary["design"].get("primary_metric") or "test_error"
-    own = base_of(metric) in _DRAWN_OTHERWISE or metric.startswith("oracle_gap")
+    metric = primary_of(summary)
+    own = base_of(metric) in (decided_by(summary).name, *_DRAWN_OTHERWISE) or metric.startswith(
+        "oracle_gap"
+    )
     return not own and bool(arms_with(summary, metric))
 
 
 def primary_by_arm(summary: Summary, _: Trials) -> Picture:
     """Each arm's values of what the study is about."""
-    metric = summary["design"]["primary_metric"]
+    metric = primary_of(summary)
     caption = f"{setting(summary)}. {_MARKS}"
     return _dots_by_arm(summary, metric, "primary_by_arm", contrast_title(summary, metric), caption)
 
@@ -130,7 +135,7 @@ def _dots_by_arm(summary: Summary, metric: str, name: str, title: str, caption: 
     figure, axes = rows_of(arms)
     for row, (arm, style) in enumerate(arm_styles(arms).items()):
         values = array_of(summary, arm, metric)
-        _row_of_dots(axes, row, factor_of(metric) * values, style)
+        _row_of_dots(axes, row, shown(summary, metric).factor * values, style)
         at_the_right(axes, row, _words_of(summary, arm, metric))
     axes.set_xlabel(axis_label(summary, metric))
     fit(axes)
@@ -142,7 +147,7 @@ def _words_of(summary: Summary, arm: str, metric: str) -> str:
     median, values = median_of(summary, arm, metric), array_of(summary, arm, metric)
     if median is None:
         return f"{NOTHING} ({int(np.isnan(values).sum())} of {len(values)} censored)"
-    return value_words(metric, median)
+    return value_words(shown(summary, metric), median)
 
 
 def rows_of(arms: list[str]) -> tuple["Figure", "Axes"]:
@@ -288,7 +293,7 @@ def _reached_words(summary: Summary, arm: str) -> str:
 def steps_title(summary: Summary) -> str:
     """Both medians, and their ratio where every seed arrived; how many did where half did not."""
     goal = summary["design"].get("target")
-    target = "the target" if goal is None else f"{value_words('test_error', goal)} error"
+    target = "the target" if goal is None else goal_words(decided_by(summary), goal)
     pair = among(contrast(summary, "steps_to_target"), counted(summary))
     found = {arm: arrivals(summary, arm) for arm in pair}
     if len(pair) == 2 and all(each.reached == each.total for each in found.values()):

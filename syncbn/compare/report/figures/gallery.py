@@ -6,6 +6,7 @@ No study says which figures it wants. What it measured decides, and figures of i
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from syncbn.compare.measure import DEFAULT, decided_by, primary_of
 from syncbn.compare.report.figures import (
     batches,
     costs,
@@ -23,7 +24,10 @@ from syncbn.compare.study.summary import Summary, base_of, is_grid
 
 @dataclass(frozen=True)
 class Builder:
-    """A figure: when it can be drawn, how, and which primary metrics it is the first figure for."""
+    """A figure: when it can be drawn, how, and which primary metrics it is the first figure for.
+
+    `test_error` stands for the measure that the task decides by.
+    """
 
     applies: Callable[[Summary, Trials], bool]
     draw: Callable[[Summary, Trials], Picture]
@@ -56,7 +60,8 @@ BUILDERS = (
 
 def chosen(summary: Summary, trials: Trials) -> list[Builder]:
     """The builders whose numbers are there, in the order in which a report shows their figures."""
-    metric = base_of(summary["design"].get("primary_metric") or "test_error")
+    metric = base_of(primary_of(summary))
+    metric = DEFAULT if metric == decided_by(summary).name else metric
     grid = is_grid(summary)
     return [
         builder

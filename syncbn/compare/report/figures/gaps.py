@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from syncbn.compare.measure import measure
 from syncbn.compare.report.figures.canvas import (
     ArmStyle,
     Picture,
@@ -19,7 +20,6 @@ from syncbn.compare.report.figures.canvas import (
 )
 from syncbn.compare.report.figures.curves import MOST_WITH_SEEDS
 from syncbn.compare.report.figures.series import Trials, by_arm, geometric_mean, shared_points
-from syncbn.compare.report.words.metrics import metric_words
 from syncbn.compare.report.words.numbers import number
 from syncbn.compare.report.words.study import arm_words, setting
 from syncbn.compare.statistics import effects
@@ -146,7 +146,7 @@ def _smoothness_title(summary: Summary, trials: Trials, metrics: list[str]) -> s
     arms = by_arm(summary, trials, metric)
     pair = among(contrast(summary, metric), list(arms))
     means = [geometric_mean(shared_points(arms[arm], metric)[1]) for arm in pair]
-    words = metric_words(metric)
+    words = measure(metric).words
     if len(pair) < 2 or len(means[0]) != len(means[1]):
         return f"The {words} with {arm_words(pair[0])}: {number(float(np.median(means[0])))}"
     found = effects.effect(effects.paired_log_ratios(means[1].tolist(), means[0].tolist()))

@@ -4,13 +4,15 @@ A cell shows its median error as a colour and as a number, and has a frame where
 read in grey.
 """
 
+import math
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from syncbn.compare.measure import DEFAULT, Measure, decided_by, measure
 from syncbn.compare.report.figures.canvas import Picture, finish, panels
 from syncbn.compare.report.figures.series import Trials
-from syncbn.compare.report.words.numbers import number
+from syncbn.compare.report.words.numbers import labelled, number
 from syncbn.compare.report.words.study import arm_words, setting
 from syncbn.compare.statistics.effects import Floats
 from syncbn.compare.study.summary import (
@@ -42,9 +44,10 @@ def axis_words(key: str) -> str:
 
 
 def trained(summary: Summary, arm: str) -> tuple[int, int] | None:
-    """Of how many seeds the error is at the target or below, and of how many in all; None without a target."""
-    target, errors = summary["design"].get("target"), array_of(summary, arm, "test_error")
-    return None if target is None else (int((errors <= target).sum()), len(errors))
+    """Of how many seeds the error is at the target or better, and of how many in all; None without a target."""
+    decides, target = decided_by(summary), summary["design"].get("target")
+    errors = array_of(summary, arm, decides.name)
+    return None if target is None else (int(decides.better(errors, target).sum()), len(errors))
 
 
 def rows_and_columns(summary: Summary) -> tuple[list[Cell], list[float]]:
@@ -63,10 +66,10 @@ def cell_map(summary: Summary, _: Trials) -> Picture:
     for panel, family in zip(axes, families, strict=True):
         mesh = _panel(panel, summary, family)
         panel.set_title(_panel_title(summary, family), loc="left", fontsize=12)
-    figure.colorbar(mesh, ax=axes, label="Test error (%)", shrink=0.8)
+    figure.colorbar(mesh, ax=axes, label=labelled(decided_by(summary)), shrink=0.8)
     keys = list(summary["design"]["grid"])
     figure.supylabel(", ".join(map(axis_words, keys[:-1])) or " ", fontsize=11)
-    caption = f"{setting(summary)}. Numbers: median test error in %; div.: diverged. {_frame_words(summary)}"
+    caption = f"{setting(summary)}. Numbers: median {_in_percent(summary)}; div.: diverged. {_frame_words(summary)}"
     return finish(figure, "cell_map", _title(summary), caption)
 
 
@@ -74,9 +77,15 @@ def _frame_words(summary: Summary) -> str:
     target = summary["design"].get("target")
     if target is None:
         return ""
-    return (
-        f"Framed: {100 * target:g} % or less in every seed; k/n: in k of n seeds; neither: in none."
-    )
+    decides = decided_by(summary)
+    goal = f"{decides.factor * target:g} {decides.unit}".rstrip()
+    way = "less" if decides.lower_is_better else "more"
+    return f"Framed: {goal} or {way} in every seed; k/n: in k of n seeds; neither: in none."
+
+
+def _in_percent(summary: Summary) -> str:
+    decides = decided_by(summary)
+    return f"{decides.words} in %" if decides.is_share else decides.words
 
 
 def _panel(axes: "Axes", summary: Summary, family: str) -> Any:
@@ -84,10 +93,17 @@ def _panel(axes: "Axes", summary: Summary, family: str) -> Any:
     cells = cells_of(summary, family)
     errors = np.array([[_error(summary, cells[(*r, c)]) for c in columns] for r in rows])
     axes.grid(visible=False)
-    mesh = axes.pcolormesh(100 * errors, cmap="viridis_r", vmin=0, vmax=100, edgecolor="white")
+    decides = decided_by(summary)
+    low, high = _scale(summary)
+    colours = "viridis_r" if decides.lower_is_better else "viridis"
+    mesh = axes.pcolormesh(
+        decides.factor * errors, cmap=colours, vmin=low, vmax=high, edgecolor="white"
+    )
     for y, row in enumerate(rows):
         for x, column in enumerate(columns):
-            _cell(axes, (x, y), errors[y, x], trained(summary, cells[(*row, column)]))
+            counts = trained(summary, cells[(*row, column)])
+            words = cell_words(errors[y, x], counts, decides)
+            _cell(axes, (x, y), words, _is_dark(summary, errors[y, x]), counts)
     axes.set_xticks(np.arange(len(columns)) + 0.5, [f"{value:g}" for value in columns])
     axes.set_yticks(np.arange(len(rows)) + 0.5, [", ".join(f"{v:g}" for v in r) for r in rows])
     axes.tick_params(length=0)
@@ -96,29 +112,55 @@ def _panel(axes: "Axes", summary: Summary, family: str) -> Any:
 
 
 def _error(summary: Summary, arm: str) -> float:
-    median = median_of(summary, arm, "test_error")
+    median = median_of(summary, arm, decided_by(summary).name)
     return np.nan if median is None else median
 
 
+def _scale(summary: Summary) -> tuple[float, float]:
+    """The ends of the colours: 0 and 100 %, or the smallest and the largest median of all cells."""
+    decides = decided_by(summary)
+    if decides.is_share:
+        return 0.0, 100.0
+    families = [cells_of(summary, family).values() for family in shown_arms(summary)]
+    medians = [median_of(summary, arm, decides.name) for arms in families for arm in arms]
+    known = [median for median in medians if median is not None] or [0.0]
+    return min(known), max(known)
+
+
+def _is_dark(summary: Summary, error: float) -> bool:
+    """Whether a cell's colour asks for white words: beyond the middle, on the side of what is bad."""
+    decides, (low, high) = decided_by(summary), _scale(summary)
+    place = (decides.factor * error - low) / (high - low) if high > low else 0.0
+    return bool((place if decides.lower_is_better else 1 - place) > 0.55)
+
+
 def _cell(
-    axes: "Axes", place: tuple[int, int], error: float, counts: tuple[int, int] | None
+    axes: "Axes",
+    place: tuple[int, int],
+    words: str,
+    dark: bool,
+    counts: tuple[int, int] | None,
 ) -> None:
     """The cell's words, in a frame where every seed trained."""
     x, y = place
-    colour = "white" if error > 0.55 else "black"
+    colour = "white" if dark else "black"
     drawn = {"ha": "center", "va": "center", "color": colour, "fontsize": 11}
-    axes.text(x + 0.5, y + 0.5, cell_words(error, counts), **drawn)
+    axes.text(x + 0.5, y + 0.5, words, **drawn)
     if counts is not None and counts[0] == counts[1]:
         frame = np.array([(0.06, 0.06), (0.94, 0.06), (0.94, 0.94), (0.06, 0.94), (0.06, 0.06)])
         axes.plot(*(frame + place).T, color="black", linewidth=2.2)
 
 
-def cell_words(error: float, counts: tuple[int, int] | None) -> str:
-    """The median error in percent, `div.` where it diverged, and how many seeds trained where it was some."""
-    words = f"{100 * error:.0f}" if error >= 0.0995 else f"{100 * error:.1f}"
-    words = "div." if error == 1 else words
+def cell_words(error: float, counts: tuple[int, int] | None, decides: Measure) -> str:
+    """The median (in percent of a share), `div.` where it diverged, and how many seeds trained where it was some."""
+    words = _percent(error) if decides.is_share else number(error, 2)
+    words = "div." if math.isnan(error) or (error == 1 and decides == measure(DEFAULT)) else words
     some = counts is not None and 0 < counts[0] < counts[1]
     return f"{words}\n{counts[0]}/{counts[1]}" if some and counts else words
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.0f}" if share >= 0.0995 else f"{100 * share:.1f}"
 
 
 def _counts(summary: Summary, family: str) -> tuple[Floats, int]:
@@ -136,7 +178,7 @@ def _title(summary: Summary) -> str:
     pair = among(contrast(summary, "cells_trained"), shown_arms(summary))
     known = {arm: _counts(summary, arm) for arm in pair}
     if any(not len(counts) for counts, _ in known.values()):
-        return f"Median test error in the {len(cells_of(summary, pair[0]))} cells of the grid"
+        return f"Median {decided_by(summary).words} in the {len(cells_of(summary, pair[0]))} cells of the grid"
     words = [f"{np.median(c):g} of {n} with {arm_words(arm)}" for arm, (c, n) in known.items()]
     ends = [float(np.median(counts)) for counts, _ in known.values()]
     ratio = f" ({number(ends[-1] / ends[0])} times as many)" if len(ends) == 2 and ends[0] else ""

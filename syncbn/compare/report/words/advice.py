@@ -4,12 +4,11 @@ from dataclasses import asdict
 from typing import Any
 
 from syncbn.compare.advice import DO_NOT, SYNCHRONISE, WORSE, Advice, Cost, Group, PairedEffect
-from syncbn.compare.report.words.numbers import TIMES, number, percent
+from syncbn.compare.report.words.numbers import TIMES, number, percent, value_words
 from syncbn.compare.report.words.study import setting
 from syncbn.compare.report.words.text import aligned
 from syncbn.compare.study.summary import Summary, finite
 
-HEADER = ("ranks together", "samples", "test error", "above the best", "95 % interval", "so it is")
 NOT_MEASURED = (
     "not measured here: real ranks need as many cores. `syncbn compare study=cost` measures it where they "
     "are; docs/performance.md has the layer's own times"
@@ -24,11 +23,17 @@ def text(advice: Advice, summary: Summary) -> str:
             "",
             *(f"  {name:<9} {words}" for name, words in _reasons(advice, summary)),
             "",
-            aligned(HEADER, [_row(group, summary) for group in advice.groups]),
+            aligned(header(advice), [_row(advice, group, summary) for group in advice.groups]),
             "",
             *(f"  * {line}" for line in caveats(advice, summary)),
         ]
     )
+
+
+def header(advice: Advice) -> tuple[str, ...]:
+    """The head of the table of groups."""
+    beside = "above the best" if advice.measure.lower_is_better else "below the best"
+    return ("ranks together", "samples", advice.measure.words, beside, "95 % interval", "so it is")
 
 
 def _over(advice: Advice, summary: Summary) -> str:
@@ -54,7 +59,7 @@ def ranks_words(group: Group, summary: Summary) -> str:
 def _reasons(advice: Advice, summary: Summary) -> list[tuple[str, str]]:
     return [
         ("why", why(advice)),
-        ("error", _error_words(advice, summary)),
+        ("error" if advice.measure.is_share else "measure", _error_words(advice, summary)),
         ("cost", _cost_words(advice.cost)),
         ("how sure", _sure_words(advice)),
         ("from", setting(summary)),
@@ -63,14 +68,15 @@ def _reasons(advice: Advice, summary: Summary) -> list[tuple[str, str]]:
 
 def why(advice: Advice) -> str:
     """The reason for the verdict, in a sentence."""
-    matter = f"the margin of {points(advice.margin)}"
+    matter = f"the margin of {amount(advice, advice.margin)}"
+    saves = "saves" if advice.measure.lower_is_better else "adds"
     if advice.verdict == SYNCHRONISE:
-        return f"it saves more than {matter}{_beside_all(advice)}"
+        return f"it {saves} more than {matter}{_beside_all(advice)}"
     if advice.verdict != DO_NOT:
-        return f"these seeds leave open whether it saves more or less than {matter}"
+        return f"these seeds leave open whether it {saves} more or less than {matter}"
     if advice.cost is not None and advice.gain.interval.low > advice.margin:
         worth = f"worth {TIMES}{number(advice.cost.worth)} the time of a step"
-        return f"it saves {points(advice.gain.median)}, {worth}, and costs more than that"
+        return f"it {saves} {amount(advice, advice.gain.median)}, {worth}, and costs more than that"
     return f"each rank alone does as well as any group, within {matter}"
 
 
@@ -88,8 +94,12 @@ def _error_words(advice: Advice, summary: Summary) -> str:
     """Both errors, and their difference."""
     local = advice.groups[0]
     best = advice.synchronised
-    saved = f"{points(advice.gain.median)} saved ({_interval(advice.gain)})"
-    return f"{percent(local.error)} % local, {percent(best.error)} % over {ranks_words(best, summary)}: {saved}"
+    measure = advice.measure
+    done = "saved" if measure.lower_is_better else "more"
+    saved = f"{amount(advice, advice.gain.median)} {done} ({_interval(advice, advice.gain)})"
+    one, other = (value_words(measure, group.error) for group in (local, best))
+    what = "" if measure.is_share else f"{measure.words} "
+    return f"{what}{one} local, {other} over {ranks_words(best, summary)}: {saved}"
 
 
 def _cost_words(cost: Cost | None) -> str:
@@ -105,9 +115,12 @@ def _cost_words(cost: Cost | None) -> str:
 
 
 def _sure_words(advice: Advice) -> str:
+    point = (
+        "" if advice.measure.is_share else f" ({number(advice.point)}, 1 % of the largest median)"
+    )
     return (
-        f"{advice.gain.n} seeds, whole 95 % intervals; declared: a margin of {points(advice.margin)}, and that a "
-        f"point is worth {100 * advice.point_worth:g} % of a step's time"
+        f"{advice.gain.n} seeds, whole 95 % intervals; declared: a margin of {amount(advice, advice.margin)}, and "
+        f"that a point{point} is worth {100 * advice.point_worth:g} % of a step's time"
     )
 
 
@@ -126,16 +139,23 @@ def caveats(advice: Advice, summary: Summary) -> list[str]:
     return lines
 
 
-def _row(group: Group, summary: Summary) -> tuple[str, ...]:
+def _row(advice: Advice, group: Group, summary: Summary) -> tuple[str, ...]:
     best = group.excess.median == 0 and group.excess.interval.low == group.excess.interval.high
     return (
         str(group.size),
         str(group.size * summary["design"]["per_rank_batch"]),
-        f"{percent(group.error)} %",
-        "" if best else points(group.excess.median),
-        "" if best else _interval(group.excess),
+        value_words(advice.measure, group.error),
+        "" if best else amount(advice, group.excess.median),
+        "" if best else _interval(advice, group.excess),
         group.standing,
     )
+
+
+def amount(advice: Advice, difference: float) -> str:
+    """A difference between two values: in points of a share, else in the measure's own unit."""
+    if advice.measure.is_share:
+        return points(difference)
+    return f"{number(difference)} {advice.measure.unit}".rstrip()
 
 
 def points(share: float) -> str:
@@ -144,9 +164,12 @@ def points(share: float) -> str:
     return f"{text} point" if text == "1" else f"{text} points"
 
 
-def _interval(effect: PairedEffect) -> str:
+def _interval(advice: Advice, effect: PairedEffect) -> str:
     low, high = finite(effect.interval.low), finite(effect.interval.high)
-    return "no interval" if low is None or high is None else f"{percent(low)} to {percent(high)}"
+    if low is None or high is None:
+        return "no interval"
+    shown = percent if advice.measure.is_share else number
+    return f"{shown(low)} to {shown(high)}"
 
 
 def to_dict(advice: Advice, summary: Summary) -> dict[str, Any]:

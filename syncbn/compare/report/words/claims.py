@@ -8,7 +8,7 @@ can disagree with it.
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from syncbn.compare.report.words.metrics import PERCENT, POINTS, measure, metric_words
+from syncbn.compare.measure import PERCENT, POINTS, of_claim
 from syncbn.compare.report.words.numbers import (
     MINUS,
     NOTHING,
@@ -41,7 +41,7 @@ def is_fraction(claim: Claim) -> bool:
     if form(claim) == "share":
         return True
     plain = form(claim) in ("difference", "value")
-    return plain and measure(claim["metric"]).unit in (PERCENT, POINTS)
+    return plain and of_claim(claim).unit in (PERCENT, POINTS)
 
 
 def no_effect(claim: Claim) -> float | None:
@@ -51,7 +51,7 @@ def no_effect(claim: Claim) -> float | None:
 
 def unit_of(claim: Claim) -> str:
     """The unit after the claim's number, with a blank before it."""
-    kind, unit = form(claim), measure(claim["metric"]).unit
+    kind, unit = form(claim), of_claim(claim).unit
     if kind in ("ratio", "trend") or unit == "bytes":
         return ""
     if kind == "share":
@@ -63,7 +63,7 @@ def effect_number(claim: Claim, value: float | None) -> str:
     """The claim's number without its unit; a difference and a trend with their sign."""
     if value is None:
         return NOTHING
-    bytewise = measure(claim["metric"]).unit == "bytes" and form(claim) in ("difference", "value")
+    bytewise = of_claim(claim).unit == "bytes" and form(claim) in ("difference", "value")
     text = (
         percent(value) if is_fraction(claim) else byte_words(value) if bytewise else number(value)
     )
@@ -158,7 +158,7 @@ def compared_words(claim: Claim) -> str:
 def comparison_words(claim: Claim) -> str:
     """What is compared: `test error, sync - local`."""
     share = "share of looks, " if claim["scale"] == "share" else ""
-    return f"{share}{metric_words(claim['metric'])}, {compared_words(claim)}"
+    return f"{share}{of_claim(claim).words}, {compared_words(claim)}"
 
 
 def verdict_sentence(claim: Claim) -> str:
@@ -214,7 +214,7 @@ def finding(claim: Claim, medians: Mapping[str, float | None]) -> str:
         claim: as the summary holds it.
         medians: of the claim's metric, by arm.
     """
-    effect, words, arm = claim["effect"], metric_words(claim["metric"]), arm_words(claim["arm"])
+    effect, words, arm = claim["effect"], of_claim(claim).words, arm_words(claim["arm"])
     if effect is None:
         return (
             f"{capital(comparison_words(claim))}: no number can be given, as some seeds have none."
@@ -255,7 +255,7 @@ def _ends(
     found = [medians.get(arm) for arm in pair or (claim["arm"], claim["against"])]
     if None in found:
         return ""
-    return f" ({joint.join(value_words(claim['metric'], value) for value in found)})"
+    return f" ({joint.join(value_words(of_claim(claim), value) for value in found)})"
 
 
 def tally(claims: Sequence[Claim]) -> str:

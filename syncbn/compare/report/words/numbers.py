@@ -1,9 +1,10 @@
 """Numbers in words: rounded, with their unit, as figures, report and terminal share them.
 
-None stands for what JSON has no number for, and reads as a dash.
+Functions take a metric by its name, or as the `Measure` by which a study shows it. None stands for what JSON has no
+number for, and reads as a dash.
 """
 
-from syncbn.compare.report.words.metrics import PERCENT, POINTS, measure, metric_words
+from syncbn.compare.measure import PERCENT, POINTS, Measure, measure
 from syncbn.compare.report.words.text import capital
 
 NOTHING, TIMES, MINUS = "\N{EN DASH}", "\N{MULTIPLICATION SIGN}", "\N{MINUS SIGN}"
@@ -27,7 +28,7 @@ def percent(value: float) -> str:
     return f"{100 * value:z.1f}".replace("-", MINUS)
 
 
-def value_words(metric: str, value: float | None) -> str:
+def value_words(metric: str | Measure, value: float | None) -> str:
     """A measured value with its unit: `5.9 %`, `1.23 s`, `0.041`, `21.3 kB`."""
     if value is None:
         return NOTHING
@@ -41,7 +42,7 @@ def value_words(metric: str, value: float | None) -> str:
     return f"{number(value)} {unit}".rstrip()
 
 
-def bare(metric: str, value: float | None) -> str:
+def bare(metric: str | Measure, value: float | None) -> str:
     """A measured value without its unit, for beside another that has it."""
     words = value_words(metric, value)
     return words.removesuffix(f" {measure(metric).unit}")
@@ -56,17 +57,18 @@ def byte_words(value: float) -> str:
     return f"{number(value)} GB"
 
 
-def range_words(metric: str, low: float | None, high: float | None) -> str:
+def range_words(metric: str | Measure, low: float | None, high: float | None) -> str:
     """Two values of a metric with their unit once: `5.6 to 6.4 %`."""
     if low is None or high is None:
         return NOTHING
     return f"{bare(metric, low)} to {value_words(metric, high)}"
 
 
-def labelled(metric: str) -> str:
+def labelled(metric: str | Measure) -> str:
     """The metric with its unit, as an axis or a column is headed: `Test error (%)`."""
-    unit = measure(metric).unit
-    words = capital(metric_words(metric))
+    found = measure(metric)
+    unit = found.unit or found.scale
+    words = capital(found.words)
     return f"{words} ({unit})" if unit not in ("", "steps", "cells") else words
 
 

@@ -5,7 +5,6 @@ from typing import Any
 
 from syncbn.compare.regression import Change, Regression
 from syncbn.compare.report.words.claims import effect_words, interval_words
-from syncbn.compare.report.words.metrics import metric_words
 from syncbn.compare.report.words.numbers import NOTHING, p_cell, value_words
 from syncbn.compare.report.words.text import aligned
 from syncbn.compare.study.summary import finite
@@ -44,15 +43,14 @@ def conclusion(regression: Regression) -> str:
 
 
 def _row(change: Change) -> tuple[str, ...]:
-    metric = change.metric.name
-    entry = to_entry(change)
-    claim = {"metric": metric, "scale": "difference", "against": "base", "along": []}
+    entry, measure = to_entry(change), change.measure
+    claim = {"measure": asdict(measure), "scale": "difference", "against": "base", "along": []}
     return (
         change.arm,
         change.verdict,
-        metric_words(metric),
-        value_words(metric, change.base),
-        value_words(metric, change.new),
+        measure.words,
+        value_words(measure, change.base),
+        value_words(measure, change.new),
         effect_words(claim, entry["effect"]),
         interval_words(claim, entry["ci"]),
         str(change.n),

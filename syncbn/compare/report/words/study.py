@@ -3,7 +3,10 @@
 Every figure's caption begins with the same `setting`, so it says on what it was measured, and whether ranks were real.
 """
 
-from syncbn.compare.report.words.metrics import metric_words
+import re
+from dataclasses import replace
+
+from syncbn.compare.measure import DEFAULT, Measure, measure, shown
 from syncbn.compare.report.words.numbers import TIMES, labelled, value_words
 from syncbn.compare.report.words.text import capital
 from syncbn.compare.study.summary import (
@@ -74,7 +77,8 @@ def contrast_title(summary: Summary, metric: str) -> str:
     """The two contrasted arms and their medians: `Test error: local batch norm 40.0 %, synchronised 30.0 %`."""
     pair = among(contrast(summary, metric), arms_with(summary, metric) or shown_arms(summary))
     found = [
-        f"{arm_words(arm)} {value_words(metric, median_of(summary, arm, metric))}" for arm in pair
+        f"{arm_words(arm)} {value_words(shown(summary, metric), median_of(summary, arm, metric))}"
+        for arm in pair
     ]
     samples = f" at {summary['design']['per_rank_batch']} samples a rank"
     where = samples if summary["design"]["world_size"] > 1 and _alike(summary) else ""
@@ -87,18 +91,24 @@ def _alike(summary: Summary) -> bool:
     return len(counts - {1}) < 2
 
 
+def goal_words(decides: Measure, goal: float) -> str:
+    """A value of the measure that decides, as one to get to: `5.0 % error`, `test iou of 0.800`."""
+    value = value_words(decides, goal)
+    return f"{value} error" if decides == measure(DEFAULT) else f"{decides.words} of {value}"
+
+
 def split_words(summary: Summary, metric: str) -> str:
     """The metric in words, with the split it was measured on where that is not the test set."""
-    words = metric_words(metric)
-    validation = summary["design"]["split"] == "validation"
-    return words.replace("test error", "validation error") if validation else words
+    return _on_split(summary, metric).words
+
+
+def _on_split(summary: Summary, metric: str) -> Measure:
+    found = shown(summary, metric)
+    if summary["design"]["split"] != "validation":
+        return found
+    return replace(found, words=re.sub(r"\btest\b", "validation", found.words))
 
 
 def axis_label(summary: Summary, metric: str) -> str:
     """The metric with its unit, and the split it was measured on where that is not the test set."""
-    validation = summary["design"]["split"] == "validation"
-    return (
-        labelled(metric).replace("Test error", "Validation error")
-        if validation
-        else labelled(metric)
-    )
+    return labelled(_on_split(summary, metric))

@@ -6,9 +6,9 @@ A summary here is the one of a sweep, as `syncbn.compare.sweep.results` makes it
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from syncbn.compare.report.words.metrics import metric_words
-from syncbn.compare.report.words.numbers import number, value_words
-from syncbn.compare.report.words.text import capital, counted, listed
+from syncbn.compare.measure import Measure
+from syncbn.compare.report.words.numbers import labelled, value_words
+from syncbn.compare.report.words.text import counted, listed
 
 SweepSummary = Mapping[str, Any]
 
@@ -28,20 +28,17 @@ def setting_words(trial: Mapping[str, Any]) -> str:
 
 def measure_words(summary: SweepSummary) -> str:
     """What trials are ranked by: "test error"."""
-    return metric_words(summary["measure"]["name"])
+    return Measure(**summary["measure"]).words
 
 
 def measured(summary: SweepSummary, value: float | None) -> str:
     """A value of the measure; in percent where it is a share of the samples."""
-    if summary["measure"]["is_share"]:
-        return value_words(summary["measure"]["name"], value)
-    return number(value)
+    return value_words(Measure(**summary["measure"]), value)
 
 
 def measure_label(summary: SweepSummary) -> str:
     """The measure as an axis or column is headed."""
-    unit = " (%)" if summary["measure"]["is_share"] else ""
-    return f"{capital(measure_words(summary))}{unit}"
+    return labelled(Measure(**summary["measure"]))
 
 
 def value_of(summary: SweepSummary, trial: Mapping[str, Any]) -> float | None:
