@@ -88,7 +88,7 @@ def _primary_columns(summary: Summary) -> list[Column]:
 def _error_columns(summary: Summary) -> list[Column]:
     of = decided_by(summary)
     metric = of.name
-    if not arms_with(summary, metric):
+    if not any(values_of(summary, arm, metric) for arm in shown_arms(summary)):
         return []
     return [
         (

@@ -45,6 +45,8 @@ def measure(
         decides: the measure that the task decides by.
     """
     metrics = dict.fromkeys(metric for own in arms.values() for t in own for metric in t.final)
+    if any(t.diverged for own in arms.values() for t in own):  # perhaps all of them did
+        metrics |= dict.fromkeys([decides.name, *_judged_at_end(study)])
     table = {arm: measurements_of(own, metrics, decides) for arm, own in arms.items()}
     targets = targets_of(target, arms, len(study.seeds), decides)
     for arm, own in arms.items():
@@ -140,6 +142,12 @@ def targets_of(
     held = (errors_held(trial, target.tolerance, decides) for trial in arms[target.arm or ""])
     least = 0.0 if decides.is_share else -math.inf  # without an evaluation nothing is reached
     return [decides.sign * min((smallest for _, smallest in own), default=least) for own in held]
+
+
+def _judged_at_end(study: StudyConfig) -> list[str]:
+    """The measures at the end of a trial that claims speak of."""
+    metrics = [claim.metric for claim in study.judged]
+    return [metric for metric in metrics if metric.startswith("test_") and "@" not in metric]
 
 
 def stepwise(study: StudyConfig) -> list[str]:
