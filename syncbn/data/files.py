@@ -145,12 +145,11 @@ def _transformed(x: Tensor, cfg: DataConfig, path: Path) -> Tensor:
 
 def _image(path: Path) -> Any:
     """The decoded image in `path`."""
-    from PIL import Image
+    from PIL import Image, ImageOps
 
     try:
         with Image.open(path) as image:
-            image.load()
-            return image
+            return ImageOps.exif_transpose(image)
     except Exception as error:  # Pillow has a dozen types for damaged files
         why = " ".join(str(error).split())
         raise DataError(f"image {path} cannot be decoded ({why})") from error

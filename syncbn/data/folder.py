@@ -1,7 +1,8 @@
 """Images in folders, a folder a class: `root/train/<class>/*` and `root/test/<class>/*`.
 
 Images are decoded when they are fetched, and standardised a batch at a time. JPEGs are decoded by torchvision, in
-40% of the time that Pillow takes and to the same pixels; all else, and what torchvision cannot decode, by Pillow.
+40% of the time that Pillow takes and to the same pixels; all else, and what torchvision cannot decode, by Pillow. Links
+are followed, since large data sets are laid out as links to shared storage.
 """
 
 import warnings
@@ -10,8 +11,9 @@ from dataclasses import dataclass, replace
 from functools import cache
 from io import BytesIO
 from pathlib import Path
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -23,6 +25,9 @@ from syncbn.data.transforms import Treatment
 from syncbn.errors import DataError
 from syncbn.layout import IMAGE_FOLDER, check_files, check_folder
 from syncbn.registry import DATA
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -124,7 +129,7 @@ def image_folder(root: Path, split: str, *, cfg: DataConfig) -> FileSamples:
     except (OSError, ValueError) as error:
         raise DataError(f"{' '.join(str(error).split())} ({IMAGE_FOLDER})") from error
     files = tuple(Path(file) for file, _ in found.samples)
-    check_files(files, root, "start again")
+    check_files(files, "start again")
     labels = torch.tensor(found.targets, dtype=torch.int64)
     prepare = preparation(cfg.binarize, IMAGENET_MEAN, IMAGENET_STD)
     return FileSamples(files, labels, cfg.image_size, prepare, tuple(found.classes))
@@ -140,7 +145,31 @@ def _decoded(content: bytes) -> Tensor:
             return decode(torch.frombuffer(bytearray(content), dtype=torch.uint8))
         except RuntimeError:
             pass  # Pillow can tell better what is wrong, if anything is
-    return pil_to_tensor(Image.open(BytesIO(content)).convert("RGB"))
+    return pil_to_tensor(as_rgb(Image.open(BytesIO(content))))
+
+
+def as_rgb(image: "Image") -> "Image":
+    """`image` upright, in 8 bits a channel: 16 bits are scaled, transparent pixels lie on white.
+
+    Raises:
+        ValueError: values whose range is not known.
+    """
+    from PIL import Image, ImageOps
+
+    form, mode = image.format, image.mode
+    image = ImageOps.exif_transpose(image)
+    if mode.startswith("I;16") or (mode == "I" and form == "PPM"):  # Pillow scales these to 16 bits
+        sixteen = np.asarray(image).astype(np.int64)
+        return Image.fromarray(((sixteen + 128) // 257).astype(np.uint8)).convert("RGB")
+    if mode in ("I", "F"):
+        raise ValueError(
+            f"its values are {'floating-point' if mode == 'F' else '32-bit'} numbers, whose range is not known: "
+            "convert it to 8 or 16 bits"
+        )
+    if not image.has_transparency_data:
+        return image.convert("RGB")
+    image = image.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
 
 
 @cache
@@ -151,7 +180,9 @@ def _jpeg_decoder() -> Callable[[Tensor], Tensor] | None:
     except ImportError:
         return None
     warnings.filterwarnings("ignore", "The image decoding and encoding", DeprecationWarning)
-    return lambda encoded: cast(Tensor, decode_jpeg(encoded, mode=ImageReadMode.RGB))
+    return lambda encoded: cast(
+        Tensor, decode_jpeg(encoded, mode=ImageReadMode.RGB, apply_exif_orientation=True)
+    )
 
 
 def _resized(image: Tensor, shorter: int) -> Tensor:

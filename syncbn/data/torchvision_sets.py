@@ -95,7 +95,7 @@ def _check(which: Published, dataset: Any, root: Path, download: bool) -> None:
     how = remedy(which.name)
     check_folder(root, how)
     check_folder(folder, how)
-    check_files(files, root, how)
+    check_files(files, how)
 
 
 def _file_names(dataset: Any) -> Sequence[str]:

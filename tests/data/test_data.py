@@ -293,6 +293,39 @@ def test_loader_processes_give_the_batches_that_the_rank_alone_gives(tmp_path):
         assert torch.equal(y, other_y)
 
 
+PIXEL_FILES = {
+    "16-bit PNG": (lambda: Image.fromarray(np.array([[0, 257, 32896, 65535]], np.uint16)), "PNG"),
+    "16-bit TIFF": (lambda: Image.fromarray(np.array([[0, 257, 32896, 65535]], np.uint16)), "TIFF"),
+    "8-bit PNG": (lambda: Image.fromarray(np.array([[0, 1, 128, 255]], np.uint8)), "PNG"),
+}
+
+
+@pytest.mark.parametrize("kind", PIXEL_FILES)
+def test_grey_values_are_scaled_by_the_range_of_their_type(kind):
+    make, form = PIXEL_FILES[kind]
+    make().save(file := BytesIO(), form)
+    assert folder._decoded(file.getvalue())[:, 0].tolist() == [[0, 1, 128, 255]] * 3
+
+
+def test_a_deep_portable_greymap_is_scaled_by_its_own_maximum():
+    pixels = folder._decoded(b"P5\n2 1\n4095\n" + bytes([15, 255, 0, 0]))
+    assert pixels[0, 0].tolist() == [255, 0]
+
+
+def test_transparent_pixels_lie_on_white():
+    image = Image.fromarray(np.array([[[9, 9, 9, 0], [10, 20, 30, 255]]], np.uint8), "RGBA")
+    image.save(file := BytesIO(), "PNG")
+    assert folder._decoded(file.getvalue())[:, 0].T.tolist() == [[255] * 3, [10, 20, 30]]
+
+
+@pytest.mark.parametrize("form", ["JPEG", "PNG"])
+def test_a_picture_is_turned_as_its_camera_says(form):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turn right
+    Image.new("RGB", (8, 4), "red").save(file := BytesIO(), form, exif=exif)
+    assert folder._decoded(file.getvalue()).shape == (3, 8, 4)
+
+
 @pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
 @pytest.mark.parametrize("options", [{}, {"progressive": True}, {"subsampling": 0}], ids=str)
 def test_jpegs_are_decoded_to_the_pixels_that_pillow_gives(mode, options):

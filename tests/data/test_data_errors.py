@@ -113,17 +113,11 @@ def test_training_and_test_images_of_different_sizes(tmp_path):
     assert "training and test images differ in size" in complaint("mnist", tmp_path)
 
 
-def test_a_link_out_of_the_root(tmp_path):
-    write_mnist(tmp_path / "elsewhere")
-    (tmp_path / "root").mkdir()
-    (tmp_path / "root" / "MNIST").symlink_to(tmp_path / "elsewhere" / "MNIST")
-    assert "is a link to" in (text := complaint("mnist", tmp_path / "root"))
-    assert "out of data.root" in text
-
-
-def test_a_root_that_is_itself_a_link_is_fine(tmp_path):
-    write_mnist(tmp_path / "disk")
-    (tmp_path / "data").symlink_to(tmp_path / "disk")
+@pytest.mark.parametrize("linked", [".", "MNIST", TRAIN_LABELS])
+def test_links_to_other_storage_are_followed(tmp_path, linked):
+    write_mnist(tmp_path / "data")
+    (tmp_path / "data" / linked).rename(tmp_path / "disk")
+    (tmp_path / "data" / linked).symlink_to(tmp_path / "disk")
     assert len(load_data(DataConfig(name="mnist", root=str(tmp_path / "data")), 0).train) == 20
 
 
@@ -218,12 +212,27 @@ def test_an_image_of_no_bytes(tmp_path):
     assert "cat/1.png is damaged (0 bytes): remove it" in complaint("image_folder", tmp_path)
 
 
-@pytest.mark.parametrize("inner", ["cat/1.png", "cat"])
-def test_an_image_or_class_linked_from_elsewhere(tmp_path, inner):
+@pytest.mark.parametrize("inner", ["train/cat/1.png", "train/cat", "train"])
+def test_an_image_class_or_part_linked_from_elsewhere_is_read(tmp_path, inner):
     write_images(tmp_path / "root")
-    (tmp_path / "root" / "train" / inner).rename(tmp_path / "elsewhere")
-    (tmp_path / "root" / "train" / inner).symlink_to(tmp_path / "elsewhere")
-    assert "out of data.root" in complaint("image_folder", tmp_path / "root")
+    (tmp_path / "root" / inner).rename(tmp_path / "elsewhere")
+    (tmp_path / "root" / inner).symlink_to(tmp_path / "elsewhere")
+    assert len(load_data(DataConfig(name="image_folder", root=str(tmp_path / "root")), 0).train)
+
+
+def test_an_image_linked_to_nothing(tmp_path):
+    write_images(tmp_path)
+    (tmp_path / "train" / "cat" / "1.png").unlink()
+    (tmp_path / "train" / "cat" / "1.png").symlink_to(tmp_path / "gone.png")
+    assert "cat/1.png is missing" in complaint("image_folder", tmp_path)
+
+
+def test_an_image_whose_values_have_no_known_range(tmp_path):
+    write_images(tmp_path)
+    (tmp_path / "train" / "cat" / "0.png").unlink()
+    Image.fromarray(np.ones((32, 32), np.float32)).save(tmp_path / "train" / "cat" / "0.tiff")
+    text = complaint("image_folder", tmp_path)
+    assert "cat/0.tiff cannot be decoded (its values are floating-point numbers" in text
 
 
 def test_a_truncated_jpeg(tmp_path):
