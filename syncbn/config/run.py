@@ -215,7 +215,8 @@ class TrainConfig:
     log_every: int = 1
     """Steps between records of the training loss."""
     agree_every: int = 10
-    """Steps between the small collective that reduces losses and agrees on stopping and on non-finite values."""
+    """Steps between the small collectives that reduce losses and agree on stopping and on non-finite values; several
+    ranks know the result of one a step later."""
     checkpoint_every: int = 0
     """Steps between checkpoints; 0 saves at the end only."""
     resume: bool = True

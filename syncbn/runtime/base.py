@@ -4,6 +4,7 @@ A runtime is a world of ranks with the few collectives the training loop needs. 
 of one does no communication at all, which lets one rank of a larger job also run a trial by itself.
 """
 
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
@@ -24,6 +25,10 @@ class Runtime(Protocol):
 
     def sum(self, values: Tensor) -> Tensor:
         """`values` summed over ranks, in place; every rank gets the same bits."""
+        ...
+
+    def start_sum(self, values: Tensor) -> Callable[[], Tensor]:
+        """`sum`, without waiting: what it returns does. Collectives in between have one order on all ranks."""
         ...
 
     def from_main(self, values: Tensor) -> Tensor:
@@ -68,6 +73,10 @@ class Solo:
     def sum(self, values: Tensor) -> Tensor:
         """`values`, unchanged."""
         return values
+
+    def start_sum(self, values: Tensor) -> Callable[[], Tensor]:
+        """`values`, unchanged, at once."""
+        return lambda: values
 
     def from_main(self, values: Tensor) -> Tensor:
         """`values`, unchanged."""

@@ -1,6 +1,7 @@
 """Ranks of this machine, or of any job that sets torchrun's environment variables (torchrun, Ray Train)."""
 
 import os
+from collections.abc import Callable
 from contextlib import suppress
 from datetime import timedelta
 
@@ -30,6 +31,17 @@ class TorchrunRuntime:
         """`values` summed over ranks, in place."""
         dist.all_reduce(values)
         return values
+
+    def start_sum(self, values: Tensor) -> Callable[[], Tensor]:
+        """See `Runtime.start_sum`."""
+        work = dist.all_reduce(values, async_op=True)
+
+        def wait() -> Tensor:
+            if work is not None:
+                work.wait()
+            return values
+
+        return wait
 
     def from_main(self, values: Tensor) -> Tensor:
         """`values` of rank 0, in place on every rank."""

@@ -35,21 +35,21 @@ def accumulate(
     x: Any,
     y: Any,
 ) -> Tensor:
-    """Leave the gradient of all micro-batches in `.grad`; this rank's share of the step's loss, `()`.
+    """Leave the gradient of all micro-batches in `.grad`; this rank's part of the step's summed loss, `()`.
 
     Args:
-        backward: adds the gradient of one micro-batch and returns its part of the share.
+        backward: adds the gradient of one micro-batch and returns its summed loss.
         unreduced: within it `backward` reduces no gradients over ranks; the last micro-batch runs outside.
         own_sizes: this rank's samples in each micro-batch.
         x: this rank's samples of the step, micro-batch after micro-batch.
         y: their targets.
     """
-    shares = []
+    losses = []
     parts = list(zip(cut(x, own_sizes), cut(y, own_sizes), strict=True))
     for part, reduces in zip(parts, _reduces(len(parts)), strict=True):
         with nullcontext() if reduces else unreduced():
-            shares.append(backward(*part).detach())
-    return sum(shares[1:], shares[0])
+            losses.append(backward(*part).detach())
+    return sum(losses[1:], losses[0])
 
 
 def own_sizes(num_samples: int, micro_batch: int, rank: int, world_size: int) -> list[int]:

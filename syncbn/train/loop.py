@@ -8,7 +8,7 @@ are reduced; and whether to go on is decided only where ranks agree (`Agreement`
 import time
 from collections.abc import Iterator
 from contextlib import nullcontext
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -102,17 +102,17 @@ class Loop:
         state, cfg = self.state, self.state.cfg
         rate = learning_rate(state.step, cfg.optim, cfg.train.steps, cfg.global_batch)
         set_rate(state.optimizer, rate)
-        share = _gradients(state, global_batch, x, y)
+        loss, whole = _gradients(state, global_batch, x, y)
         if state.scale is not None:
             state.scale.unscale(state.optimizer)
         if state.probes:
-            self._probe(rate, Batch(x, y, global_batch, share))
+            self._probe(rate, Batch(x, y, global_batch, loss / whole))
         if cfg.optim.clip_norm is not None:
             nn.utils.clip_grad_norm_(state.model.parameters(), cfg.optim.clip_norm)
         _move(state)
         _clear_gradients(state)
         state.step += 1
-        self.agreement.add(state.step, share)
+        self.agreement.add(state.step, loss, whole)
         if state.callbacks:
             self._call("after_step")
 
@@ -151,13 +151,12 @@ class Loop:
             _due(state.step, train.eval_every),
             _due(state.step, train.checkpoint_every),
         )
-        late, asked = False, 0
-        if last or measuring or saving or _due(state.step, train.agree_every):
-            late, asked = self._agree()
+        agreeing = _due(state.step, train.agree_every)
+        late, asked = self._agree(agreeing, at_once=last or measuring or saving)
         if measuring or last:
             self._measure()
         enough = measuring and self._good_enough()
-        if state.callbacks and (measuring or saving or _due(state.step, train.agree_every)):
+        if state.callbacks and (measuring or saving or agreeing):
             enough = state.callbacks.want_to_stop() or enough
         if asked:  # what this step made due is done: resuming repeats and loses nothing
             raise Stopped(asked)
@@ -171,12 +170,31 @@ class Loop:
             self._save()
         return enough
 
-    def _agree(self) -> tuple[bool, int]:
-        """Settle with all ranks and record the losses; whether time is over, and the signal to stop, or 0."""
+    def _agree(self, due: bool, at_once: bool) -> tuple[bool, int]:
+        """Whether all ranks know that time is over, and the signal to stop, or 0.
+
+        What they agree on where it is `due` they know a step later, when the exchange has cost no time; `at_once`
+        waits for it.
+        """
+        late, asked = self._heard()
+        at_once = at_once or late or asked > 0  # the losses since then belong to this attempt
+        if due or at_once:
+            self.agreement.start(self.stop.signal_number, self._out_of_time())
+        if at_once or self.state.runtime.world_size == 1:
+            late_now, asked_now = self._heard()
+            late, asked = late or late_now, asked or asked_now
+        return late, asked
+
+    def _out_of_time(self) -> bool:
+        limit = self.state.cfg.train.time_limit_s
+        return limit is not None and time.monotonic() - self.started > limit
+
+    def _heard(self) -> tuple[bool, int]:
+        """What `_agree` returns, of an agreement that has been started; records its losses."""
+        if not self.agreement.started:
+            return False, 0
         cfg = self.state.cfg
-        limit = cfg.train.time_limit_s
-        late = limit is not None and time.monotonic() - self.started > limit
-        losses, late, asked = self.agreement.settle(self.stop.signal_number, late)
+        losses, late, asked = self.agreement.finish()
         for step, loss in losses.items():
             if _due(step, cfg.train.log_every):
                 rate = learning_rate(step - 1, cfg.optim, cfg.train.steps, cfg.global_batch)
@@ -234,7 +252,7 @@ class Loop:
 
 
 def _backward(state: State, whole: int | Tensor, x: Any, y: Any) -> Tensor:
-    """Leave the gradient of the global mean loss in `.grad`; this rank's share of that loss, `()`.
+    """Leave the gradient of the global mean loss in `.grad`; the summed loss of this rank's samples, `()`.
 
     `whole` is what the global batch counts for.
     """
@@ -245,7 +263,7 @@ def _backward(state: State, whole: int | Tensor, x: Any, y: Any) -> Tensor:
     else:
         weight = (state.runtime.world_size / whole).to(loss.dtype)
     (loss if state.scale is None else state.scale.scaled(loss)).backward(weight)
-    return loss.detach() / whole
+    return loss.detach()
 
 
 @lru_cache(maxsize=16)
@@ -262,16 +280,15 @@ def _whole(state: State, global_batch: int, y: Any) -> int | Tensor:
     return torch.where(total > 0, total, 1.0)
 
 
-def _gradients(state: State, global_batch: int, x: Any, y: Any) -> Tensor:
-    """`_backward` of the whole step, micro-batch by micro-batch where it has several."""
+def _gradients(state: State, global_batch: int, x: Any, y: Any) -> tuple[Tensor, int | Tensor]:
+    """`_backward` of the whole step, micro-batch by micro-batch where it has several; and what its batch counts for."""
     cfg, runtime = state.cfg, state.runtime
     whole = _whole(state, global_batch, y)
     if cfg.train.accumulate == 1:
-        return _backward(state, whole, x, y)
+        return _backward(state, whole, x, y), whole
     sizes = own_sizes(global_batch, cfg.micro_batch, runtime.rank, runtime.world_size)
-    return accumulate(
-        lambda *part: _backward(state, whole, *part), state.parallel.unreduced, sizes, x, y
-    )
+    backward = partial(_backward, state, whole)
+    return accumulate(backward, state.parallel.unreduced, sizes, x, y), whole
 
 
 def _clear_gradients(state: State) -> None:

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from oracle import assert_close
+from stops import asked_to_stop_at
 from torch import nn
 
 from syncbn.checkpoint import load_latest
@@ -57,17 +58,6 @@ def _trained(cfg: RunConfig):
     """What `cfg` ends with: its final metrics, and its checkpoint."""
     final = train(cfg, TorchrunRuntime(CPU), Untracked()).final
     return final, load_latest(cfg.folder / "checkpoints")
-
-
-def _stopping_at(step):
-    """An `_agree` after which the run is asked to stop at `step`."""
-    real = loop.Loop._agree
-
-    def agree(self):
-        late, asked = real(self)
-        return late, 15 if self.state.step == step else asked
-
-    return agree
 
 
 def _tensors(checkpoint) -> dict[str, torch.Tensor]:
@@ -170,7 +160,7 @@ def test_a_checkpoint_of_either_goes_on_under_the_other(world_size, tmp_path, fi
     cfg = _config(tmp_path, **options)
     straight, expected = _trained(_with(cfg, tmp_path / "straight", parallel=second))
     moved = _with(cfg, tmp_path / "moved", parallel=first)
-    with patch.object(loop.Loop, "_agree", _stopping_at(3)), pytest.raises(Stopped):
+    with asked_to_stop_at(3), pytest.raises(Stopped):
         _trained(moved)
     final, found = _trained(_with(moved, tmp_path / "moved", parallel=second))
     assert found.meta.step == 6
@@ -188,7 +178,7 @@ def test_fp16_with_adam_and_accumulation_goes_on_bit_by_bit(world_size, tmp_path
     cfg = replace(cfg, optim=replace(cfg.optim, name="adamw", lr=0.01))
     _, expected = _trained(_with(cfg, tmp_path / "straight"))
     stopped = _with(cfg, tmp_path / "stopped")
-    with patch.object(loop.Loop, "_agree", _stopping_at(3)), pytest.raises(Stopped):
+    with asked_to_stop_at(3), pytest.raises(Stopped):
         _trained(stopped)
     _, found = _trained(stopped)
     assert found.extra["loss_scale"] == expected.extra["loss_scale"]
@@ -201,7 +191,7 @@ def test_a_run_of_one_process_goes_on_sharded_over_two(world_size, tmp_path):
     options = {"arm": "group_norm", "agree_every": 1, "parallel": "fsdp"}
     alone = _config(tmp_path, 1, **options)
     if dist.get_rank() == 0:
-        with patch.object(loop.Loop, "_agree", _stopping_at(3)), pytest.raises(Stopped):
+        with asked_to_stop_at(3), pytest.raises(Stopped):
             train(alone, Solo(CPU), Untracked())
     dist.barrier()
     _, moved = _trained(_config(tmp_path, world_size, **options))

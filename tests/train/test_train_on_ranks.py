@@ -163,9 +163,10 @@ def test_a_loss_that_is_not_finite_on_one_rank_ends_all_with_its_name(world_size
     agreement = Agreement(TorchrunRuntime(CPU))
     for step in (1, 2, 3):
         bad = step == 2 and dist.get_rank() == 1
-        agreement.add(step, torch.tensor(float("nan") if bad else 0.5))
+        agreement.add(step, torch.tensor(float("nan") if bad else 0.5), 1)
+    agreement.start(0, False)
     with pytest.raises(NonFinite, match=r"loss of step 2 is not finite on rank 1:"):
-        agreement.settle(0, False)
+        agreement.finish()
 
 
 @pytest.mark.world_size(2)

@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from oracle import assert_close
+from stops import asked_to_stop_at
 
 from syncbn.checkpoint import load_latest
 from syncbn.config import (
@@ -110,7 +111,7 @@ def test_stopped_with_averages_accumulation_and_bf16_a_run_goes_on_bit_by_bit(wo
     runtime = TorchrunRuntime(CPU)
     straight, cfg = (_config(tmp_path / part, 2, **options) for part in ("straight", "stopped"))
     whole = recorded_run(straight, runtime)
-    with patch.object(loop.Loop, "_agree", _stop_at(7)), pytest.raises(Stopped):
+    with asked_to_stop_at(7), pytest.raises(Stopped):
         recorded_run(cfg, runtime)
     assert load_latest(cfg.folder / "checkpoints").meta.step == 7
     assert recorded_run(cfg, runtime).final == whole.final
@@ -121,16 +122,6 @@ def test_stopped_with_averages_accumulation_and_bf16_a_run_goes_on_bit_by_bit(wo
         assert torch.equal(average, theirs.extra["ema"][name]), name
     if dist.get_rank() == 0:
         assert _losses(cfg) == _losses(straight)
-
-
-def _stop_at(step):
-    real = loop.Loop._agree
-
-    def agree(self):
-        late, asked = real(self)
-        return late, 15 if self.state.step == step else asked
-
-    return agree
 
 
 def _losses(cfg) -> dict[int, float]:
