@@ -5,6 +5,7 @@ and that code. The layer's own errors carry theirs too (5: ranks disagree, 8: no
 here imports torch. Anything else that escapes is our bug: exit 1.
 """
 
+import errno
 import traceback
 from pathlib import Path
 
@@ -140,7 +141,9 @@ class RankFailed(SyncbnError):
 
 
 def exit_code(error: BaseException) -> int:
-    """The exit code that `error` carries, or 1: our bug."""
+    """The exit code that `error` carries; 75 where a disk, a quota or /dev/shm is full; else 1: our bug."""
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return getattr(error, "exit_code", InfrastructureError.exit_code)
     return getattr(error, "exit_code", 1)
 
 

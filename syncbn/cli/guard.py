@@ -26,6 +26,7 @@ def invoke(command: click.Command, argv: Sequence[str], prog_name: str | None = 
     """Run `command` with the arguments `argv` and return its exit code; never raises."""
     make_unbreakable()
     try:
+        _require_current_folder()
         with failures_named():
             return int(command.main(list(argv), prog_name=prog_name, standalone_mode=False) or 0)
     except click.NoSuchOption as error:
@@ -37,6 +38,16 @@ def invoke(command: click.Command, argv: Sequence[str], prog_name: str | None = 
         return 130
     except Exception as error:
         return _complain(error)
+
+
+def _require_current_folder() -> None:
+    """Raise `UsageError` where the current folder has been deleted: relative paths have no meaning then."""
+    try:
+        Path.cwd()
+    except OSError as error:
+        raise UsageError(
+            f"the current folder cannot be read ({error.strerror}): change into one that is there"
+        ) from error
 
 
 def _complain(error: Exception) -> int:

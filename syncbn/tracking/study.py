@@ -191,11 +191,19 @@ def recorded_start(folder: Path) -> dict[str, Any]:
     """The `start` record of the run or launch in `folder`.
 
     Raises:
-        UsageError: there is none.
+        UsageError: there is none, or it is damaged.
     """
     path = next((p for p in (folder / LAUNCH, folder / "journal.jsonl") if p.is_file()), None)
-    records = read_journal(path) if path else iter(())
-    start = next((record for record in records if record.get("event") == "start"), None)
+    try:
+        records = read_journal(path) if path else iter(())
+        start = next((record for record in records if record.get("event") == "start"), None)
+        if start is not None:
+            _ = start["config"]["tracking"]["uri"], start["config"]["norm"]["name"], start["time"]
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise UsageError(
+            f"{path} is damaged: its start cannot be read ({type(error).__name__}: {error}); the run's summary.json "
+            "and checkpoints are not affected"
+        ) from error
     if start is None:
         raise UsageError(
             f"{folder} holds no run: give runs/<name>, a folder with a journal.jsonl or a {LAUNCH}"

@@ -1,5 +1,6 @@
 """How failures leave a program: one line, the right exit code, nothing lost."""
 
+import errno
 import os
 import re
 import sys
@@ -44,6 +45,31 @@ def test_what_is_printed_of_a_failure_has_no_password(error, capsys):
     said = capsys.readouterr().err
     assert "http://***@host" in said
     assert "word" not in said
+
+
+def test_a_current_folder_that_is_gone_is_named(tmp_path, monkeypatch, capsys):
+    (gone := tmp_path / "gone").mkdir()
+    monkeypatch.chdir(gone)
+    gone.rmdir()
+    assert invoke(cli, ["train", "--dry-run"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "the current folder cannot be read" in line
+
+
+@pytest.mark.parametrize(
+    "start", [b'{"event": "start"}\n', b'{"event": "sta\xff\n', b"[1]\n", b"oops\n"]
+)
+def test_a_damaged_journal_is_not_shipped_and_named(start, tmp_path, capsys):
+    (tmp_path / "journal.jsonl").write_bytes(start)
+    assert invoke(cli, ["ship", str(tmp_path)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "journal.jsonl is damaged" in line
+
+
+def test_a_full_disk_is_one_line_and_worth_another_try(capsys):
+    assert invoke(failing_with(OSError(errno.ENOSPC, "No space left on device", "/x")), []) == 75
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line == "syncbn: error: OSError: [Errno 28] No space left on device: '/x'"
 
 
 def test_ctrl_c_says_nothing(capsys):
