@@ -124,8 +124,14 @@ class Callbacks:
         return bool(self._runtime.sum(asked))
 
     def state_dict(self) -> dict[str, Any]:
-        """The states of all by name."""
-        return {n: self._guarded(n, "state_dict", c.state_dict) for n, c in self._all.items()}
+        """The states of all by name; raises `UsageError` for one that is no dict."""
+        states = {n: self._guarded(n, "state_dict", c.state_dict) for n, c in self._all.items()}
+        for name, state in states.items():
+            if not isinstance(state, dict):
+                raise UsageError(
+                    f"state_dict of callback {name} gave a {type(state).__name__}: a dict is needed"
+                )
+        return states
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from what `state_dict` gave."""

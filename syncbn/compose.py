@@ -22,7 +22,7 @@ from hydra.core.plugins import Plugins
 from hydra.errors import HydraException
 from hydra.plugins.search_path_plugin import SearchPathPlugin
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from syncbn.checks import check
 from syncbn.config import Config, RunConfig
@@ -383,6 +383,12 @@ def _one_line(error: Exception) -> str:
     lines = [line.strip() for line in text.split("Config search path")[0].splitlines()]
     text = " ".join(line for line in lines if not line.startswith(_NOISE))
     text = re.sub(r"Error merging override \+*(.*?): (?=[A-Zf])", r"\1 is not allowed: ", text)
+    if isinstance(error, MissingMandatoryValue):
+        return f"{error.full_key or error.key} has no value and no default: give {error.full_key or error.key}=VALUE"
+    group = re.search(r"Could not find '(\w+)/([^']*)'", text)
+    if group:
+        near = difflib.get_close_matches(group[2], _options_of(group[1]), n=1)
+        return text.strip() + (f"; did you mean {near[0]!r}?" if near else "")
     option = re.search(r"Could not override '(\w+)\.options\.(\w+)'", text)
     if option:
         return f"{option[0][20:-1]} is no option of what {option[1]}= chooses{_options_like(*option.groups())}"

@@ -4,6 +4,7 @@ A name is found as any module is, and besides in the current folder: `mine` is `
 that are installed may also announce modules under the entry-point group `syncbn.extensions`; those are always imported.
 """
 
+import dis
 import importlib
 import os
 import sys
@@ -13,6 +14,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from importlib.metadata import entry_points
 from pathlib import Path
+from types import TracebackType
 from typing import NoReturn
 
 from syncbn.errors import SyncbnError, UsageError
@@ -49,7 +51,9 @@ def _import(name: str, what: str) -> None:
             importlib.import_module(name)
     except SyncbnError:
         raise
-    except (Exception, SystemExit) as error:
+    except BaseException as error:
+        if isinstance(error, KeyboardInterrupt) and not _is_raised(error):
+            raise
         if isinstance(error, ModuleNotFoundError) and f"{name}.".startswith(f"{error.name}."):
             raise UsageError(
                 f"{what}: there is no module {name!r}, installed or as {name}.py in {Path.cwd()}"
@@ -70,7 +74,9 @@ def failures_named() -> Iterator[None]:
     try:
         with _no_quiet_end():
             yield
-    except (Exception, SystemExit) as error:
+    except BaseException as error:
+        if isinstance(error, KeyboardInterrupt) and not _is_raised(error):
+            raise
         if hasattr(error, "exit_code") or _is_no_memory(error) or not _is_theirs(error):
             raise
         raise UsageError(f"an extension failed at {_line(error)} ({_reason(error)})") from error
@@ -96,6 +102,19 @@ def _no_quiet_end() -> Iterator[None]:
         yield
     finally:
         os._exit = end
+
+
+def _is_raised(error: BaseException) -> bool:
+    """Whether a line of code raised `error`; what a signal raises comes between two instructions."""
+    *_, last = _links(error)
+    return dis.opname[last.tb_frame.f_code.co_code[last.tb_lasti]] == "RAISE_VARARGS"
+
+
+def _links(error: BaseException) -> Iterator[TracebackType]:
+    link = error.__traceback__
+    while link is not None:
+        yield link
+        link = link.tb_next
 
 
 def _is_no_memory(error: BaseException) -> bool:

@@ -8,6 +8,7 @@ import math
 from collections import defaultdict
 from collections.abc import Callable
 from fnmatch import fnmatchcase
+from inspect import signature
 from typing import Any
 
 from torch import nn
@@ -27,13 +28,19 @@ def build_optimizer(model: nn.Module, cfg: OptimConfig) -> Optimizer:
     parameters does (He et al. 2019, "Bag of tricks", 3.1).
 
     Raises:
-        UsageError: what an extension registered is no optimiser; see `parameter_groups`.
+        UsageError: what an extension registered is no optimiser, or one that needs a closure; see `parameter_groups`.
     """
     entry = OPTIMIZERS[cfg.name]
     optimizer = entry.build(parameter_groups(model, cfg), cfg.lr, **entry.keywords(cfg))
     if not isinstance(optimizer, Optimizer):
         raise UsageError(
             f"optim={cfg.name} is a {type(optimizer).__name__}: it must be a torch.optim.Optimizer"
+        )
+    closure = signature(optimizer.step).parameters.get("closure")
+    if closure is not None and closure.default is closure.empty:
+        raise UsageError(
+            f"optim={cfg.name} is a {type(optimizer).__name__}, whose step needs a closure: a run computes each "
+            "gradient once, so take an optimizer whose step() needs none"
         )
     return optimizer
 

@@ -96,7 +96,9 @@ def parse(override: str) -> Override:
     try:
         return OverridesParser.create().parse_override(override)
     except (HydraException, ValueError, TypeError) as error:
-        reason = str(error.__cause__ or error).partition("\n")[0].partition(" expecting")[0]
+        causes = (str(one).partition("\n")[0] for one in (error.__cause__, error))
+        reason = next((c for c in causes if c not in ("", "None")), "it ends early")
+        reason = reason.partition(" expecting")[0]
         raise UsageError(
             f"{override!r} cannot be read ({reason}): give key=value, a list as [1,2], and a text with commas or "
             "brackets in quotes"

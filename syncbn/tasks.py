@@ -106,6 +106,11 @@ class Classification(Task):
 
     def loss(self, output: Tensor, target: Tensor) -> Tensor:
         """See `Task.loss`."""
+        if target.is_floating_point():
+            raise UsageError(
+                f"task=classification needs classes as targets, whole numbers, and the data set's are {target.dtype}: "
+                "task=regression, or give classes"
+            )
         return nn.functional.cross_entropy(
             output, target, reduction="sum", label_smoothing=self.label_smoothing
         )
@@ -331,7 +336,16 @@ def _shape(value: Any) -> str:
 
 
 def _difference(output: Tensor, target: Tensor) -> Tensor:
-    """`output` - `target`, of which one may lack a last dimension of 1."""
+    """`output` - `target`, of which one may lack a last dimension of 1.
+
+    Raises:
+        UsageError: targets are classes.
+    """
+    if output.numel() != target.numel() and target.dim() == 1 and not target.is_floating_point():
+        raise UsageError(
+            f"task=regression needs float targets, and the data set's are classes, {target.dtype}, of outputs "
+            f"{tuple(output.shape)}: task=classification, or give numbers"
+        )
     return (
         output.reshape(target.shape) - target
         if output.numel() == target.numel()

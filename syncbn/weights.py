@@ -109,6 +109,8 @@ def _newest(folder: Path) -> Source:
     for candidate in _candidates(folder):
         if (sha256 := _manifest(candidate)) is not None:
             return Source("checkpoint", candidate, sha256)
+    if not (folder / "checkpoints").is_dir() and not (folder / "journal.jsonl").is_file():
+        raise UsageError(f"model.weights={folder} is a folder without a run in it: {_HOW}")
     raise CheckpointError(
         f"model.weights={folder} has no whole checkpoint in {folder / 'checkpoints'}: wait until the run has saved one"
     )

@@ -31,6 +31,7 @@ from syncbn.runtime import Runtime, from_environment
 from syncbn.runtime.causes import cause_told
 from syncbn.signals import as_stop, heeded
 from syncbn.train import RunSummary
+from syncbn.train.record import finished
 from syncbn.train.stopping import ended_by_signals, stop_on_signals
 
 Work = Callable[[Any, Runtime], Any]
@@ -47,6 +48,8 @@ def launch_run(cfg: RunConfig) -> RunSummary:
     Raises:
         SyncbnError: the run failed, here or on a rank that was started here.
     """
+    if cfg.train.resume:
+        finished(cfg)  # refuses what finished with another config, before ranks are started
     return _on_ranks(cfg, run_rank, cfg.num_ranks)
 
 

@@ -89,6 +89,7 @@ def evaluate(
             num_samples += count(y)
             update_of(task, metrics, doubled(output), doubled(y))
     model.train()
+    _refuse_other_names(task, [*names, *metrics], runtime)
     *sums, whole = runtime.sum(totals).tolist()
     means = {
         name: value / whole if whole else math.nan for name, value in zip(names, sums, strict=True)
@@ -98,6 +99,22 @@ def evaluate(
     _check_measures(task, means, numbers)
     tables = {name: value for name, value in values.items() if name not in numbers}
     return {f"test_{name}": value for name, value in numbers.items()}, tables
+
+
+def _refuse_other_names(task: Task, names: list[str], runtime: Runtime) -> None:
+    """Raise `RanksDisagree` where ranks measure different things, whose sums would not end."""
+    if runtime.world_size == 1:
+        return
+    text = torch.frombuffer(
+        bytearray(" ".join(names).encode()) or bytearray(b" "), dtype=torch.uint8
+    )
+    told = [bytes(row.tolist()).decode() for row in runtime.gather(text.to(runtime.device))]
+    for rank, theirs in enumerate(told):
+        if theirs != told[0]:
+            raise RanksDisagree(
+                f"measures and metrics of the task {type(task).__name__} differ: rank 0 has {told[0]}, rank {rank} has "
+                f"{theirs}: every rank must give the same names in one order"
+            )
 
 
 def _new_metrics(task: Task, num_classes: int, runtime: Runtime) -> dict[str, Any]:

@@ -7,7 +7,7 @@ are reduced; and whether to go on is decided only where ranks agree (`Agreement`
 
 import time
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from functools import lru_cache, partial
 from typing import Any
 
@@ -262,8 +262,24 @@ def _backward(state: State, whole: int | Tensor, x: Any, y: Any) -> Tensor:
         weight = _weight(state.runtime.world_size, whole, loss.dtype, loss.device)
     else:
         weight = (state.runtime.world_size / whole).to(loss.dtype)
-    (loss if state.scale is None else state.scale.scaled(loss)).backward(weight)
+    with _in_place_named():
+        (loss if state.scale is None else state.scale.scaled(loss)).backward(weight)
     return loss.detach()
+
+
+@contextmanager
+def _in_place_named() -> Iterator[None]:
+    """Raise `UsageError` where autograd finds that a model or a task has overwritten what its gradient needs."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "modified by an inplace operation" not in str(error):
+            raise
+        reason = str(error).partition(". Hint")[0]
+        raise UsageError(
+            f"the model or the task changes in-place what its backward pass needs ({reason}): write y = f(y) for "
+            "f_(y), such as y * 2 for y.mul_(2)"
+        ) from error
 
 
 @lru_cache(maxsize=16)

@@ -8,6 +8,7 @@ from torch import nn
 
 from syncbn.config import TaskConfig
 from syncbn.errors import NonFinite, UsageError
+from syncbn.norm import RanksDisagree
 from syncbn.registry import TASKS
 from syncbn.runtime.base import Solo
 from syncbn.runtime.local import TorchrunRuntime
@@ -151,3 +152,18 @@ def test_what_a_task_does_wrong_is_said_in_one_line(read, gives, message):
     with pytest.raises(UsageError, match=message) as raised:
         read(_Wrong(gives), torch.ones(2, 3), torch.ones(2))
     assert "\n" not in str(raised.value)
+
+
+@pytest.mark.world_size(2)
+def test_ranks_that_measure_different_things_are_told_so(world_size):
+    runtime = TorchrunRuntime(CPU)
+
+    class Uneven(Classification):
+        def measures(self, output, target):
+            return super().measures(output, target) | {f"of_{runtime.rank}": output.sum()}
+
+    batches = [(torch.randn(2, 4), torch.zeros(2, dtype=torch.int64))]
+    with pytest.raises(
+        RanksDisagree, match="rank 0 has loss error of_0, rank 1 has loss error of_1"
+    ):
+        evaluate(nn.Identity(), Uneven(cfg=TaskConfig()), batches, runtime, torch.float32, 4)
