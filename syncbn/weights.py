@@ -5,15 +5,14 @@ The content decides a run's numbers, not its path. So a config is given the cont
 """
 
 import difflib
-import hashlib
 import json
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from syncbn.config import RunConfig
 from syncbn.errors import CheckpointError, UsageError
+from syncbn.runs import kept_checkpoint, sha256_of, whole
 
 SUFFIXES = (".safetensors", ".pt", ".pth")
 _PUBLISHED = {"torchvision": r"\w+_Weights\.\w+", "timm": r"pretrained"}
@@ -48,7 +47,7 @@ def find(cfg: RunConfig) -> Source:
     Raises:
         NotThere: nothing of that name.
         UsageError: a file of another kind, published weights of another library's models, or the run itself.
-        CheckpointError: a run without a whole checkpoint.
+        CheckpointError: a run without a whole checkpoint, or whose best one is damaged.
     """
     text = str(cfg.model.weights)
     for library, pattern in _PUBLISHED.items():
@@ -58,13 +57,13 @@ def find(cfg: RunConfig) -> Source:
     if path.is_file():
         if path.suffix not in SUFFIXES:
             raise UsageError(f"model.weights={text} is not allowed: {_HOW}")
-        return Source("file", path, _digest(path))
+        return Source("file", path, sha256_of(path))
     folder = path if path.is_dir() else Path(cfg.runs_dir) / text
     if not folder.is_dir() or path.suffix in SUFFIXES:
         raise NotThere(f"model.weights={text} is not there: {_HOW}{_runs_like(text, cfg)}")
     if folder.resolve() == cfg.folder.resolve():
         raise UsageError(f"model.weights={text} is the run itself: give this one another name")
-    return _newest(folder)
+    return _checkpoint(folder)
 
 
 def pin(cfg: RunConfig) -> None:
@@ -104,36 +103,16 @@ def _published(text: str, library: str, model: str) -> Source:
     return Source("published", Path())
 
 
-def _newest(folder: Path) -> Source:
-    """The checkpoint of the run in `folder` that did best, where it keeps one, else its newest whole one."""
-    for candidate in _candidates(folder):
-        if (sha256 := _manifest(candidate)) is not None:
-            return Source("checkpoint", candidate, sha256)
+def _checkpoint(folder: Path) -> Source:
+    """The checkpoint in `folder`, or that of the run there (`kept_checkpoint`)."""
+    found = whole(folder) or kept_checkpoint(folder)
+    if found is not None:
+        return Source("checkpoint", found.path, found.sha256)
     if not (folder / "checkpoints").is_dir() and not (folder / "journal.jsonl").is_file():
         raise UsageError(f"model.weights={folder} is a folder without a run in it: {_HOW}")
     raise CheckpointError(
         f"model.weights={folder} has no whole checkpoint in {folder / 'checkpoints'}: wait until the run has saved one"
     )
-
-
-def _candidates(folder: Path) -> Iterator[Path]:
-    yield folder  # a checkpoint itself
-    saved = folder / "checkpoints"
-    for pointer in ("BEST", "LATEST"):
-        if (saved / pointer).is_file():
-            yield saved / (saved / pointer).read_text(errors="replace").strip()[:100]
-    yield from sorted(saved.glob("step-*"), reverse=True)
-
-
-def _manifest(checkpoint: Path) -> str | None:
-    """The sha256 of a checkpoint's manifest, which holds those of its files; None where one of them does not fit."""
-    try:
-        text = (checkpoint / "manifest.json").read_bytes()
-        entries = {name: entry["sha256"] for name, entry in json.loads(text).items()}
-        whole = all(_digest(checkpoint / name) == sha256 for name, sha256 in entries.items())
-    except (OSError, ValueError, TypeError, KeyError, AttributeError):
-        return None
-    return hashlib.sha256(text).hexdigest() if whole and entries else None
 
 
 def _has_begun(cfg: RunConfig) -> bool:
@@ -155,8 +134,3 @@ def _runs_like(text: str, cfg: RunConfig) -> str:
     runs = sorted(path.parent.name for path in Path(cfg.runs_dir).glob("*/checkpoints"))
     near = difflib.get_close_matches(text, runs, n=1)
     return f"; did you mean the run {near[0]}?" if near else ""
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from syncbn.after.find import Found
-from syncbn.after.trained import LATEST, Trained, open_run
+from syncbn.after.trained import Trained, open_run
 from syncbn.compose import vary
 from syncbn.config import Config, RunConfig
 from syncbn.errors import UsageError
@@ -38,7 +38,9 @@ def _why(key: str) -> str:
     return f"a run is measured as it was trained; give {', '.join((*(f'{g}.*' for g in GROUPS), *KEYS))}"
 
 
-def measure(found: Found, overrides: Sequence[str] = (), which: str = LATEST) -> dict[str, Any]:
+def measure(
+    found: Found, overrides: Sequence[str] = (), which: str | None = None
+) -> dict[str, Any]:
     """The measures of the run `found` on the test split, with where they are from.
 
     Without overrides they are those of the run's own evaluation at that step, bit for bit: this process takes the

@@ -16,6 +16,7 @@ from syncbn.data import DataSets, load_data
 from syncbn.errors import CheckpointError, UsageError
 from syncbn.models import build_model
 from syncbn.norm import SyncBatchNorm
+from syncbn.runs import kept_checkpoint
 from syncbn.runtime.local import pick_device
 from syncbn.tasks import Task, build_task, collate_of
 from syncbn.train.changes import accept_changes
@@ -64,12 +65,12 @@ class Trained:
         return _built(cfg, self.sets, self.checkpoint, virtual=False)
 
 
-def open_run(found: Found, which: str = LATEST, cfg: RunConfig | None = None) -> Trained:
+def open_run(found: Found, which: str | None = None, cfg: RunConfig | None = None) -> Trained:
     """The network of `found` with the weights of a checkpoint, averaged ones where the run evaluates with them.
 
     Args:
         found: the run.
-        which: `latest`, the newest whole checkpoint; `best`, the one that `train.keep_best` kept; or a step.
+        which: see `chosen`.
         cfg: in place of the run's own config; the weights must fit what it describes.
 
     Raises:
@@ -95,15 +96,20 @@ def open_run(found: Found, which: str = LATEST, cfg: RunConfig | None = None) ->
     return Trained(found, cfg, checkpoint, sets, task, model, device)
 
 
-def chosen(found: Found, which: str) -> Checkpoint:
-    """The checkpoint `latest`, `best` or of a step.
+def chosen(found: Found, which: str | None) -> Checkpoint:
+    """The checkpoint `latest` (the newest whole one), `best` (which `train.keep_best` kept) or of a step.
+
+    None takes the one that stands for the run: see `kept_checkpoint`.
 
     Raises:
         UsageError: another word.
         CheckpointError: there is none, it is damaged, or it is of another run.
     """
     folder = found.folder / "checkpoints"
-    if which == LATEST:
+    kept = kept_checkpoint(found.folder) if which is None else None
+    if kept is not None:
+        checkpoint = load(kept.path)
+    elif which is None or which == LATEST:  # which says what is damaged, where something is
         checkpoint = load_latest(folder)
     elif which == BEST:
         checkpoint = load_best(folder)
@@ -118,7 +124,7 @@ def chosen(found: Found, which: str) -> Checkpoint:
     return checkpoint
 
 
-def _missing(found: Found, which: str) -> str:
+def _missing(found: Found, which: str | None) -> str:
     steps = sorted(path.name for path in (found.folder / "checkpoints").glob("step-*"))
     if not steps:
         return f"run {found.folder} has saved no checkpoint yet: let it train on, with the same command"

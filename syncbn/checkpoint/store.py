@@ -20,8 +20,8 @@ from torch import Tensor
 from syncbn.checkpoint import durable, format
 from syncbn.checkpoint.format import Meta
 from syncbn.errors import CheckpointError
+from syncbn.runs import BEST, LATEST
 
-LATEST, BEST = "LATEST", "BEST"
 _NAME = re.compile(r"step-(\d{6,})(\.old)?")
 
 

@@ -12,7 +12,7 @@ from syncbn.cli.options import as_json, checkpoint, overrides, run
 @overrides
 @checkpoint
 @as_json
-def evaluate(run: str, overrides: tuple[str, ...], checkpoint: str, as_json: bool) -> None:
+def evaluate(run: str, overrides: tuple[str, ...], checkpoint: str | None, as_json: bool) -> None:
     """Measure the model of RUN, a run's folder or name, on its test samples; nothing of the run is changed.
 
     OVERRIDES are key=value settings of data.*, task.* and how it is computed, e.g. data=mine data.options.size=64

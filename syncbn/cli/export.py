@@ -22,7 +22,7 @@ from syncbn.cli.options import as_json, checkpoint, run
 )
 @checkpoint
 @as_json
-def export(run: str, to: str, out: Path | None, checkpoint: str, as_json: bool) -> None:
+def export(run: str, to: str, out: Path | None, checkpoint: str | None, as_json: bool) -> None:
     """Write the model of RUN, a run's folder or name, with torch's own norms and any number of samples a batch.
 
     The file's outputs are compared with the run's on test samples before it is put in place.

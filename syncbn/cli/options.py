@@ -26,8 +26,7 @@ token_file = click.option(
 run = click.argument("run")
 checkpoint = click.option(
     "--checkpoint",
-    default="latest",
-    show_default=True,
-    metavar="latest|best|STEP",
-    help="Whose weights: the newest, the one with the lowest test error (train.keep_best), or that of a step.",
+    metavar="best|latest|STEP",
+    help="Whose weights: the one that did best (train.keep_best), the newest, or that of a step. Default: the best "
+    "where the run keeps one, else the newest.",
 )

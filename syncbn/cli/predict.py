@@ -20,7 +20,9 @@ from syncbn.cli.options import as_json, checkpoint, run
 )
 @checkpoint
 @as_json
-def predict(run: str, paths: tuple[Path, ...], top: int, checkpoint: str, as_json: bool) -> None:
+def predict(
+    run: str, paths: tuple[Path, ...], top: int, checkpoint: str | None, as_json: bool
+) -> None:
     """Say what the model of RUN, a run's folder or name, makes of PATHS, files or folders of them.
 
     Files are prepared as the samples of the run's data set: see `load` in docs/after-training.md for one of your own.

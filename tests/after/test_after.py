@@ -25,6 +25,7 @@ from syncbn.registry import TRANSFORMS
 from syncbn.runtime.base import Solo
 from syncbn.runtime.local import TorchrunRuntime
 from syncbn.train import recorded_run
+from syncbn.weights import find as find_weights
 
 pytestmark = pytest.mark.untraced
 CPU = Solo(torch.device("cpu"))
@@ -118,6 +119,32 @@ def test_the_best_checkpoint_and_that_of_a_step(place):
     assert best["measures"]["test_error"] == final["best_error"]
     assert best["step"] == final["best_step"]
     assert place.json("evaluate", "r", "--checkpoint", str(best["step"])) == best
+
+
+@pytest.fixture
+def kept(place):
+    """A run whose best checkpoint is that of step 4, and whose newest is that of step 6."""
+    trained("r", "train.steps=6", "train.checkpoint_every=2")
+    Path("runs/r/checkpoints/BEST").write_text("step-000004\n")
+    return Path("runs/r/checkpoints/step-000004")
+
+
+def test_one_checkpoint_stands_for_a_run_wherever_it_is_used(place, kept):
+    tuned = compose(["name=other", "model.weights=r"])
+    assert place.json("evaluate", "r")["step"] == 4
+    assert find_weights(tuned).path == kept
+    assert place.json("evaluate", "r", "--checkpoint", "latest")["step"] == 6
+    Path("runs/r/checkpoints/BEST").unlink()
+    assert place.json("evaluate", "r")["step"] == 6
+    assert find_weights(tuned).path == kept.with_name("step-000006")
+
+
+def test_a_damaged_best_checkpoint_is_said_and_not_passed_over(place, kept):
+    (kept / "model.safetensors").write_bytes(b"torn")
+    code, _, err = place.call("evaluate", "r")
+    assert code == 4
+    assert f"{kept}, the best checkpoint of runs/r, is damaged" in err
+    assert place.json("evaluate", "r", "--checkpoint", "latest")["step"] == 6
 
 
 def test_a_run_is_measured_whatever_became_of_the_weights_that_it_began_with(place):
