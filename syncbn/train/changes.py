@@ -104,8 +104,10 @@ def _started_with(
 
 def _may_change(key: str, cfg: RunConfig, step: int) -> bool:
     """Whether `key` can have another value from `step` on without a change to the numbers of the run."""
-    if key == "train.eval_every":  # it decides when to stop where an evaluation does
-        return cfg.train.patience is None and cfg.train.target_error is None
+    if key == "train.eval_every":
+        # An evaluation may end the run, and averages the statistics of `local_avg`.
+        ends = cfg.train.patience is not None or cfg.train.target_error is not None
+        return not ends and cfg.norm.name != "local_avg"
     if key == "train.steps":
         return cfg.optim.schedule in _APART_FROM_STEPS and cfg.train.steps >= step
     return key in _FREE
