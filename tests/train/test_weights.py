@@ -167,7 +167,8 @@ def _bad_files(state) -> None:
     Path("empty.pt").write_bytes(b"")
     Path("notes.txt").write_text("weights")
     torch.save(nn.Conv2d(3, 4, 3).state_dict(), "conv.pt")
-    Path("runs/early").mkdir()
+    Path("runs/early/checkpoints").mkdir(parents=True)
+    Path("runs/other").mkdir()
     shutil.copytree("runs/base", "runs/damaged")
     for file in Path("runs/damaged/checkpoints").glob("*/model.safetensors"):
         file.write_bytes(b"x")
@@ -179,6 +180,7 @@ BAD = {
     "model.weights=notes.txt": (2, "is not allowed: a file"),
     "model.weights=tuned": (2, "is not there"),
     "model.weights=early": (4, "has no whole checkpoint"),
+    "model.weights=other": (2, "is a folder without a run in it"),
     "model.weights=damaged": (4, "has no whole checkpoint"),
     "model.weights=code.pt": (4, "code.pt holds no weights that can be read without running code"),
     "model.weights=code_too.pt": (4, "holds no weights that can be read without running code"),
