@@ -133,7 +133,7 @@ ROWS = {
     "loss of a shape": Row(
         task("output.sum(1)"), "task=own", 2, "the sum over samples, (), is needed"
     ),
-    "loss of NaN": Row(task("loss * float('nan')"), "task=own", 8, "not finite"),
+    "loss of NaN": Row(task("loss * float('nan')"), "task=own", 8, "finite"),
     "no loss measured": Row(
         task("loss", "{'error': loss}"), "task=own", 2, "'loss' must be among them"
     ),
