@@ -29,12 +29,22 @@ from syncbn.config import Config, RunConfig
 from syncbn.errors import UsageError
 from syncbn.extensions import load_extensions
 from syncbn.keys import instead_of, known_keys
-from syncbn.overrides import Grid, Point, explain_hydra, grid_of, parse, refuse_several
+from syncbn.overrides import (
+    Grid,
+    Point,
+    explain_hydra,
+    grid_of,
+    parse,
+    refuse_several,
+    with_quoted_home,
+)
 from syncbn.registry import CALLBACKS, REGISTRIES, TRANSFORMS
 from syncbn.weights import pin
 
 ENV_ALLOWED = ("HOME", "USER", "TMPDIR", "SYNCBN_DATA_ROOT")
 """Environment variables that a config may read through `${oc.env:NAME}`."""
+
+_SQLITE = "sqlite:///"
 
 _NOISE = ("full_key:", "object_type=", "reference_type=")
 """Lines of OmegaConf's messages that mean nothing to a user."""
@@ -154,7 +164,7 @@ def _tree(overrides: Sequence[str]) -> DictConfig:
     """What Hydra makes of `overrides`."""
     try:
         with initialize_config_dir(str(config_folder()), version_base="1.3"):
-            return hydra_compose("main", overrides=[*map(_with_new_names, overrides)])
+            return hydra_compose("main", overrides=[*map(_as_hydra_takes, overrides)])
     except (HydraException, OmegaConfBaseException, yaml.YAMLError, ValueError) as error:
         raise UsageError(_one_line(error)) from error
 
@@ -184,7 +194,11 @@ def _options_of(group: str) -> list[str]:
 
 
 def _check(cfg: Config) -> None:
-    """`check` it, and write down every option of its transforms and callbacks, so that the hash has them."""
+    """`check` it, its paths without `~`.
+
+    Every option of its transforms and callbacks is written down, so that the hash has it.
+    """
+    _expand_home(cfg)
     check(cfg)
     cfg.data.transforms = {
         name: TRANSFORMS[name].defaults | dict(given or {})
@@ -193,6 +207,24 @@ def _check(cfg: Config) -> None:
     cfg.callbacks = {
         name: CALLBACKS[name].defaults | dict(given or {}) for name, given in cfg.callbacks.items()
     }
+
+
+def _expand_home(cfg: Config) -> None:
+    """Put the home folder in place of `~` at the beginning of a path."""
+    for part, key in ((cfg, "runs_dir"), (cfg.data, "root"), (cfg.model, "weights")):
+        text = getattr(part, key)
+        if text is not None:
+            setattr(part, key, _at_home(text))
+    uri = cfg.tracking.uri or ""
+    if uri.startswith(_SQLITE):
+        cfg.tracking.uri = _SQLITE + _at_home(uri.removeprefix(_SQLITE))
+
+
+def _at_home(path: str) -> str:
+    try:
+        return str(Path(path).expanduser()) if path.startswith("~") else path
+    except RuntimeError as error:
+        raise UsageError(f"{path!r} is not allowed: it names no user's home folder") from error
 
 
 def _named_extensions(overrides: Sequence[str]) -> list[str]:
@@ -239,8 +271,9 @@ def _refuse_unfounded() -> None:
         )
 
 
-def _with_new_names(override: str) -> str:
-    """`override` as Hydra takes it where it adds names of the user's own to the schema."""
+def _as_hydra_takes(override: str) -> str:
+    """`override` with a quoted `~`, and as an addition where it adds names of the user's own to the schema."""
+    override = with_quoted_home(override)
     return f"++{override}" if override.startswith(_OWN_NAMES) else override
 
 

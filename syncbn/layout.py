@@ -33,7 +33,7 @@ def remedy(name: str) -> str:
 
 def require_folders(cfg: DataConfig) -> None:
     """Raise `DataError` where the folders that `cfg` reads are not there; looks at no file."""
-    root = Path(cfg.root).expanduser()
+    root = Path(cfg.root)
     if cfg.name == "image_folder":
         for folder in (root, root / "train", root / "test"):
             check_folder(folder, IMAGE_FOLDER)

@@ -5,6 +5,7 @@ grid are composed and checked by `syncbn.compose`, and run by `syncbn.launch`.
 """
 
 import itertools
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -94,7 +95,7 @@ def parse(override: str) -> Override:
         UsageError: it cannot be read.
     """
     try:
-        return OverridesParser.create().parse_override(override)
+        return OverridesParser.create().parse_override(with_quoted_home(override))
     except (HydraException, ValueError, TypeError) as error:
         causes = (str(one).partition("\n")[0] for one in (error.__cause__, error))
         reason = next((c for c in causes if c not in ("", "None")), "it ends early")
@@ -103,6 +104,26 @@ def parse(override: str) -> Override:
             f"{override!r} cannot be read ({reason}): give key=value, a list as [1,2], and a text with commas or "
             "brackets in quotes"
         ) from error
+
+
+def with_quoted_home(override: str) -> str:
+    """`override` as Hydra's grammar can read it, which allows a path to begin with `~` in quotes alone."""
+    return re.sub(r"^([^=]+=)(~[\w./ +@%-]*)$", r"\1'\2'", override)
+
+
+def with_changed_values(override: str, change: Callable[[str], str]) -> str:
+    """`override` with `change` made to its value, or to each of those that it gives; quoted where the grammar asks."""
+    key, parsed = override.partition("=")[0], parse(override)
+    if not parsed.is_sweep_override():
+        return f"{key}={_quoted(change(str(parsed.value())))}"
+    values = [change(str(value.plain)) for value in _values(parsed, ())]
+    return f"{key}={','.join(map(_quoted, values))}"
+
+
+def _quoted(text: str) -> str:
+    if re.fullmatch(r"[\w./:+@%-]+", text) or text.startswith("${"):
+        return text
+    return "'" + re.sub(r"(\\*)'", r"\1\1\\'", re.sub(r"(\\+)$", r"\1\1", text)) + "'"
 
 
 def refuse_several(overrides: Sequence[str]) -> None:

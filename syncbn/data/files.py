@@ -61,7 +61,7 @@ def file_reader(cfg: DataConfig) -> Read:
 def class_names(cfg: DataConfig) -> list[str] | None:
     """The classes of the data set `cfg` by name, in their order; None where it does not know them."""
     if cfg.name == "image_folder":
-        train = Path(cfg.root).expanduser() / "train"
+        train = Path(cfg.root) / "train"
         return sorted(path.name for path in train.iterdir() if path.is_dir())
     if cfg.name in _NAMES:
         return _NAMES[cfg.name].split(",")
@@ -74,7 +74,7 @@ def class_names(cfg: DataConfig) -> list[str] | None:
 def _dataset(cfg: DataConfig) -> Any:
     """The test split of an extension's data set."""
     entry = DATA[cfg.name]
-    return entry.build(Path(cfg.root).expanduser(), "test", **entry.keywords(cfg))
+    return entry.build(Path(cfg.root), "test", **entry.keywords(cfg))
 
 
 def _own_reader(cfg: DataConfig) -> Read:

@@ -50,7 +50,7 @@ def _built(cfg: DataConfig, split: str, seed: int) -> tuple[Samples, list[str]]:
     try:
         with isolated():
             seed_generators(seed)
-            dataset = entry.build(Path(cfg.root).expanduser(), split, **entry.keywords(cfg))
+            dataset = entry.build(Path(cfg.root), split, **entry.keywords(cfg))
     except SyncbnError:
         raise
     except Exception as error:

@@ -9,6 +9,7 @@ import os
 import secrets
 import shlex
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 from syncbn.config import Config, config_hash
@@ -16,6 +17,7 @@ from syncbn.errors import ServiceUnreachable, UsageError
 from syncbn.launch.plan import has_secrets
 from syncbn.launch.ray_dashboard import Dashboard
 from syncbn.launch.ray_upload import Upload, runtime_env
+from syncbn.overrides import parse, with_changed_values
 from syncbn.provenance import git_revision, versions
 from syncbn.tracking.redact import redact_text
 
@@ -31,7 +33,8 @@ _OURS = ("launcher", "launcher.address")
 def job_overrides(overrides: Sequence[str], folder: Path) -> list[str]:
     """`overrides` as the job gets them: on Ray, and with paths that do not depend on where they are read.
 
-    Relative paths are taken from `folder`, where the user stands, and must mean the same on the cluster's nodes.
+    Relative paths are taken from `folder`, where the user stands, and must mean the same on the cluster's nodes; `~` is
+    the home folder there.
 
     Raises:
         UsageError: an override that names another launcher, or carries a password or token.
@@ -43,18 +46,22 @@ def job_overrides(overrides: Sequence[str], folder: Path) -> list[str]:
         )
     kept = []
     for override in overrides:
-        key, _, value = override.partition("=")
+        key = override.partition("=")[0]
         if key in _OURS and override != "launcher=ray":
             raise UsageError(
                 f"{override!r} is not allowed on submit: a job runs on its own Ray cluster"
             )
-        if key in ("runs_dir", "data.root") and not value.startswith("$"):
-            override = f"{key}={folder / value}"
+        if key.lstrip("+") in ("runs_dir", "data.root"):
+            override = with_changed_values(override, partial(_anchored, folder))
         if key not in _OURS:
             kept.append(override)
     if not any(override.startswith("runs_dir=") for override in kept):
         kept.append(f"runs_dir={HOME_ON_CLUSTER}")
     return [*kept, "launcher=ray", "launcher.address=auto"]
+
+
+def _anchored(folder: Path, path: str) -> str:
+    return path if path.startswith(("~", "${")) else str(folder / path)
 
 
 def entrypoint(verb: str, overrides: Sequence[str], python: str = "python") -> str:
@@ -64,7 +71,8 @@ def entrypoint(verb: str, overrides: Sequence[str], python: str = "python") -> s
 
 def files(overrides: Sequence[str], name: str) -> str:
     """The folder on the cluster where the job's files go, with `~` for the home folder there."""
-    runs_dir = next(o.partition("=")[2] for o in reversed(overrides) if o.startswith("runs_dir="))
+    given = next(o for o in reversed(overrides) if o.startswith("runs_dir="))
+    runs_dir = str(parse(given).value())
     return f"{runs_dir.replace('${oc.env:HOME}', '~')}/{name}"
 
 

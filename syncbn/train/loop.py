@@ -73,13 +73,12 @@ class Loop:
             if state.standing.measured_at != state.step:
                 self._measure()
             concluded = self._conclude() if state.probes else {}
-            self._call("end")
+            self._end()
         except Interrupted:
             self._save()
             raise
         except (NonFinite, NonFiniteStatistics) as error:
             raise NonFinite(str(error), state.step) from error
-        self._save()
         return RunSummary(
             final=state.standing.final(state.task) | concluded,
             steps=state.step,
@@ -129,6 +128,13 @@ class Loop:
                 folder=state.cfg.folder,
                 _record=self.tracker.metrics,
             )
+
+    def _end(self) -> None:
+        """Let the callbacks act for the last time; whatever they do, all steps are saved."""
+        try:
+            self._call("end")
+        finally:
+            self._save()
 
     def _probe(self, rate: float, batch: Batch) -> None:
         """Let the probes see `batch` with its gradients in place, and record what they look at."""

@@ -3,7 +3,7 @@
 import pytest
 
 from syncbn.compare.sweep.design import Sweep, sweep_of, trial_name
-from syncbn.compose import compose, compose_grid
+from syncbn.compose import compose, compose_grid, vary
 from syncbn.config import config_hash
 from syncbn.errors import UsageError
 from syncbn.registry import CALLBACKS, TRANSFORMS
@@ -184,3 +184,17 @@ def test_names_of_trials_stay_short_and_apart():
     assert long != other
     assert trial_name({"a": "[1,1]"}) != trial_name({"a": "[1_1]"})
     assert trial_name({}) == "seed"
+
+
+def test_the_home_folder_takes_the_place_of_a_tilde(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/of/mine")
+    cfg = compose(["runs_dir='~/runs'", "data.root=~", "tracking.uri='sqlite:///~/store.db'"])
+    assert cfg.runs_dir == "/home/of/mine/runs"
+    assert cfg.data.root == "/home/of/mine"
+    assert cfg.tracking.uri == "sqlite:////home/of/mine/store.db"
+    with pytest.raises(UsageError, match=r"model.weights=/home/of/mine/none\.pt is not"):
+        compose(["model.weights=~/none.pt"])
+    with pytest.raises(UsageError, match="names no user's home"):
+        compose(["runs_dir='~nobody-of-that-name/x'"])
+    varied = vary(cfg, ["data.root=~/other"])
+    assert varied.data.root == "/home/of/mine/other"

@@ -261,6 +261,26 @@ def test_a_job_writes_outside_its_throw_away_folder():
 
 def test_a_jobs_data_are_looked_for_at_an_absolute_path():
     assert "data.root=/submitted/from/mnist" in job_overrides(["data.root=mnist"], HERE)
+    assert "data.root='~/mnist'" in job_overrides(["data.root=~/mnist"], HERE)
+    assert "data.root=/submitted/from/a,/b" in job_overrides(["data.root=a,/b"], HERE)
+
+
+QUOTED = {
+    "a=b": "'a=b'",
+    "two words": "'two words'",
+    "it's": r"'it\'s'",
+    "a,b": "'a,b'",
+    "[x]": "'[x]'",
+    r"back\slash": r"'back\slash'",
+    "ends\\": r"'ends\\'",
+}
+
+
+@pytest.mark.parametrize("name", QUOTED)
+def test_a_path_that_the_grammar_has_quoted_reaches_the_job_as_it_is(name):
+    sent = job_overrides([f"runs_dir={QUOTED[name]}"], HERE)
+    assert compose(sent).runs_dir == f"/submitted/from/{name}"
+    assert files(sent, "run") == f"/submitted/from/{name}/run"
 
 
 @pytest.mark.parametrize(

@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from syncbn.callbacks import Callback
+from syncbn.checkpoint import load_latest
 from syncbn.compose import compose, vary
 from syncbn.config import config_hash
-from syncbn.errors import SyncbnError, exit_code
+from syncbn.errors import SyncbnError, UsageError, exit_code
 from syncbn.registry import CALLBACKS
 from syncbn.runtime import Solo
 from syncbn.tracking import read_journal
@@ -139,6 +140,13 @@ def _numbers(cfg) -> list:
     recorded_run(cfg, SOLO)
     records = read_journal(cfg.folder / "journal.jsonl")
     return [(r["step"], r["metrics"]) for r in records if "metrics" in r]
+
+
+def test_a_callback_that_fails_at_the_end_loses_no_step(tmp_path):
+    cfg = _config(tmp_path, "callbacks.counter.fail_in=end")
+    with pytest.raises(UsageError, match="failed in end"):
+        recorded_run(cfg, SOLO)
+    assert load_latest(cfg.folder / "checkpoints").meta.step == cfg.train.steps
 
 
 def test_callbacks_and_their_options_are_part_of_a_run(tmp_path):
