@@ -54,6 +54,15 @@ class Probe:
         del state
 
 
+def require_classification(view: View, probe: str) -> None:
+    """Raise `UsageError` where the task is not the classification that `probe` counts wrong classes of."""
+    task = view.cfg.task.name
+    if task != "classification":
+        raise UsageError(
+            f"probe {probe} counts wrong classes: it needs task=classification, and this is task={task}"
+        )
+
+
 def require_one_process(view: View, probe: str) -> None:
     """Raise `UsageError` where several real ranks train: `probe` has only one process to look at."""
     ranks = view.runtime.world_size

@@ -8,7 +8,7 @@ shuffle or synchronise batches against it; Wu & Johnson 2021, section 6.)
 import math
 
 from syncbn.probes.aside import norms_in_training
-from syncbn.probes.base import Probe, require_one_process
+from syncbn.probes.base import Probe, require_classification, require_one_process
 from syncbn.probes.measuring import error_rate
 from syncbn.probes.view import View
 
@@ -25,11 +25,12 @@ class Leak(Probe):
     they are those of few classes. `norm=local_avg`, which averages them over ranks, takes that part out of the gap.
 
     Raises:
-        UsageError: several real ranks.
+        UsageError: several real ranks; another task than classification.
     """
 
     def __init__(self, view: View) -> None:
         require_one_process(view, "leak")
+        require_classification(view, "leak")
 
     def conclude(self, view: View) -> dict[str, float]:
         """See `Probe`."""

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from syncbn.norm import recalibrate
 from syncbn.probes.aside import batch_norms, norms_in_training, undisturbed
-from syncbn.probes.base import Probe, require_one_process
+from syncbn.probes.base import Probe, require_classification, require_one_process
 from syncbn.probes.measuring import error_rate
 from syncbn.probes.view import View
 
@@ -40,11 +40,12 @@ class Population(Probe):
       of 64.
 
     Raises:
-        UsageError: several real ranks.
+        UsageError: several real ranks; another task than classification.
     """
 
     def __init__(self, view: View) -> None:
         require_one_process(view, "population")
+        require_classification(view, "population")
 
     def conclude(self, view: View) -> dict[str, float]:
         """See `Probe`."""

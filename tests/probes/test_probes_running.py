@@ -197,6 +197,14 @@ def test_probes_that_run_the_network_aside_refuse_several_real_ranks(name):
         PROBES[name](replace(view, runtime=ThreeRanks(torch.device("cpu"))))
 
 
+@pytest.mark.parametrize("name", ["population", "leak"])
+def test_probes_that_count_wrong_classes_refuse_other_tasks(name):
+    view = view_of(nn.Linear(1, 2), split(column(1, 2)))
+    cfg = replace(view.cfg, task=replace(view.cfg.task, name="regression"))
+    with pytest.raises(UsageError, match=f"probe {name} counts wrong classes: .* task=regression"):
+        PROBES[name](replace(view, cfg=cfg))
+
+
 def test_ranks_of_about_one_class_do_worse_out_of_training_mode_and_synchronising_cures_it(
     tmp_path,
 ):

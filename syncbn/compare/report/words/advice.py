@@ -10,8 +10,8 @@ from syncbn.compare.report.words.text import aligned
 from syncbn.compare.study.summary import Summary, finite
 
 NOT_MEASURED = (
-    "not measured here: real ranks need as many cores. `syncbn compare study=cost` measures it where they "
-    "are; docs/performance.md has the layer's own times"
+    "not measured: left out by --no-cost, or this machine has fewer cores than ranks. `syncbn compare study=cost` "
+    "measures it where ranks have cores; docs/performance.md has the layer's own times"
 )
 
 
