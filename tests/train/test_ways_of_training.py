@@ -107,7 +107,7 @@ def test_a_journal_with_the_old_key_is_read_as_the_new_one():
 
 
 def test_the_old_key_is_refused_with_the_new_one_as_a_hint():
-    with pytest.raises(UsageError, match=r"did you mean 'train\.precision'"):
+    with pytest.raises(UsageError, match=r"here it is train\.precision \(float32"):
         compose(["train.dtype=float64"])
 
 
