@@ -28,7 +28,7 @@ class Runtime(Protocol):
         ...
 
     def start_sum(self, values: Tensor) -> Callable[[], Tensor]:
-        """`sum`, without waiting: what it returns does. Collectives in between have one order on all ranks."""
+        """`sum` of float64 numbers `(n,)`; what it returns waits for it, where that takes time."""
         ...
 
     def from_main(self, values: Tensor) -> Tensor:

@@ -170,6 +170,15 @@ def test_a_loss_that_is_not_finite_on_one_rank_ends_all_with_its_name(world_size
 
 
 @pytest.mark.world_size(2)
+def test_ranks_that_took_other_steps_are_told_where_they_agree(world_size):
+    agreement = Agreement(TorchrunRuntime(CPU))
+    for step in range(world_size + dist.get_rank()):
+        agreement.add(step, torch.ones(()), 1)
+    with pytest.raises(RanksDisagree, match="the loop's own sum"):
+        agreement.start(0, False)
+
+
+@pytest.mark.world_size(2)
 def test_a_run_that_diverges_ends_with_an_error_on_every_rank(world_size, tmp_path):
     cfg = _config(tmp_path, world_size, arm="none", precision="float32")
     cfg = replace(cfg, optim=OptimConfig(lr=1e30, momentum=0.0))
