@@ -156,7 +156,7 @@ def _with_values(tree: DictConfig, point: Point) -> DictConfig:
 def _prepare(overrides: Sequence[str]) -> None:
     """Import what the job's extensions register, so that it can be composed."""
     _refuse_unfounded()
-    load_extensions(_named_extensions(overrides))
+    load_extensions(named_extensions(overrides))
     _offer_registered()
 
 
@@ -227,7 +227,7 @@ def _at_home(path: str) -> str:
         raise UsageError(f"{path!r} is not allowed: it names no user's home folder") from error
 
 
-def _named_extensions(overrides: Sequence[str]) -> list[str]:
+def named_extensions(overrides: Sequence[str]) -> list[str]:
     """The extensions of a job: those of the last override that names them, else those of the project's config."""
     named = [
         value for key, _, value in (o.partition("=") for o in overrides) if key == "extensions"

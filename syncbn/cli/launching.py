@@ -14,8 +14,8 @@ from syncbn.cli.guard import invoke, logged, say
 from syncbn.cli.surroundings import refuse_other_size, use_mlflow_variables, world_size
 from syncbn.compare.study.preflight import refuse_unfit
 from syncbn.compare.sweep.design import sweep_of
-from syncbn.compose import compose, config_files
-from syncbn.config import Config
+from syncbn.compose import compose, config_files, named_extensions
+from syncbn.config import Config, TrainConfig
 from syncbn.errors import UsageError
 from syncbn.launch.forks import start_server
 from syncbn.launch.plan import Plan, as_yaml
@@ -29,6 +29,8 @@ def launch(verb: str, overrides: Sequence[str], dry_run: bool, as_json: bool) ->
     Raises:
         SyncbnError: the overrides cannot be used, or the run failed.
     """
+    if not dry_run:
+        _start_early(overrides)
     plan = make_plan(verb, overrides, os.environ)
     if dry_run:
         say_on_main(plan.to_dict(), as_yaml(plan.to_dict()), as_json)
@@ -40,6 +42,14 @@ def launch(verb: str, overrides: Sequence[str], dry_run: bool, as_json: bool) ->
         from syncbn.launch.sweep import raise_failures
 
         raise_failures(summary)
+
+
+def _start_early(overrides: Sequence[str]) -> None:
+    """Let what ranks are forked from import torch while extensions, which import it as well, are loaded here: 2 s."""
+    keys = {key: value for key, _, value in (one.partition("=") for one in overrides)}
+    local = keys.get("launcher") != "ray" and "WORLD_SIZE" not in os.environ
+    if local and keys.get("launcher.num_workers", "1") != "1" and named_extensions(overrides):
+        start_server(TrainConfig().num_threads)  # ranks set their own
 
 
 def make_plan(verb: str, overrides: Sequence[str], environ: Mapping[str, str]) -> Plan:

@@ -2,8 +2,10 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 from syncbn.config import RunConfig
+from syncbn.tracking import read_journal
 from syncbn.tracking.service import probe, tracking_uri
 from syncbn.tracking.study import start_shipping
 
@@ -24,12 +26,24 @@ def probe_tracking(cfg: RunConfig) -> None:
 def tracked(cfg: RunConfig) -> Iterator[None]:
     """Ship the journal of the run `cfg` to MLflow while the context lasts.
 
+    A run that fails before it has measured anything is not sent: importing MLflow would hold its message up by seconds.
+
     Raises:
         SyncbnError: see `probe_tracking`.
     """
     probe_tracking(cfg)
-    shipping = start_shipping(cfg, cfg.folder / "journal.jsonl")
+    journal = cfg.folder / "journal.jsonl"
+    shipping = start_shipping(cfg, journal)
     try:
         yield
-    finally:
-        shipping.close()
+    except BaseException:
+        if _has_measured(journal):
+            shipping.close()
+        else:
+            shipping.drop()
+        raise
+    shipping.close()
+
+
+def _has_measured(journal: Path) -> bool:
+    return journal.is_file() and any("metrics" in record for record in read_journal(journal))

@@ -30,6 +30,10 @@ class Shipping(Protocol):
         """Send the rest, for at most `timeout_s` seconds, and return how many records remain unsent."""
         ...
 
+    def drop(self) -> None:
+        """Close without sending what nobody would look at, unless the service was reached already."""
+        ...
+
 
 class NoShipper:
     """The shipping of a run whose journal is all there is."""
@@ -37,6 +41,9 @@ class NoShipper:
     def close(self, timeout_s: float = CLOSE_S) -> int:  # noqa: ARG002 - the protocol's signature
         """Nothing is unsent."""
         return 0
+
+    def drop(self) -> None:
+        """Nothing would be sent."""
 
 
 class Shipper:
@@ -95,6 +102,14 @@ class Shipper:
             self.failure or "no answer yet", self._sources[0].folder,
         )  # fmt: skip
         return unsent
+
+    def drop(self) -> None:
+        """Do not wait for the service, and send nothing; `close` where it was reached already."""
+        if self._sink is not None:
+            self.close()
+            return
+        self._sources.clear()
+        self._closing.set()
 
     def num_unsent(self) -> int:
         """Journal records that the service does not have yet."""
