@@ -5,10 +5,12 @@ core. Python's fork server imports both once, while the program that starts it i
 share that memory. Nothing else happens in the server, so it has no threads and has not touched a GPU.
 """
 
+import atexit
 import os
 import signal
 import threading
 from collections.abc import Mapping
+from contextlib import suppress
 from multiprocessing import (
     active_children,
     forkserver,
@@ -55,6 +57,16 @@ def start_server(num_threads: int) -> None:
         forkserver.ensure_running()
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    atexit.unregister(_end_server)
+    atexit.register(_end_server, os.getpid())
+
+
+def _end_server(starter: int) -> None:
+    """End the server with the program `starter`, whose output it would hold open while its interpreter ends: 1 s."""
+    server: int | None = forkserver._forkserver._forkserver_pid  # pyright: ignore[reportAttributeAccessIssue]
+    if server is not None and os.getpid() == starter:
+        with suppress(ProcessLookupError):
+            os.kill(server, signal.SIGKILL)
 
 
 def wait_for_server() -> None:
