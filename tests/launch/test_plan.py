@@ -75,8 +75,10 @@ def test_tasks_of_slurm_with_torchruns_variables_are_ranks():
 
 
 def test_a_batch_script_of_slurm_starts_its_own_ranks():
-    plan_of("train", environ={"SLURM_PROCID": "0", "SLURM_NTASKS": "2"})
-    plan_of("train", environ={"SLURM_PROCID": "0", "SLURM_NTASKS": "1", "SLURM_STEP_ID": "0"})
+    two = {"SLURM_PROCID": "0", "SLURM_NTASKS": "2"}
+    one = {"SLURM_PROCID": "0", "SLURM_NTASKS": "1", "SLURM_STEP_ID": "0"}
+    for environ in (two, one):
+        assert plan_of("train", "launcher.num_workers=3", environ=environ).num_ranks == 3
 
 
 MLFLOW = {"MLFLOW_TRACKING_URI": "http://host:5000", "MLFLOW_EXPERIMENT_NAME": "mine"}
