@@ -68,9 +68,13 @@ def _text(key: str) -> Check:
     )
 
 
+SQLITE = "sqlite:///"
+"""How the URI of a store in a file begins."""
+
+
 def is_tracking_uri(uri: str) -> bool:
     """Whether `uri` is one that MLflow is reached by: of a server, or of an sqlite file."""
-    if uri.startswith("sqlite:///"):
+    if uri.startswith(SQLITE):
         return True
     try:
         parts = urlsplit(uri)

@@ -24,7 +24,7 @@ from hydra.plugins.search_path_plugin import SearchPathPlugin
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
-from syncbn.checks import check
+from syncbn.checks import SQLITE, check
 from syncbn.config import Config, RunConfig
 from syncbn.errors import UsageError
 from syncbn.extensions import load_extensions
@@ -43,8 +43,6 @@ from syncbn.weights import pin
 
 ENV_ALLOWED = ("HOME", "USER", "TMPDIR", "SYNCBN_DATA_ROOT")
 """Environment variables that a config may read through `${oc.env:NAME}`."""
-
-_SQLITE = "sqlite:///"
 
 _NOISE = ("full_key:", "object_type=", "reference_type=")
 """Lines of OmegaConf's messages that mean nothing to a user."""
@@ -155,7 +153,6 @@ def _with_values(tree: DictConfig, point: Point) -> DictConfig:
 
 def _prepare(overrides: Sequence[str]) -> None:
     """Import what the job's extensions register, so that it can be composed."""
-    _refuse_unfounded()
     load_extensions(named_extensions(overrides))
     _offer_registered()
 
@@ -216,8 +213,8 @@ def _expand_home(cfg: Config) -> None:
         if text is not None:
             setattr(part, key, _at_home(text))
     uri = cfg.tracking.uri or ""
-    if uri.startswith(_SQLITE):
-        cfg.tracking.uri = _SQLITE + _at_home(uri.removeprefix(_SQLITE))
+    if uri.startswith(SQLITE):
+        cfg.tracking.uri = SQLITE + _at_home(uri.removeprefix(SQLITE))
 
 
 def _at_home(path: str) -> str:
@@ -228,7 +225,12 @@ def _at_home(path: str) -> str:
 
 
 def named_extensions(overrides: Sequence[str]) -> list[str]:
-    """The extensions of a job: those of the last override that names them, else those of the project's config."""
+    """The extensions of a job: those of the last override that names them, else those of the project's config.
+
+    Raises:
+        UsageError: folders without our settings, or what is no list of names.
+    """
+    _refuse_unfounded()
     named = [
         value for key, _, value in (o.partition("=") for o in overrides) if key == "extensions"
     ]

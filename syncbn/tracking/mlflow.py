@@ -27,7 +27,8 @@ from mlflow.pyfunc import save_model
 from mlflow.tracking import MlflowClient
 from mlflow.types import Schema, TensorSpec
 
-from syncbn.tracking.service import SQLITE, sqlite_path
+from syncbn.checks import SQLITE
+from syncbn.tracking.service import sqlite_path
 from syncbn.tracking.shipper import log, one_line
 from syncbn.tracking.source import RemoteRun, RunGone, RunKey
 from syncbn.tracking.update import ModelFile, Update

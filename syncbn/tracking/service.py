@@ -15,7 +15,7 @@ from http.client import HTTPException
 from pathlib import Path
 from urllib.parse import urlsplit, urlunsplit
 
-from syncbn.checks import TRACKING_URIS, is_tracking_uri
+from syncbn.checks import SQLITE, TRACKING_URIS, is_tracking_uri
 from syncbn.config import RunConfig
 from syncbn.errors import NotAuthorised, ServiceUnreachable, SyncbnError, UsageError
 from syncbn.tracking.proxy import proxy_hint
@@ -35,8 +35,6 @@ ENVIRONMENT = {
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
 }
 """Set before mlflow is imported, where the user has not set them."""
-
-SQLITE = "sqlite:///"
 
 
 def store_uri(runs_dir: str | Path) -> str:

@@ -2,6 +2,7 @@
 
 import pytest
 
+from syncbn.cli.launching import launch
 from syncbn.compare.study.repeat import repeat_command
 from syncbn.compose import compose, config_files, config_folder, config_folders, vary
 from syncbn.errors import UsageError
@@ -136,3 +137,5 @@ def test_a_folder_that_is_no_set_of_configs_is_refused(tmp_path, monkeypatch):
     monkeypatch.setenv("SYNCBN_CONF", str(tmp_path))
     with pytest.raises(UsageError, match=r"no main\.yaml in .*set SYNCBN_CONF"):
         compose()
+    with pytest.raises(UsageError, match=r"no main\.yaml in .*set SYNCBN_CONF"):
+        launch("train", ["launcher.num_workers=2"], dry_run=False, as_json=False)
