@@ -12,7 +12,7 @@ from pathlib import Path
 
 from syncbn.config import RunConfig
 from syncbn.errors import CheckpointError, UsageError
-from syncbn.runs import kept_checkpoint, sha256_of, whole
+from syncbn.kept_checkpoint import kept_checkpoint, sha256_of, whole
 
 SUFFIXES = (".safetensors", ".pt", ".pth")
 _PUBLISHED = {"torchvision": r"\w+_Weights\.\w+", "timm": r"pretrained"}
@@ -82,7 +82,7 @@ def pin(cfg: RunConfig) -> None:
     demanded = cfg.model.weights_sha256
     try:
         source = find(cfg)
-        began_with = _recorded(cfg) if source.kind == "checkpoint" and _has_begun(cfg) else None
+        began_with = _recorded(cfg) if source.kind == "checkpoint" and has_begun(cfg) else None
         found = began_with or source.sha256 or None
     except NotThere:
         found = demanded or _recorded(cfg)
@@ -93,6 +93,11 @@ def pin(cfg: RunConfig) -> None:
             f"model.weights={cfg.model.weights} has sha256 {found}, model.weights_sha256 demands {demanded}"
         )
     cfg.model.weights_sha256 = found
+
+
+def has_begun(cfg: RunConfig) -> bool:
+    """Whether the run goes on from a checkpoint of its own."""
+    return cfg.train.resume and any((cfg.folder / "checkpoints").glob("step-*"))
 
 
 def _published(text: str, library: str, model: str) -> Source:
@@ -113,11 +118,6 @@ def _checkpoint(folder: Path) -> Source:
     raise CheckpointError(
         f"model.weights={folder} has no whole checkpoint in {folder / 'checkpoints'}: wait until the run has saved one"
     )
-
-
-def _has_begun(cfg: RunConfig) -> bool:
-    """Whether the run goes on from a checkpoint of its own."""
-    return cfg.train.resume and any((cfg.folder / "checkpoints").glob("step-*"))
 
 
 def _recorded(cfg: RunConfig) -> str | None:

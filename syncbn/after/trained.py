@@ -14,12 +14,12 @@ from syncbn.checkpoint import Checkpoint, load, load_best, load_latest, restore_
 from syncbn.config import RunConfig
 from syncbn.data import DataSets, load_data
 from syncbn.errors import CheckpointError, UsageError
+from syncbn.kept_checkpoint import kept_checkpoint
 from syncbn.models import build_model
 from syncbn.norm import SyncBatchNorm
-from syncbn.runs import kept_checkpoint
 from syncbn.runtime.local import pick_device
 from syncbn.tasks import Task, build_task, collate_of
-from syncbn.train.changes import accept_changes
+from syncbn.train.changed_config import accept_changes
 from syncbn.train.precision import autocast
 
 LATEST, BEST = "latest", "best"

@@ -20,7 +20,7 @@ from torch import Tensor
 from syncbn.checkpoint import durable, format
 from syncbn.checkpoint.format import Meta
 from syncbn.errors import CheckpointError
-from syncbn.runs import BEST, LATEST
+from syncbn.kept_checkpoint import BEST, LATEST
 
 _NAME = re.compile(r"step-(\d{6,})(\.old)?")
 

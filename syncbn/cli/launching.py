@@ -10,8 +10,8 @@ from contextlib import nullcontext, redirect_stdout
 from importlib import import_module
 from typing import Any
 
+from syncbn.cli.environment import refuse_other_size, use_mlflow_variables, world_size
 from syncbn.cli.guard import invoke, logged, say
-from syncbn.cli.surroundings import refuse_other_size, use_mlflow_variables, world_size
 from syncbn.compare.study.preflight import refuse_unfit
 from syncbn.compare.sweep.design import sweep_of
 from syncbn.compose import compose, config_files, named_extensions

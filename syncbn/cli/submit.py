@@ -30,9 +30,9 @@ def submit(
     go to runs_dir on the cluster, storage that its nodes share; without it, to ~/syncbn-runs there.
     """
     from syncbn.cli.cluster import enter, require_room
+    from syncbn.cli.environment import of_mlflow
     from syncbn.cli.guard import say
     from syncbn.cli.launching import make_plan
-    from syncbn.cli.surroundings import of_mlflow
     from syncbn.launch.plan import as_yaml
     from syncbn.launch.ray_dashboard import require_url
     from syncbn.launch.ray_jobs import entrypoint, files, job_overrides, send

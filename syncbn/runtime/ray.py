@@ -22,16 +22,11 @@ from syncbn.runtime.base import Runtime, Solo
 from syncbn.runtime.local import TorchrunRuntime, pick_device
 
 
-class RayRuntime(TorchrunRuntime):
-    """This Ray Train worker as a rank of the process group that Ray opened.
+def from_ray(cfg: RunConfig) -> Runtime:
+    """The runtime of the calling Ray Train worker, a rank of the process group that Ray opened.
 
     It leaves the group itself: Ray would close it when all ranks have returned, and those that wait for one that has
     failed would not.
-    """
-
-
-def from_ray(cfg: RunConfig) -> Runtime:
-    """The runtime of the calling Ray Train worker.
 
     Raises:
         UsageError: `train.device=cuda` on a worker without a GPU.
@@ -41,7 +36,7 @@ def from_ray(cfg: RunConfig) -> Runtime:
         device = ray.train.torch.get_device()
         torch.cuda.set_device(device)
     alone = ray.train.get_context().get_world_size() == 1
-    return Solo(device) if alone else RayRuntime(device)
+    return Solo(device) if alone else TorchrunRuntime(device)
 
 
 @dataclass

@@ -12,7 +12,7 @@ from syncbn.runtime.base import Runtime
 from syncbn.runtime.causes import cause_told
 from syncbn.tracking import Journal, Tracker, Untracked
 from syncbn.tracking.redact import redact_text
-from syncbn.train.changes import changes_since
+from syncbn.train.changed_config import changes_since
 from syncbn.train.loop import train
 from syncbn.train.summary import RunSummary
 

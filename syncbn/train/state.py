@@ -43,13 +43,14 @@ from syncbn.tasks import Task, build_task, collate_of
 from syncbn.tracking import Tracker, read_journal
 from syncbn.tracking.redact import redact
 from syncbn.train.accumulate import accumulated_share
-from syncbn.train.changes import accept_changes
+from syncbn.train.changed_config import accept_changes
 from syncbn.train.ema import Ema
 from syncbn.train.evaluation import settle_buffers
 from syncbn.train.network import trained
 from syncbn.train.parallel import Alone, parallel
 from syncbn.train.precision import LossScale, loss_scale
 from syncbn.train.weights import Report, load_weights
+from syncbn.weights import has_begun
 
 
 @dataclass
@@ -216,8 +217,7 @@ def _given_weights(model: nn.Module, cfg: RunConfig, runtime: Runtime) -> Report
     """Load `model.weights`, unless the run has a checkpoint of its own to continue from."""
     if cfg.model.weights is None:
         return None
-    saved = cfg.train.resume and any((cfg.folder / "checkpoints").glob("step-*"))
-    on_main = torch.tensor(float(saved), device=runtime.device)
+    on_main = torch.tensor(float(has_begun(cfg)), device=runtime.device)
     return None if runtime.from_main(on_main) else load_weights(model, cfg, runtime)
 
 

@@ -12,12 +12,11 @@ from syncbn.compare.study.preflight import claimable_metrics, refuse_unmeasured
 from syncbn.config import Config
 from syncbn.data import load_data
 from syncbn.models import build_model
-from syncbn.registry import TASKS
 from syncbn.tasks import build_task, collate_of, measures_of, metrics_of, outputs_of
 
 
 def refuse_ungiven(cfg: Config) -> None:
-    """Refuse a study with a claim on a measure that its task does not give.
+    """Refuse a study with a claim on a measure that its task, an extension's, does not give.
 
     Data and model are built only where a claim speaks of a measure that is not known without them.
 
@@ -28,7 +27,7 @@ def refuse_ungiven(cfg: Config) -> None:
     study, known = study_of(cfg), claimable_metrics(cfg)
     spoken = {at_end(claim.metric) for claim in study.claims}
     unknown = any(name.startswith("test_") and name not in known for name in spoken)
-    if cfg.task.name in TASKS.built_in or not unknown:
+    if not unknown:
         return
     given = (*known, *(name for name in measured_names(cfg) if name not in known))
     for claim in study.claims:
