@@ -88,7 +88,7 @@ def follow(plan: Plan) -> dict[str, Any]:
         import_module("syncbn.compare.study.rehearsal").refuse_ungiven(plan.config)
     if not on_ray and plan.num_ranks > 1 and "WORLD_SIZE" not in os.environ:
         start_server(plan.config.train.num_threads)  # first: it imports torch while we do
-    launcher = import_module("syncbn.launch.ray_train" if on_ray else "syncbn.launch.local")
+    launcher = import_module("syncbn.launch.ray_runs" if on_ray else "syncbn.launch.local")
     if plan.sweep is not None:
         return launcher.launch_sweep(plan.sweep)
     if plan.verb == "compare":

@@ -261,7 +261,7 @@ class LauncherConfig:
     """Where ranks come from."""
 
     name: str = "local"
-    """`local` (this machine) or `ray` (Ray Train)."""
+    """`local` (this machine) or `ray` (a Ray cluster)."""
     num_workers: int = 1
     """Ranks."""
     address: str | None = None

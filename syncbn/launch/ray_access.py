@@ -20,13 +20,9 @@ SETTINGS = {
     "RAY_AUTH_MODE": "token",
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_USAGE_STATS_REPORT_URL": "http://127.0.0.1:9/",
-    "RAY_CHDIR_TO_TRIAL_DIR": "0",
-    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
-    "RAY_TRAIN_METRICS_ENABLED": "0",
-    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
 }
-"""Token mode always; no outbound calls; workers keep their folder; a dead worker is noticed within a second."""
+"""Token mode always; no outbound calls; a worker without a GPU sees those of its machine as we do."""
 
 
 def prepare_environment(cfg: RunConfig) -> str | None:
@@ -37,7 +33,6 @@ def prepare_environment(cfg: RunConfig) -> str | None:
         NotAuthorised: there is no token for the cluster to join.
     """
     os.environ.update(SETTINGS)
-    os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(cfg.launcher.start_timeout_s)
     address = cluster_address(cfg.launcher.address, os.environ)
     if address is None:
         if "RAY_ADDRESS" in os.environ:

@@ -1,4 +1,4 @@
-"""Ranks of this machine, or of any job that sets torchrun's environment variables (torchrun, Ray Train)."""
+"""Ranks of this machine, or of any job that sets torchrun's environment variables (torchrun, our workers on Ray)."""
 
 import os
 from collections.abc import Callable

@@ -1,61 +1,68 @@
-"""Ranks from Ray Train: torchrun's process group, started by Ray's workers.
+"""A rank's process on Ray made one of torchrun's: the same variables, from where on a rank there is a rank here.
 
-Ray sets torchrun's environment variables and opens the process group itself, so a rank here is a rank there; what
-is left to do is to name the network interface, which gloo otherwise guesses from the host name and gets wrong as
+What Ray adds is the name of the network interface, which gloo otherwise guesses from the host name and gets wrong as
 soon as two nodes are involved.
 """
 
 import os
 import socket
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import psutil
 import ray
-import ray.train.torch
-import torch
-from ray.train._internal.base_worker_group import BaseWorkerGroup
-from ray.train.torch import TorchConfig
-from ray.train.torch.config import _TorchBackend
-
-from syncbn.config import RunConfig
-from syncbn.runtime.base import Runtime, Solo
-from syncbn.runtime.local import TorchrunRuntime, pick_device
 
 
-def from_ray(cfg: RunConfig) -> Runtime:
-    """The runtime of the calling Ray Train worker, a rank of the process group that Ray opened.
+@dataclass(frozen=True)
+class Seat:
+    """Where a worker of Ray's runs: its node, the node's address, the GPUs reserved for it there."""
 
-    It leaves the group itself: Ray would close it when all ranks have returned, and those that wait for one that has
-    failed would not.
+    node: str
+    address: str
+    gpus: tuple[str, ...]
 
-    Raises:
-        UsageError: `train.device=cuda` on a worker without a GPU.
+
+def this_seat() -> Seat:
+    """That of the calling worker."""
+    context = ray.get_runtime_context()
+    gpus = context.get_accelerator_ids().get("GPU", [])
+    return Seat(context.get_node_id(), ray.util.get_node_ip_address(), tuple(map(str, gpus)))
+
+
+def in_order(seats: Mapping[int, Seat]) -> list[int]:
+    """The numbers of `seats` in the order of ranks: node by node, the first worker's first, then by GPU."""
+    nodes = list(dict.fromkeys(seats[number].node for number in sorted(seats)))
+    return sorted(
+        seats, key=lambda number: (nodes.index(seats[number].node), seats[number].gpus, number)
+    )
+
+
+def environments(seats: list[Seat], port: int) -> list[dict[str, str]]:
+    """Torchrun's variables of each rank, for `seats` in the order of ranks and a free `port` of the first's node.
+
+    A rank sees the GPUs of all ranks of its node, for NCCL to connect them directly: the first of each rank in the
+    order of ranks, so that LOCAL_RANK is the number of its own, then others. A rank alone needs no group.
     """
-    device = pick_device(cfg.train.device, 0)
-    if device.type == "cuda":
-        device = ray.train.torch.get_device()
-        torch.cuda.set_device(device)
-    alone = ray.train.get_context().get_world_size() == 1
-    return Solo(device) if alone else TorchrunRuntime(device)
-
-
-@dataclass
-class NamedInterfaceConfig(TorchConfig):
-    """`TorchConfig` whose workers bind to the interface that owns their node's Ray address."""
-
-    @property
-    def backend_cls(self) -> type[_TorchBackend]:
-        """The backend that does so."""
-        return NamedInterfaceBackend
-
-
-class NamedInterfaceBackend(_TorchBackend):
-    """Names the interface on each worker, then opens the process group as Ray does."""
-
-    def on_start(self, worker_group: BaseWorkerGroup, backend_config: TorchConfig) -> None:
-        """Called by Ray once the workers are up."""
-        worker_group.execute(name_interface)
-        super().on_start(worker_group, backend_config)
+    if len(seats) == 1:
+        return [{}]
+    nodes = list(dict.fromkeys(seat.node for seat in seats))
+    found = []
+    for rank, seat in enumerate(seats):
+        local = [other for other in seats if other.node == seat.node]
+        variables = {
+            "RANK": rank,
+            "WORLD_SIZE": len(seats),
+            "LOCAL_RANK": sum(other.node == seat.node for other in seats[:rank]),
+            "LOCAL_WORLD_SIZE": len(local),
+            "GROUP_RANK": nodes.index(seat.node),
+            "MASTER_ADDR": seats[0].address,
+            "MASTER_PORT": port,
+        }
+        if seat.gpus:
+            others = [gpu for other in local for gpu in other.gpus[1:]]
+            variables["CUDA_VISIBLE_DEVICES"] = ",".join([*(o.gpus[0] for o in local), *others])
+        found.append({name: str(value) for name, value in variables.items()})
+    return found
 
 
 def name_interface() -> None:
@@ -75,3 +82,10 @@ def interface_of(address: str) -> str | None:
         ):
             return name
     return None
+
+
+def free_port() -> int:
+    """A TCP port of this node that nothing listens on."""
+    with socket.socket() as listener:
+        listener.bind(("", 0))
+        return listener.getsockname()[1]

@@ -1,4 +1,4 @@
-"""What ranks do in the tests of failures under Ray Train, and a driver that lets them."""
+"""What ranks do in the tests of failures on Ray, and a driver that lets them."""
 
 import json
 import os
@@ -28,7 +28,7 @@ def work(cfg, runtime):
 
 def outcome(cfg):
     """What came of `cfg`: `[exit code, message]`."""
-    from syncbn.launch.ray_fit import fit
+    from syncbn.launch.ray_ranks import fit
 
     try:
         fit(cfg, work, 2, str)

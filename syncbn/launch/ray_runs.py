@@ -1,7 +1,7 @@
-"""Runs and studies on Ray Train.
+"""Runs, studies and sweeps on Ray.
 
-One worker group serves a whole wave of a study's trials, because starting one costs far more than a trial on digits
-takes. Ray's own restarts are off: a run resumes from its own checkpoint, by the same command, on whichever launcher.
+One group of ranks serves a whole wave of a study's trials, because starting one costs more than a trial on digits
+takes. A run resumes from its own checkpoint, by the same command, on whichever launcher.
 """
 
 from collections.abc import Iterator
@@ -23,24 +23,24 @@ def launch_run(cfg: Config) -> "RunSummary":
     """Train the one run that `cfg` describes and return its summary.
 
     Raises:
-        SyncbnError: see `prepare_environment`, `ray_cluster.connected` and `ray_fit.fit`.
+        SyncbnError: see `prepare_environment`, `ray_cluster.connected` and `ray_ranks.fit`.
     """
     with _ray(cfg, cfg.num_ranks):
         from syncbn.launch.rank import run_rank
-        from syncbn.launch.ray_fit import fit
+        from syncbn.launch.ray_ranks import fit
 
         return fit(cfg, run_rank, cfg.num_ranks, partial(run_progress, cfg))
 
 
 def launch_study(cfg: Config) -> dict[str, Any]:
-    """Run every trial of the study in `cfg`, a worker group a wave; write and return the study's summary.
+    """Run every trial of the study in `cfg`, a group of ranks a wave; write and return the study's summary.
 
     Raises:
-        SyncbnError: see `prepare_environment`, `ray_cluster.connected` and `ray_fit.fit`.
+        SyncbnError: see `prepare_environment`, `ray_cluster.connected` and `ray_ranks.fit`.
     """
     with _ray(cfg, most_processes(cfg)):
         from syncbn.compare.study.queue import run_trials
-        from syncbn.launch.ray_fit import fit
+        from syncbn.launch.ray_ranks import fit
         from syncbn.launch.study import conduct
 
         progress = partial(study_progress, cfg)
@@ -50,7 +50,7 @@ def launch_study(cfg: Config) -> dict[str, Any]:
 
 
 def launch_sweep(sweep: Sweep) -> dict[str, Any]:
-    """Run every trial of `sweep`, a worker group a wave; write and return its summary, those that failed in it.
+    """Run every trial of `sweep`, a group of ranks a wave; write and return its summary, those that failed in it.
 
     Raises:
         SyncbnError: see `prepare_environment`, `ray_cluster.connected` and `launch.sweep.conduct_sweep`.
@@ -58,7 +58,7 @@ def launch_sweep(sweep: Sweep) -> dict[str, Any]:
     cfg = sweep.config
     with _ray(cfg, sweep.most_processes):
         from syncbn.compare.study.queue import run_trials
-        from syncbn.launch.ray_fit import fit
+        from syncbn.launch.ray_ranks import fit
         from syncbn.launch.sweep import conduct_sweep
 
         progress = partial(sweep_progress, sweep)
