@@ -4,6 +4,8 @@ Every entry point runs through `invoke`. An error that carries an exit code is p
 bug of ours, and shows its traceback unless a run's log already has it.
 """
 
+import atexit
+import gc
 import json
 import os
 import sys
@@ -25,6 +27,9 @@ from syncbn.tracking.redact import redact_text
 def invoke(command: click.Command, argv: Sequence[str], prog_name: str | None = None) -> int:
     """Run `command` with the arguments `argv` and return its exit code; never raises."""
     make_unbreakable()
+    atexit.register(
+        gc.freeze
+    )  # else all that torch has made is looked through for rubbish, for 0.7 s
     try:
         _require_current_folder()
         with failures_named():

@@ -12,6 +12,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from threading import Timer
 from typing import Any
 
 import grpc
@@ -25,6 +26,8 @@ from syncbn.launch.ray_access import require_capacity
 from syncbn.launch.ray_watch import ended_without
 
 PROBE_TIMEOUT_S = 5.0
+DISCONNECT_S = 0.3
+"""What this process needs to leave a cluster of its own."""
 SHUTDOWN_TIMEOUT_S = 5.0
 
 
@@ -72,18 +75,23 @@ def _started(runtime_env: dict[str, dict[str, str]]) -> Iterator[None]:
 
 
 def _shut_down(folder: str) -> None:
-    """Disconnect, and end the processes of our cluster in `folder` that have not noticed after a few seconds.
+    """Disconnect, and end the processes of our cluster in `folder`.
 
-    A controller whose worker died may hang for most of a minute.
+    Ray gives them a second and more to end by themselves, one after the other. Nothing of theirs is needed any more.
     """
     servers = [p for p in psutil.Process().children() if folder in " ".join(p.cmdline())]
     processes = servers + [child for server in servers for child in server.children(recursive=True)]
+    killer = Timer(DISCONNECT_S, _kill, [processes])
+    killer.start()
     ray.shutdown()
-    _, left = psutil.wait_procs(processes, timeout=SHUTDOWN_TIMEOUT_S)
-    for process in left:
+    killer.join()
+    psutil.wait_procs(processes, timeout=SHUTDOWN_TIMEOUT_S)
+
+
+def _kill(processes: list[psutil.Process]) -> None:
+    for process in processes:
         with suppress(psutil.NoSuchProcess):
             process.kill()
-    psutil.wait_procs(left, timeout=SHUTDOWN_TIMEOUT_S)
 
 
 @contextmanager
