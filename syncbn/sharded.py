@@ -4,7 +4,7 @@ Everything here leaves plain tensors as they are. So a checkpoint, and what read
 network was spread over ranks.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -17,21 +17,21 @@ def is_sharded(value: object) -> bool:
 
 
 @torch.no_grad()
-def whole(value: Any, kept: bool) -> Any:
+def whole(value: Any, keep: Callable[[Tensor], Tensor] | None) -> Any:
     """`value` with each sharded tensor in its dicts, lists and tuples made whole; a collective where there is one.
 
     Args:
         value: the same on all ranks but for their parts.
-        kept: whether this rank keeps what was sharded, on the CPU; otherwise None stands for it.
+        keep: what this rank keeps of a tensor, sharded or not, once it is whole; without, None stands for it.
     """
     if isinstance(value, Mapping):
-        return {key: whole(item, kept) for key, item in value.items()}
+        return {key: whole(item, keep) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return type(value)(whole(item, kept) for item in value)
-    if not is_sharded(value):
+        return type(value)(whole(item, keep) for item in value)
+    if not isinstance(value, Tensor):
         return value
-    full = value.full_tensor()
-    return full.cpu() if kept else None
+    full = value.full_tensor() if is_sharded(value) else value  # pyright: ignore[reportAttributeAccessIssue]
+    return None if keep is None else keep(full)
 
 
 @torch.no_grad()

@@ -3,14 +3,18 @@
 Nothing here knows of ranks: rank 0 saves, and the training loop gathers random states and distributes weights.
 """
 
+from syncbn.checkpoint.background import Background
 from syncbn.checkpoint.format import Meta
 from syncbn.checkpoint.match import check_matches, restore_model, restore_optimizer
+from syncbn.checkpoint.memory import Memory
 from syncbn.checkpoint.runlock import FolderInUse, RunLock
 from syncbn.checkpoint.store import Checkpoint, load, load_best, load_latest, save
 
 __all__ = [
+    "Background",
     "Checkpoint",
     "FolderInUse",
+    "Memory",
     "Meta",
     "RunLock",
     "check_matches",

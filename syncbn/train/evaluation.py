@@ -22,8 +22,17 @@ from syncbn.tasks import (
 )
 
 
+@torch.no_grad()
 def settle_buffers(model: nn.Module, arm: str, runtime: Runtime) -> None:
-    """Give every rank the running statistics that arm `arm` evaluates with.
+    """Give every rank the running statistics that arm `arm` evaluates with (`settled_buffers`)."""
+    settled = settled_buffers(model, arm, runtime)
+    for name, buffer in model.named_buffers():
+        buffer.copy_(settled[name])
+
+
+@torch.no_grad()
+def settled_buffers(model: nn.Module, arm: str, runtime: Runtime) -> dict[str, Tensor]:
+    """The running statistics that arm `arm` evaluates with, by name and equal on all ranks; a collective.
 
     `local_avg` averages them over ranks. All others take rank 0's, which is what DistributedDataParallel's
     broadcast before each forward amounts to; those of `sync` must have been equal.
@@ -31,15 +40,16 @@ def settle_buffers(model: nn.Module, arm: str, runtime: Runtime) -> None:
     Raises:
         RanksDisagree: arm `sync` whose running statistics differ between ranks; names the first buffer.
     """
-    differs = dict.fromkeys((name for name, _ in model.named_buffers()), False)
-    for name, buffer in model.named_buffers():
+    settled, differs = {}, {}
+    for name, buffer in model.named_buffers(remove_duplicate=False):
+        settled[name], differs[name] = buffer.clone(), False
         if arm == "local_avg" and buffer.is_floating_point():
-            runtime.sum(buffer).div_(runtime.world_size)
+            runtime.sum(settled[name]).div_(runtime.world_size)
         else:
-            own = buffer.clone()
-            differs[name] = not _equal(own, runtime.from_main(buffer))
+            differs[name] = not _equal(buffer, runtime.from_main(settled[name]))
     if arm == "sync":
         _refuse_differing(differs, runtime)
+    return settled
 
 
 def _equal(one: Tensor, other: Tensor) -> bool:

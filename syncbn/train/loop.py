@@ -28,7 +28,8 @@ from syncbn.train.agreement import Agreement
 from syncbn.train.evaluation import evaluate, own_batches, settle_buffers
 from syncbn.train.precision import autocast
 from syncbn.train.progress import Advance, progress
-from syncbn.train.state import State, build, checkpoint, resume
+from syncbn.train.saving import Saving
+from syncbn.train.state import State, build, resume
 from syncbn.train.stopping import StopRequest, stop_on_signals
 from syncbn.train.summary import RunSummary
 from syncbn.train.tables import write_tables
@@ -60,6 +61,7 @@ class Loop:
     def __init__(self, state: State, tracker: Tracker, stop: StopRequest) -> None:
         self.state, self.tracker, self.stop = state, tracker, stop
         self.agreement = Agreement(state.runtime)
+        self.saving = Saving(state, tracker)
         self.started = time.monotonic()
         self.seconds_before = state.standing.seconds
 
@@ -75,10 +77,12 @@ class Loop:
             concluded = self._conclude() if state.probes else {}
             self._end()
         except Interrupted:
-            self._save()
+            self._save_at_last()
             raise
         except (NonFinite, NonFiniteStatistics) as error:
             raise NonFinite(str(error), state.step) from error
+        finally:
+            self.saving.close()
         return RunSummary(
             final=state.standing.final(state.task) | concluded,
             steps=state.step,
@@ -134,7 +138,7 @@ class Loop:
         try:
             self._call("end")
         finally:
-            self._save()
+            self._save_at_last()
 
     def _probe(self, rate: float, batch: Batch) -> None:
         """Let the probes see `batch` with its gradients in place, and record what they look at."""
@@ -171,9 +175,11 @@ class Loop:
                 f"train.time_limit_s={train.time_limit_s:g} was over after {state.step} of {train.steps} steps, "
                 "checkpoint saved: the same command continues"
             )
+        self.saving.check()
         best = state.standing.kept_step == state.step
-        if (saving or best) and not last:
-            self._save()
+        if (saving or best) and not (last or enough):
+            self._take_time()
+            self.saving.start()
         return enough
 
     def _agree(self, due: bool, at_once: bool) -> tuple[bool, int]:
@@ -214,6 +220,7 @@ class Loop:
 
     def _measure(self) -> None:
         state, cfg = self.state, self.state.cfg
+        self.saving.wait()  # loaders of an evaluation are forks, made while no thread is at work
         settle_buffers(state.model, cfg.norm.name, state.runtime)
         batches = own_batches(len(state.sets.test), state.runtime, cfg.train.eval_batch)
         averaged = nullcontext() if state.ema is None else state.ema.in_place()
@@ -236,9 +243,12 @@ class Loop:
             standing.kept_error, standing.kept_step = self._decided(), state.step
         self._call("after_evaluation")
 
-    def _save(self) -> None:
+    def _save_at_last(self) -> None:
+        self._take_time()
+        self.saving.finish()
+
+    def _take_time(self) -> None:
         self.state.standing.seconds = self.seconds_before + time.monotonic() - self.started
-        checkpoint(self.state, self.tracker)
 
     def _decided(self) -> float:
         """The last value of the measure that the task decides by, as an error: lower is better."""

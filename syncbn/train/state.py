@@ -1,4 +1,4 @@
-"""The state of a run: how it is built, saved and restored.
+"""The state of a run: how it is built and restored. It is saved by `syncbn.train.saving`.
 
 What is built depends on the config alone, never on which rank builds it; ranks differ only in their share of each
 global batch and in their random state after the weights are drawn.
@@ -7,7 +7,7 @@ global batch and in their random state after the weights are drawn.
 import math
 import sys
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -18,15 +18,13 @@ from torch.optim import Optimizer
 from syncbn.arms import apply_arm
 from syncbn.callbacks import Callbacks
 from syncbn.checkpoint import (
-    Meta,
     check_matches,
     load_latest,
     restore_model,
     restore_optimizer,
     rng,
-    save,
 )
-from syncbn.config import RunConfig, config_hash, resume_hash
+from syncbn.config import RunConfig, config_hash
 from syncbn.data import DataSets, load_data
 from syncbn.data.chance import seed_generators
 from syncbn.errors import UsageError
@@ -37,7 +35,6 @@ from syncbn.probes import Probes, View
 from syncbn.provenance import git_revision, sources, versions
 from syncbn.runtime.base import Runtime
 from syncbn.sampling import SampleStream, rank_share
-from syncbn.sharded import whole
 from syncbn.structure import moved
 from syncbn.tasks import Task, build_task, collate_of
 from syncbn.tracking import Tracker, read_journal
@@ -45,7 +42,6 @@ from syncbn.tracking.redact import redact
 from syncbn.train.accumulate import accumulated_share
 from syncbn.train.changed_config import accept_changes
 from syncbn.train.ema import Ema
-from syncbn.train.evaluation import settle_buffers
 from syncbn.train.network import trained
 from syncbn.train.parallel import Alone, parallel
 from syncbn.train.precision import LossScale, loss_scale
@@ -245,13 +241,24 @@ def resume(state: State, tracker: Tracker) -> None:
     notes += check_matches(checkpoint, runtime.world_size, cfg.global_batch, cfg.train.parallel)
     notes += restore_model(state.model, checkpoint.model_state)
     restore_optimizer(state.optimizer, checkpoint.optimizer_state)
-    state.step, state.standing = meta.step, _restored(state, checkpoint.extra)
+    extra = dict(checkpoint.extra)
+    apart = extra.pop("buffers", {})
+    state.step, state.standing = meta.step, _restored(state, extra)
     state.probes.load_state_dict(state.standing.probes)
     if meta.world_size == runtime.world_size:
+        _give_own_buffers(state.model, apart, runtime.rank)
         rng.restore(rng.from_text(meta.rng[runtime.rank]), runtime.device)
     notes += _changed_extensions(cfg) if runtime.is_main else []
     _begin(state, tracker)
     tracker.event("resume", step=meta.step, checkpoint=checkpoint.path.name, notes=notes)
+
+
+@torch.no_grad()
+def _give_own_buffers(model: nn.Module, apart: Mapping[str, Tensor], rank: int) -> None:
+    """Give `model` what this rank had of buffers that were not the same on all, each (W, *shape) by name."""
+    for name, buffer in model.named_buffers():
+        if name in apart:
+            buffer.copy_(apart[name][rank])
 
 
 def _changed_extensions(cfg: RunConfig) -> list[str]:
@@ -269,12 +276,12 @@ def _changed_extensions(cfg: RunConfig) -> list[str]:
 def _restored(state: State, extra: dict[str, Any]) -> Standing:
     """The standing in a checkpoint's `extra`, whose other parts are given to what they are of."""
     rest = dict(extra)
-    for name, part in _parts(state).items():
+    for name, part in parts(state).items():
         part.load_state_dict(rest.pop(name))
     return Standing(**rest)
 
 
-def _parts(state: State) -> dict[str, Ema | LossScale | Callbacks]:
+def parts(state: State) -> dict[str, Ema | LossScale | Callbacks]:
     """What has a state of its own, by its name in a checkpoint; nothing by default."""
     parts = {"ema": state.ema, "loss_scale": state.scale, "callbacks": state.callbacks}
     return {name: part for name, part in parts.items() if part is not None}
@@ -304,52 +311,3 @@ def _micro_batches(cfg: RunConfig) -> str:
         f"train.accumulate={cfg.train.accumulate}: a step adds gradients up over micro-batches, and batch-norm "
         f"statistics are those of a micro-batch of {cfg.micro_batch} samples at most, not of all {cfg.global_batch}"
     )
-
-
-def checkpoint(state: State, tracker: Tracker) -> None:
-    """Save the run as it stands; rank 0 writes, all ranks take part.
-
-    Raises:
-        CheckpointError: it could not be written.
-        RanksDisagree: synchronised running statistics differ between ranks.
-    """
-    runtime = state.runtime
-    settle_buffers(state.model, state.cfg.norm.name, runtime)
-    states = _random_states(runtime)
-    weights, momenta, parts = _whole_states(state)
-    if runtime.is_main:
-        state.standing.probes = state.probes.state_dict()
-        meta = Meta(
-            step=state.step,
-            position=state.step * state.cfg.global_batch,
-            config_hash=resume_hash(state.cfg),
-            world_size=runtime.world_size,
-            global_batch=state.cfg.global_batch,
-            parallel=state.cfg.train.parallel,
-            rng=[rng.to_text(row) for row in states],
-        )
-        folder = state.cfg.folder / "checkpoints"
-        extra = asdict(state.standing) | parts
-        path = save(folder, weights, momenta, meta, extra=extra, best=_best(state))
-        tracker.event("checkpoint", step=state.step, folder=path.name)
-    runtime.barrier()
-
-
-def _whole_states(state: State) -> Iterator[dict[str, Any]]:
-    """What the model, the optimiser and the parts with a state of their own hold, the same however it is spread."""
-    parts = {name: part.state_dict() for name, part in _parts(state).items()}
-    for one in (state.model.state_dict(), state.optimizer.state_dict(), parts):
-        yield whole(one, kept=state.runtime.is_main)
-
-
-def _best(state: State) -> int | None:
-    """The step whose checkpoint is kept for its test error, if any is."""
-    return state.standing.kept_step if state.standing.kept_step >= 0 else None
-
-
-def _random_states(runtime: Runtime) -> Tensor:
-    """The random state of every rank, (W, n) uint8."""
-    own = rng.capture(runtime.device)
-    rows = torch.zeros(runtime.world_size, len(own), dtype=torch.uint8, device=runtime.device)
-    rows[runtime.rank] = own
-    return runtime.sum(rows).cpu()

@@ -6,24 +6,58 @@ import random
 import resource
 import signal
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
-from checkpoint_kit import latest, load_step, names, no_temporary, save_step
+import torch
+from checkpoint_kit import latest, load_step, meta_at, names, no_temporary, save_step
 
+from syncbn.checkpoint import Background, Memory, save
 from syncbn.errors import CheckpointError
 
 
+def save_in_turn(folder, step):
+    save_step(folder, step)
+
+
+class Beside:
+    """Saves in a thread, of a state that changes in place as soon as it is copied."""
+
+    def __init__(self):
+        self.weight, self.memory, self.work = torch.empty(3, 2), Memory(), Background()
+
+    def __call__(self, folder, step):
+        self.weight.fill_(step)
+        self.memory.rewind()
+        state = {"weight": self.memory.copy(self.weight)}
+        self.work.start(partial(save, folder, state, {}, meta_at(step)))
+        self.weight.fill_(-1)
+        self.work.wait()
+
+
 @pytest.mark.parametrize("seed", range(20))
-def test_a_kill_during_save_loses_nothing_that_was_saved(tmp_path, seed):
+@pytest.mark.parametrize("make", [lambda: save_in_turn, Beside], ids=["in turn", "beside"])
+def test_a_kill_during_save_loses_nothing_that_was_saved(tmp_path, seed, make):
+    kill_during_save(tmp_path, seed, make)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(20, 320))
+def test_no_kill_of_hundreds_during_a_save_beside_loses_what_was_saved(tmp_path, seed):
+    kill_during_save(tmp_path, seed, Beside)
+
+
+def kill_during_save(folder, seed, make):
     """A child saves in a loop and tells each step it has saved; the newest told, or a newer one, must load."""
     reader, writer = os.pipe()
     child = os.fork()
     if child == 0:
         try:
+            save_one = make()
             for step in range(1, 100_000):
                 # Every third save replaces the step before, the one case in which something must move aside.
-                save_step(tmp_path, step - (step % 3 == 0))
+                save_one(folder, step - (step % 3 == 0))
                 os.write(writer, b".")
         finally:
             os._exit(1)
@@ -38,9 +72,9 @@ def test_a_kill_during_save_loses_nothing_that_was_saved(tmp_path, seed):
     while chunk := os.read(reader, 4096):
         told += len(chunk)
     os.close(reader)
-    assert load_step(tmp_path) >= told - (told % 3 == 0)
-    save_step(tmp_path, 200_000)
-    assert no_temporary(tmp_path)
+    assert load_step(folder) >= told - (told % 3 == 0)
+    save_step(folder, 200_000)
+    assert no_temporary(folder)
 
 
 class FailsOn:

@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from oracle import assert_close
+from stops import asked_to_stop_at
 
 from syncbn.checkpoint import load_latest
 from syncbn.config import (
@@ -30,6 +31,7 @@ from syncbn.runtime import Solo, TorchrunRuntime
 from syncbn.tracking import Untracked, read_journal
 from syncbn.train import loop, recorded_run, train
 from syncbn.train.agreement import Agreement
+from syncbn.train.saving import Saving
 from syncbn.train.state import build
 
 pytestmark = pytest.mark.untraced
@@ -201,14 +203,39 @@ def test_local_statistics_are_rank_zeros_and_local_avg_the_mean_of_all(world_siz
 
 
 @pytest.mark.world_size(2)
-def test_running_statistics_that_differ_are_not_saved(world_size, tmp_path):
-    from syncbn.train.state import build, checkpoint
+@pytest.mark.parametrize("arm", ["local_avg", "local"])
+def test_a_save_changes_no_bit_of_statistics_that_differ_between_ranks(world_size, tmp_path, arm):
+    """Not in the run that is saved, and not in one that goes on from it."""
+    runtime, cfg = TorchrunRuntime(CPU), _config(tmp_path, world_size, arm, agree_every=1)
+    straight, saved, stopped = (
+        replace(cfg, name=name, train=replace(cfg.train, checkpoint_every=every))
+        for name, every in (("straight", 0), ("saved", 3), ("stopped", 0))
+    )
+    finals = [train(one, runtime, Untracked()).final for one in (straight, saved)]
+    with asked_to_stop_at(7), pytest.raises(Stopped):
+        train(stopped, runtime, Untracked())
+    before = load_latest(stopped.folder / "checkpoints")
+    finals.append(train(stopped, runtime, Untracked()).final)
+    assert finals == [finals[0]] * 3
+    expected, *others = (
+        load_latest(one.folder / "checkpoints").model_state for one in (straight, saved, stopped)
+    )
+    for name, value in expected.items():
+        assert all(torch.equal(other[name], value) for other in others), name
+    statistics = {name for name in expected if "running" in name}
+    assert set(before.extra["buffers"]) == statistics
+    for name, values in before.extra["buffers"].items():
+        settled = values.mean(0) if arm == "local_avg" else values[0]
+        assert_close(before.model_state[name], settled, 1e-12, name)
 
+
+@pytest.mark.world_size(2)
+def test_running_statistics_that_differ_are_not_saved(world_size, tmp_path):
     state = build(_config(tmp_path, world_size), TorchrunRuntime(CPU))
     for buffer in state.model.buffers():
         buffer += dist.get_rank()
     with pytest.raises(RanksDisagree, match="running_mean"):
-        checkpoint(state, Untracked())
+        Saving(state, Untracked()).finish()
     assert load_latest(state.cfg.folder / "checkpoints") is None
 
 

@@ -25,6 +25,7 @@ from syncbn.errors import Stopped
 from syncbn.runtime import TorchrunRuntime
 from syncbn.tracking import read_journal
 from syncbn.train import loop
+from syncbn.train.saving import Saving
 
 pytestmark = pytest.mark.untraced
 
@@ -62,13 +63,13 @@ def test_a_signal_after_a_trials_last_agreement_stops_the_study_before_the_next(
 ):
     cfg = _study(tmp_path, world_size, {"local": ["norm=local"], "sync": ["norm=sync"]})
 
-    def save_and_be_told(state, tracker):
-        real_save(state, tracker)
+    def save_and_be_told(self):
+        real_save(self)
         if dist.get_rank() == 1:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    real_save = loop.checkpoint
-    with patch.object(loop, "checkpoint", save_and_be_told), pytest.raises(Stopped) as stopped:
+    real_save = Saving.finish
+    with patch.object(Saving, "finish", save_and_be_told), pytest.raises(Stopped) as stopped:
         _run(cfg)
     assert stopped.value.exit_code == 143
     assert set(_summaries(cfg)) == {"local-0"}

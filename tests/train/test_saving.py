@@ -1,0 +1,162 @@
+"""Checkpoints are copied between two steps and written while training goes on."""
+
+import threading
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
+from unittest.mock import patch
+
+import pytest
+import torch
+from stops import asked_to_stop_at
+
+from syncbn.checkpoint import load_latest
+from syncbn.config import DataConfig, ModelConfig, OptimConfig, RunConfig, TrainConfig
+from syncbn.errors import CheckpointError, Stopped
+from syncbn.runtime import Solo
+from syncbn.tracking import read_journal
+from syncbn.train import loop, recorded_run, saving
+
+SOLO = Solo(torch.device("cpu"))
+PATIENCE_S = 20.0
+"""Bounds what would wait for ever."""
+
+
+def _config(folder, **train_options) -> RunConfig:
+    options = {"steps": 12, "per_rank_batch": 16} | train_options
+    return RunConfig(
+        runs_dir=str(folder),
+        model=ModelConfig(hidden=[16], dropout=0.1),
+        data=DataConfig(limit=100),
+        train=TrainConfig(**options),
+    )
+
+
+def _saved(cfg) -> list[int]:
+    records = read_journal(cfg.folder / "journal.jsonl")
+    return [record["step"] for record in records if record.get("event") == "checkpoint"]
+
+
+@contextmanager
+def _held_until(step):
+    """The first write ends once `step` has begun; the steps at which a write was begun."""
+    reached, begun = threading.Event(), []
+
+    def save(folder, model, optimizer, meta, **options):
+        begun.append(meta.step)
+        if len(begun) == 1 and not reached.wait(PATIENCE_S):
+            raise AssertionError("training did not go on")
+        return real_save(folder, model, optimizer, meta, **options)
+
+    def backward(state, *batch):
+        if state.step + 1 == step:
+            reached.set()
+        return real_backward(state, *batch)
+
+    real_save, real_backward = saving.save, loop._backward
+    with patch.object(saving, "save", save), patch.object(loop, "_backward", backward):
+        yield begun
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"precision": "fp16", "ema": 0.9, "accumulate": 2}],
+    ids=["plain", "fp16, averages"],
+)
+def test_what_is_written_while_training_goes_on_is_of_one_step(tmp_path, options):
+    """As a run shows that goes on from it: bit by bit as the one that was not saved."""
+    optim = OptimConfig(name="adamw", lr=0.01)
+    straight = replace(_config(tmp_path / "straight", **options), optim=optim)
+    cfg = replace(_config(tmp_path / "saved", checkpoint_every=5, **options), optim=optim)
+    whole = recorded_run(straight, SOLO)
+    with _held_until(9), asked_to_stop_at(9), pytest.raises(Stopped):
+        recorded_run(cfg, SOLO)
+    assert _saved(cfg) == [5, 9]
+    (cfg.folder / "checkpoints" / "LATEST").write_text("step-000005\n")
+    assert recorded_run(cfg, SOLO).final == whole.final
+    ours, theirs = (load_latest(c.folder / "checkpoints") for c in (cfg, straight))
+    assert _tensors(ours).keys() == _tensors(theirs).keys()
+    for name, value in _tensors(theirs).items():
+        assert torch.equal(_tensors(ours)[name], value), name
+    assert ours.meta.rng == theirs.meta.rng
+
+
+def _tensors(checkpoint) -> dict[str, torch.Tensor]:
+    states = checkpoint.optimizer_state["state"]
+    momenta = {f"{n}.{key}": v for n, one in states.items() for key, v in one.items()}
+    averages = {f"average {n}": v for n, v in checkpoint.extra.get("ema", {}).items()}
+    return {**checkpoint.model_state, **momenta, **averages}
+
+
+def test_a_save_that_is_due_waits_for_the_one_under_way(tmp_path):
+    cfg = _config(tmp_path, checkpoint_every=2)
+    with _held_until(4) as begun:
+        recorded_run(cfg, SOLO)
+    assert begun == [2, 4, 6, 8, 10, 12]
+    assert _saved(cfg) == begun
+
+
+def test_an_evaluation_waits_for_the_write_under_way(tmp_path):
+    """Its loaders are forks, which should not find a thread at work."""
+    running, real = [], loop.evaluate
+
+    def evaluate(*args):
+        running.append([thread.name for thread in threading.enumerate()].count("checkpoint"))
+        return real(*args)
+
+    cfg = _config(tmp_path, checkpoint_every=2, eval_every=3)
+    with _held_until(3), patch.object(loop, "evaluate", evaluate):
+        recorded_run(cfg, SOLO)
+    assert running == [0, 0, 0, 0]
+
+
+@contextmanager
+def _failing_at(*steps):
+    def save(folder, model, optimizer, meta, **options):
+        if meta.step in steps:
+            raise CheckpointError(f"cannot save checkpoint {meta.step}: No space left on device")
+        return real_save(folder, model, optimizer, meta, **options)
+
+    real_save = saving.save
+    with patch.object(saving, "save", save):
+        yield
+
+
+def test_a_write_that_fails_ends_the_run_with_what_it_failed_of(tmp_path):
+    cfg = _config(tmp_path, checkpoint_every=5)
+    with _failing_at(10), pytest.raises(CheckpointError, match="checkpoint 10: No space") as failed:
+        recorded_run(cfg, SOLO)
+    assert failed.value.exit_code == 4
+    assert load_latest(cfg.folder / "checkpoints").meta.step == 5
+    *_, end = read_journal(cfg.folder / "journal.jsonl")
+    assert end["status"] == "failed"
+
+
+@pytest.mark.parametrize("step", [5, 12], ids=["when stopped", "at the end"])
+def test_the_last_save_of_an_attempt_must_succeed(tmp_path, step):
+    ended = asked_to_stop_at(5) if step == 5 else nullcontext()
+    with _failing_at(step), ended, pytest.raises(CheckpointError, match="No space left"):
+        recorded_run(_config(tmp_path), SOLO)
+
+
+def test_a_run_that_is_stopped_is_saved_though_the_write_before_failed(tmp_path):
+    cfg, unseen = _config(tmp_path, checkpoint_every=5), patch.object(saving.Saving, "check")
+    with _failing_at(5), asked_to_stop_at(6), unseen, pytest.raises(Stopped):
+        recorded_run(cfg, SOLO)
+    assert load_latest(cfg.folder / "checkpoints").meta.step == 6
+
+
+def test_a_run_that_fails_leaves_no_write_under_way(tmp_path):
+    """Its folder may be another job's from then on."""
+    cfg = _config(tmp_path, checkpoint_every=5)
+
+    def fail(state, *batch):
+        if state.step == 6:
+            raise ValueError("a bug")
+        return real(state, *batch)
+
+    real = loop._backward
+    failing = patch.object(loop, "_backward", fail)
+    with failing, _held_until(7), pytest.raises(ValueError, match="a bug"):
+        recorded_run(cfg, SOLO)
+    assert "checkpoint" not in [thread.name for thread in threading.enumerate()]
+    assert _saved(cfg) == [5]
