@@ -200,6 +200,7 @@ CHECKS = (
     _whole("launcher.gpus_per_worker", 0),
     _positive("launcher.timeout_s"),
     _positive("launcher.start_timeout_s"),
+    _whole("launcher.max_restarts", 0),
     Check(
         "probe.names",
         lambda names: set(names) <= set(PROBES),

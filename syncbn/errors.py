@@ -83,6 +83,10 @@ class StudyFailed(SyncbnError):
         self.exit_code = exit_code
 
 
+START_AGAIN = "start it again to continue from its checkpoint"
+"""What to do about an `InfrastructureError`, which a launcher does by itself a few times."""
+
+
 class InfrastructureError(SyncbnError):
     """A worker, node or service that died under a run: the same command may succeed when tried again."""
 

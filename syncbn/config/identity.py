@@ -24,6 +24,7 @@ _NOT_IN_HASH_OF = {
         "processes",
         "timeout_s",
         "start_timeout_s",
+        "max_restarts",
     },
 }
 _LATER: dict[str, dict[str, Any]] = {

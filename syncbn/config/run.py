@@ -276,6 +276,9 @@ class LauncherConfig:
     """Longest wait in one collective."""
     start_timeout_s: float = 300.0
     """Longest wait for all ranks to come up."""
+    max_restarts: int = 3
+    """How often within an hour the launch goes on by itself, from the newest checkpoint, when a rank, worker or node
+    died (what would else end it with 75); 0 never."""
 
 
 @dataclass

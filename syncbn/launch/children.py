@@ -6,14 +6,16 @@ reports how it ended, success too, and a rank without a report is known to have 
 
 import json
 import os
+import signal
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from syncbn.errors import (
+    START_AGAIN,
     InfrastructureError,
     RankFailed,
     Stopped,
@@ -39,7 +41,7 @@ def told() -> Iterator[None]:
         try:
             yield
         except BaseException as error:
-            _tell(_report(exit_code(error), in_words(error), _details(error), of_rank(error)))
+            _tell(_report_of(error))
             raise SystemExit(exit_code(error)) from None
         _tell(_report(0, "done", ""))
 
@@ -57,13 +59,21 @@ def _details(error: BaseException) -> str:
     return getattr(error, "details", "") or traceback.format_exc()
 
 
-def _report(code: int, message: str, details: str, rank: int | None = None) -> dict[str, Any]:
+def _report_of(error: BaseException) -> dict[str, Any]:
+    kind = getattr(error, "kind", "") or type(error).__name__
+    return _report(exit_code(error), in_words(error), _details(error), of_rank(error), kind)
+
+
+def _report(
+    code: int, message: str, details: str, rank: int | None = None, kind: str = ""
+) -> dict[str, Any]:
     """An outcome in the form that torchrun's agent reads, with our own fields beside it: `rank` is whose failure."""
     extra = {"py_callstack": details, "timestamp": str(int(time.time()))}
     return {
         "message": {"message": message, "extraInfo": extra},
         "exit_code": code,
         "rank": rank,
+        "kind": kind,
         "time": time.time(),
     }
 
@@ -76,22 +86,41 @@ def reports_in(folder: Path) -> Reports:
     }
 
 
-def failure(reports: Reports, num_ranks: int) -> SyncbnError:
-    """Why `num_ranks` ranks, some of which failed, did: see `outcomes`."""
+def failure(
+    reports: Reports, num_ranks: int, codes: Mapping[int, int] | None = None
+) -> SyncbnError:
+    """Why `num_ranks` ranks, some of which failed, did: see `outcomes`.
+
+    Args:
+        reports: what ranks told.
+        num_ranks: of the group.
+        codes: exit codes of ranks by rank, as far as they are known; a signal is its negative number.
+    """
     failed = [report for report in reports.values() if report["exit_code"]]
     failed.sort(key=lambda report: (kind(report["exit_code"]), report["time"]))
-    dead = [str(rank) for rank in range(num_ranks) if rank not in reports]
+    dead = [rank for rank in range(num_ranks) if rank not in reports]
     if dead and not (failed and kind(failed[0]["exit_code"]) < LOST):
-        return InfrastructureError(
-            f"rank {', '.join(dead)} died: start it again to continue from its checkpoint"
-        )
+        return InfrastructureError(f"{_died(dead, codes or {})}: {START_AGAIN}")
     if not failed:
-        return InfrastructureError("a rank died at its end: start it again")
+        return InfrastructureError(f"a rank died at its end: {START_AGAIN}")
     told = failed[0]["message"]
     details, rank = told["extraInfo"]["py_callstack"], failed[0].get("rank")
     alike = len({report["message"]["message"] for report in failed}) == 1
     same = alike and len({report.get("rank") for report in failed}) > 1  # each failed by itself
-    return RankFailed(told["message"], failed[0]["exit_code"], details, None if same else rank)
+    return RankFailed(
+        told["message"],
+        failed[0]["exit_code"],
+        details,
+        None if same else rank,
+        failed[0].get("kind", ""),
+    )
+
+
+def _died(ranks: Sequence[int], codes: Mapping[int, int]) -> str:
+    """That `ranks` died, with the signals that killed them, where those are known."""
+    killed = sorted({signal.Signals(-codes[r]).name for r in ranks if codes.get(r, 0) < 0})
+    how = f" (killed by {', '.join(killed)})" if killed else ""
+    return f"rank {', '.join(map(str, ranks))} died{how}"
 
 
 def after_signal(signal_number: int, reports: Reports, num_ranks: int) -> SyncbnError:

@@ -8,7 +8,7 @@ at all.
 import logging
 import os
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from torch.distributed.elastic.multiprocessing.api import DefaultLogsSpecs, Sign
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+from syncbn.compare.study.design import Trial
 from syncbn.compare.study.queue import run_trials
 from syncbn.compare.sweep.design import Sweep
 from syncbn.config import Config, RunConfig
@@ -25,6 +26,7 @@ from syncbn.extensions import load_extensions
 from syncbn.launch.children import after_signal, failure, reports_in, told
 from syncbn.launch.forks import end_forks, listen, start_server, take_environment, wait_for_server
 from syncbn.launch.rank import run_rank
+from syncbn.launch.restarts import Restarts, healed, healed_wave
 from syncbn.launch.study import conduct
 from syncbn.launch.sweep import conduct_sweep
 from syncbn.runtime import Runtime, from_environment
@@ -50,7 +52,10 @@ def launch_run(cfg: RunConfig) -> RunSummary:
     """
     if cfg.train.resume:
         finished(cfg)  # refuses what finished with another config, before ranks are started
-    return _on_ranks(cfg, run_rank, cfg.num_ranks)
+    if "WORLD_SIZE" in os.environ:  # torchrun makes the attempts
+        return _work(cfg, run_rank)
+    restarts = Restarts(cfg.launcher.max_restarts)
+    return healed(lambda runs: _on_ranks(runs[0], run_rank, cfg.num_ranks), [cfg], restarts)
 
 
 def launch_study(cfg: Config) -> dict[str, Any]:
@@ -59,9 +64,14 @@ def launch_study(cfg: Config) -> dict[str, Any]:
     Raises:
         SyncbnError: a trial failed; finished ones are kept.
     """
-    return conduct(
-        cfg, lambda wave, processes: _on_ranks(cfg, partial(run_trials, wave), processes)
-    )
+    restarts = Restarts(cfg.launcher.max_restarts)
+
+    def run(wave: Sequence[Trial], processes: int) -> Any:
+        return healed_wave(
+            lambda left: _on_ranks(cfg, partial(run_trials, left), processes), wave, restarts
+        )
+
+    return conduct(cfg, run)
 
 
 def launch_sweep(sweep: Sweep) -> dict[str, Any]:
@@ -70,17 +80,22 @@ def launch_sweep(sweep: Sweep) -> dict[str, Any]:
     Raises:
         SyncbnError: the sweep was stopped, or cannot be run; finished trials are kept.
     """
-    return conduct_sweep(
-        sweep,
-        lambda wave, processes: _on_ranks(
-            sweep.config, partial(run_trials, wave, go_on=True), processes
-        ),
-    )
+    cfg = sweep.config
+    restarts = Restarts(cfg.launcher.max_restarts)
+
+    def run(wave: Sequence[Trial], processes: int) -> Any:
+        return healed_wave(
+            lambda left: _on_ranks(cfg, partial(run_trials, left, go_on=True), processes),
+            wave,
+            restarts,
+        )
+
+    return conduct_sweep(sweep, run)
 
 
 def _on_ranks(cfg: RunConfig, work: Work, num_ranks: int) -> Any:
     """Let `num_ranks` ranks do `work`; return what rank 0's returned."""
-    if num_ranks == 1 or "WORLD_SIZE" in os.environ:
+    if num_ranks == 1:
         return _work(cfg, work)
     with stop_on_signals() as stop:
         start_server(cfg.train.num_threads)
@@ -116,7 +131,8 @@ def _under_an_agent(cfg: RunConfig, work: Work, num_ranks: int, folder: str) -> 
         stop = as_stop(signalled.sigval)
         raise after_signal(stop, reports_in(Path(folder)), num_ranks) from signalled
     except ChildFailedError as failed:
-        raise failure(reports_in(Path(folder)), num_ranks) from failed
+        codes = {rank: one.exitcode for rank, one in failed.failures.items()}
+        raise failure(reports_in(Path(folder)), num_ranks, codes) from failed
 
 
 def _rank(cfg: RunConfig, work: Work, environ: Mapping[str, str]) -> Any:

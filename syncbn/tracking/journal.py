@@ -9,9 +9,12 @@ import json
 import math
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
+
+KILLED = "the attempt ended without a message: its process was killed, or its machine was lost"
+"""What is said of an attempt that left no `end` and of which nothing else is known."""
 
 
 class Tracker(Protocol):
@@ -71,15 +74,15 @@ class Journal:
     def begin(self, step: int, **fields: Any) -> None:
         """Append a `start` record with its `attempt`, counted from 1.
 
-        Metrics beyond `step` are cut off first, as is a last line that a crash left unfinished. An attempt from
-        step 0 starts the journal anew; its `supersedes` is the time at which the journal it replaces began. A
-        reader, or a kill of this process, meanwhile finds the earlier journal whole, or the new one.
+        Metrics beyond `step` are cut off first, as is a last line that a crash left unfinished; an attempt before that
+        was killed gets the `end` that it lacks. An attempt from step 0 starts the journal anew, unless its last record
+        is a `restart`; its `supersedes` is the time at which the journal it replaces began. A reader, or a kill of
+        this process, meanwhile finds the earlier journal whole, or the new one.
         """
-        began = None if step > 0 else _began(self.path)
+        kept = _kept(self.path, step)
+        began = None if step > 0 or kept else _began(self.path)
         if began is not None:
             fields["supersedes"] = began
-        records = read_journal(self.path) if step > 0 else []
-        kept = [record for record in records if record.get("step", 0) <= step]
         attempt = 1 + sum(record.get("event") == "start" for record in kept)
         start = {"event": "start", **fields, "attempt": attempt, "time": time.time()}
         self._file.close()
@@ -110,6 +113,32 @@ def read_journal(path: Path) -> Iterator[dict[str, Any]]:
         for line in lines:
             if line.endswith("\n"):
                 yield json.loads(line)
+
+
+def _kept(path: Path, step: int) -> list[dict[str, Any]]:
+    """What of the journal `path` an attempt from `step` goes on with."""
+    try:
+        records = list(read_journal(path))
+    except (OSError, ValueError):
+        if step > 0:
+            raise
+        return []
+    if step > 0:
+        kept = [record for record in records if record.get("step", 0) <= step]
+    elif records and records[-1].get("event") == "restart":
+        kept = [record for record in records if "step" not in record]
+    else:
+        kept = []
+    return [*kept, *_missing_end(kept)]
+
+
+def _missing_end(records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The `end` of the last attempt in `records`, where it left none."""
+    events = [record["event"] for record in records if record.get("event") in ("start", "end")]
+    if not events or events[-1] == "end":
+        return []
+    end = {"event": "end", "status": "failed", "summary": None, "error": KILLED}
+    return [end | {"time": records[-1].get("time", 0.0)}]
 
 
 def _began(path: Path) -> float | None:

@@ -1,6 +1,7 @@
 """Ranks of this machine, killed and signalled: what the launch says of it, and what can go on from there."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,13 +11,14 @@ import pytest
 from programs import HANGS_S, TRAIN, cmdline, complaint, losses, wait_until
 
 from syncbn.launch import forks
+from syncbn.tracking import read_journal
 
 ENDLESS = ("tracking=journal", "model.hidden=[8]", "train.per_rank_batch=4", "train.steps=1000000",
            "optim.schedule=constant", "data=synthetic", "launcher.num_workers=2")  # fmt: skip
 
 
-def start(bench):
-    return bench.start(*TRAIN, *ENDLESS, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+def start(bench, *more):
+    return bench.start(*TRAIN, *ENDLESS, *more, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 
 def ended(process):
@@ -48,13 +50,45 @@ def wait_for_losses(bench):
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_killed_rank_is_what_the_launch_speaks_of(bench, rank):
-    process = start(bench)
+    process = start(bench, "launcher.max_restarts=0")
     wait_for_losses(bench)
     ranks_of(process)[rank].kill()
     result = ended(process)
     assert result.returncode == 75, result.stderr
-    assert f"rank {rank} died" in complaint(result)
+    assert f"rank {rank} died (killed by SIGKILL): start it again" in complaint(result)
     assert not bench.left_running()
+    end = list(read_journal(bench.folder / "runs" / "run" / "journal.jsonl"))[-1]
+    assert (end["event"], end["status"]) == ("end", "failed"), "also where rank 0 could not say so"
+
+
+WHOLE = ("name=it", "tracking=journal", "model.hidden=[16]", "train.per_rank_batch=8", "train.steps=300",
+         "train.checkpoint_every=20", "train.agree_every=5", "train.progress=false",
+         "launcher.num_workers=2")  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("resume", [True, False])
+def test_a_run_whose_rank_is_killed_goes_on_by_itself_to_the_bits_of_one_that_was_not(
+    bench, tmp_path, resume
+):
+    folders = [tmp_path / name / "it" for name in ("whole", "cut")]
+    whole = bench.run(*TRAIN, *WHOLE, "runs_dir=whole")
+    assert whole.returncode == 0, whole.stderr
+    if not resume:  # what the restart must not go on from
+        shutil.copytree(folders[0] / "checkpoints", folders[1] / "checkpoints")
+    command = (*TRAIN, *WHOLE, "runs_dir=cut", f"train.resume={resume}")
+    process = bench.start(*command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    wait_until(lambda: (folders[1] / "journal.jsonl").exists() and len(losses(folders[1])) > 50)
+    ranks_of(process)[1].kill()
+    result = ended(process)
+    assert result.returncode == 0, result.stderr
+    assert "rank 1 died (killed by SIGKILL): restart 1 of 3, going on from step" in result.stderr
+    assert losses(folders[0]) == losses(folders[1])
+    states = [(f / "checkpoints/step-000300/model.safetensors").read_bytes() for f in folders]
+    assert states[0] == states[1]
+    events = [r["event"] for r in read_journal(folders[1] / "journal.jsonl") if "event" in r]
+    story = [event for event in events if event != "checkpoint"]
+    assert story == ["start", "end", "restart", "start", "resume", "end"]
 
 
 def test_a_signal_to_the_launch_says_that_a_checkpoint_was_saved(bench):
