@@ -156,6 +156,11 @@ def of_rank(error: BaseException) -> int | None:
     return getattr(error, "rank", None)
 
 
+def class_of(error: BaseException) -> str:
+    """The name of the class of `error`, also where it comes from another rank."""
+    return getattr(error, "kind", "") or type(error).__name__
+
+
 def in_words(error: BaseException) -> str:
     """The message of `error`; of a bug of ours with its class, and the last line of ours that it came through."""
     if hasattr(error, "exit_code"):
@@ -168,7 +173,7 @@ def in_words(error: BaseException) -> str:
 
 def with_class(error: BaseException) -> str:
     """The message of `error` with the name of its class and, where it is another rank's, with that."""
-    kind = getattr(error, "kind", "") or type(error).__name__
+    kind = class_of(error)
     where = f" (rank {of_rank(error)})" if isinstance(error, RankFailed) else ""
     text = in_words(error)
     return (text if text.startswith(f"{kind}:") else f"{kind}: {text}") + where

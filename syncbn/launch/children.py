@@ -20,6 +20,7 @@ from syncbn.errors import (
     RankFailed,
     Stopped,
     SyncbnError,
+    class_of,
     exit_code,
     in_words,
     of_rank,
@@ -60,8 +61,8 @@ def _details(error: BaseException) -> str:
 
 
 def _report_of(error: BaseException) -> dict[str, Any]:
-    kind = getattr(error, "kind", "") or type(error).__name__
-    return _report(exit_code(error), in_words(error), _details(error), of_rank(error), kind)
+    said = (exit_code(error), in_words(error), _details(error))
+    return _report(*said, of_rank(error), class_of(error))
 
 
 def _report(

@@ -18,7 +18,7 @@ from ray.util.placement_group import PlacementGroup, placement_group, remove_pla
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from syncbn.config import Config
-from syncbn.errors import InfrastructureError, Stopped, SyncbnError
+from syncbn.errors import START_AGAIN, InfrastructureError, Stopped, SyncbnError
 from syncbn.launch.outcomes import LOST, STOPPED, kind
 from syncbn.launch.ray_progress import told
 from syncbn.launch.ray_worker import Ended, Work, Worker
@@ -177,8 +177,7 @@ def cause(ends: Mapping[int, End]) -> SyncbnError:
         return heard[0]
     dead = ", ".join(str(rank) for rank in killed)
     return InfrastructureError(
-        f"rank {dead} died ({_first_line(next(iter(killed.values())))}): "
-        "start it again to continue from its checkpoint"
+        f"rank {dead} died ({_first_line(next(iter(killed.values())))}): {START_AGAIN}"
     )
 
 

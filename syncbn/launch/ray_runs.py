@@ -1,21 +1,22 @@
 """Runs, studies and sweeps on Ray.
 
 One group of ranks serves a whole wave of a study's trials, because starting one costs more than a trial on digits
-takes. A run resumes from its own checkpoint, by the same command, on whichever launcher.
+takes. Where a worker dies, another group goes on from the run's own checkpoint, on the cluster that is there.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from syncbn.compare.study.design import most_processes
 from syncbn.compare.sweep.design import Sweep
-from syncbn.config import Config
+from syncbn.config import Config, RunConfig
 from syncbn.launch.ray_access import prepare_environment
 from syncbn.launch.ray_progress import run_progress, study_progress, sweep_progress
 
 if TYPE_CHECKING:
+    from syncbn.compare.study.design import Trial
     from syncbn.train import RunSummary
 
 
@@ -28,8 +29,13 @@ def launch_run(cfg: Config) -> "RunSummary":
     with _ray(cfg, cfg.num_ranks):
         from syncbn.launch.rank import run_rank
         from syncbn.launch.ray_ranks import fit
+        from syncbn.launch.restarts import Restarts, healed
 
-        return fit(cfg, run_rank, cfg.num_ranks, partial(run_progress, cfg))
+        def attempt(runs: Sequence[RunConfig]) -> "RunSummary":
+            run = cast(Config, runs[0])  # `cfg`, resumed
+            return fit(run, run_rank, cfg.num_ranks, partial(run_progress, cfg))
+
+        return healed(attempt, [cfg], Restarts(cfg.launcher.max_restarts))
 
 
 def launch_study(cfg: Config) -> dict[str, Any]:
@@ -40,13 +46,9 @@ def launch_study(cfg: Config) -> dict[str, Any]:
     """
     with _ray(cfg, most_processes(cfg)):
         from syncbn.compare.study.queue import run_trials
-        from syncbn.launch.ray_ranks import fit
         from syncbn.launch.study import conduct
 
-        progress = partial(study_progress, cfg)
-        return conduct(
-            cfg, lambda wave, processes: fit(cfg, partial(run_trials, wave), processes, progress)
-        )
+        return conduct(cfg, _healed_waves(cfg, run_trials, partial(study_progress, cfg)))
 
 
 def launch_sweep(sweep: Sweep) -> dict[str, Any]:
@@ -58,16 +60,27 @@ def launch_sweep(sweep: Sweep) -> dict[str, Any]:
     cfg = sweep.config
     with _ray(cfg, sweep.most_processes):
         from syncbn.compare.study.queue import run_trials
-        from syncbn.launch.ray_ranks import fit
         from syncbn.launch.sweep import conduct_sweep
 
-        progress = partial(sweep_progress, sweep)
-        return conduct_sweep(
-            sweep,
-            lambda wave, processes: fit(
-                cfg, partial(run_trials, wave, go_on=True), processes, progress
-            ),
+        work = partial(run_trials, go_on=True)
+        return conduct_sweep(sweep, _healed_waves(cfg, work, partial(sweep_progress, sweep)))
+
+
+def _healed_waves(
+    cfg: Config, work: Callable[..., None], progress: Callable[[], str]
+) -> "Callable[[Sequence[Trial], int], Any]":
+    """Lets so many ranks do `work` with a wave of trials; all waves of a launch share its restarts."""
+    from syncbn.launch.ray_ranks import fit
+    from syncbn.launch.restarts import Restarts, healed_wave
+
+    restarts = Restarts(cfg.launcher.max_restarts)
+
+    def run(wave: "Sequence[Trial]", processes: int) -> Any:
+        return healed_wave(
+            lambda left: fit(cfg, partial(work, left), processes, progress), wave, restarts
         )
+
+    return run
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from contextlib import closing
 from typing import Any, NamedTuple
 
 from syncbn.config import Config
-from syncbn.errors import RankFailed, exit_code, in_words, of_rank
+from syncbn.errors import RankFailed, class_of, exit_code, in_words, of_rank
 from syncbn.extensions import load_extensions
 from syncbn.runtime import Runtime, from_environment
 from syncbn.runtime.causes import cause_told
@@ -50,9 +50,8 @@ class Worker:
                 return Ended(work(cfg, runtime))
         except (Exception, SystemExit) as error:
             details = getattr(error, "details", "") or traceback.format_exc()
-            return Ended(
-                failure=RankFailed(in_words(error), exit_code(error), details, of_rank(error))
-            )
+            said = (in_words(error), exit_code(error), details, of_rank(error), class_of(error))
+            return Ended(failure=RankFailed(*said))
 
     def ask_to_stop(self, signal_number: int) -> None:
         """Pass on a signal that the driver received."""

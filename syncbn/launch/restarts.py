@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from syncbn.errors import (
     InfrastructureError,
     OutOfTime,
     Stopped,
+    class_of,
     exit_code,
     of_rank,
     with_class,
@@ -69,8 +71,8 @@ class Restarts:
 
 def heals(error: BaseException) -> bool:
     """Whether another attempt may succeed where `error` ended one, without a person."""
-    kind = getattr(error, "kind", "") or type(error).__name__
-    return exit_code(error) == InfrastructureError.exit_code and kind != OutOfTime.__name__
+    over = class_of(error) == OutOfTime.__name__
+    return exit_code(error) == InfrastructureError.exit_code and not over
 
 
 def healed(attempt: Attempt, runs: Runs, restarts: Restarts) -> Any:
@@ -134,14 +136,14 @@ def _is_left(cfg: RunConfig) -> bool:
 
 def _close(runs: Runs, restarts: Restarts, error: BaseException) -> None:
     """Let every attempt that has not said how it ended end with `error`."""
+    if class_of(error) == FolderInUse.__name__:
+        return  # it is another job's
     status = "stopped" if was_stopped(error) else "failed"
     reason = redact_text(with_class(error))
     for run in runs:
-        journal = run.folder / "journal.jsonl"
-        if journal.is_file():
-            _when_left(
-                run, lambda path=journal: close_attempt(path, restarts.since, status, reason)
-            )
+        path = run.folder / "journal.jsonl"
+        if run.folder.is_dir():
+            _when_left(run, partial(close_attempt, path, restarts.since, status, reason))
 
 
 def _note(run: RunConfig, restarts: Restarts, reason: str, step: int) -> None:

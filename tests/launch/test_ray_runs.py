@@ -3,13 +3,16 @@
 import json
 import re
 import socket
+import subprocess
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
-from programs import SUPPORT, TRAIN, losses
+from programs import SUPPORT, TRAIN, cmdline, losses, wait_until
 
 from syncbn.errors import RankFailed
+from syncbn.tracking import read_journal
 
 RUN = ("tracking=journal", "train.steps=12", "train.per_rank_batch=8", "model.hidden=[16]",
        "launcher.num_workers=2", "seed=3")  # fmt: skip
@@ -34,6 +37,43 @@ def test_ray_gives_the_bits_of_torchrun_and_leaves_nothing_behind(bench, tmp_pat
     assert session_folders() <= before
     assert not (tmp_path / ".ray").exists(), "no token in the home folder"
     assert not list((tmp_path / "runs" / "ray").glob(".ray*"))
+
+
+LONG = ("tracking=journal", "train.steps=400", "train.per_rank_batch=8", "model.hidden=[16]", "launcher.num_workers=2",
+        "train.checkpoint_every=20", "train.agree_every=5", "train.progress=false", "name=it")  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_run_whose_worker_is_killed_goes_on_by_itself_to_the_bits_of_one_that_was_not(
+    bench, tmp_path, rank
+):
+    folders = [tmp_path / name / "it" for name in ("whole", "cut")]
+    whole = bench.run(*TRAIN, *LONG, "runs_dir=whole")
+    assert whole.returncode == 0, whole.stderr
+    command = (*TRAIN, *LONG, "runs_dir=cut", "launcher=ray")
+    process = bench.start(*command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    wait_until(lambda: (folders[1] / "journal.jsonl").exists() and len(losses(folders[1])) > 50)
+    _worker(process, folders[1], rank).kill()
+    _, said = process.communicate(timeout=1000)
+    assert process.returncode == 0, said
+    assert re.search(rf"rank {rank} died \(.*\): restart 1 of 3, going on from step \d+0", said)
+    assert losses(folders[0]) == losses(folders[1])
+    states = [(f / "checkpoints/step-000400/model.safetensors").read_bytes() for f in folders]
+    assert states[0] == states[1]
+    events = [r["event"] for r in read_journal(folders[1] / "journal.jsonl") if "event" in r]
+    story = [event for event in events if event != "checkpoint"]
+    assert story == ["start", "end", "restart", "start", "resume", "end"]
+    assert not bench.left_running()
+
+
+def _worker(process, folder, rank):
+    """The process of `rank`: rank 0 holds the run's folder."""
+    main = int((folder / ".lock").read_text().split()[1])
+    workers = psutil.Process(process.pid).children(recursive=True)
+    others = [p for p in workers if "ray::Worker" in cmdline(p.pid) and p.pid != main]
+    return psutil.Process(main) if rank == 0 else others[0]
 
 
 GONE = "The actor died unexpectedly."

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 
+from syncbn.checkpoint import FolderInUse, RunLock
 from syncbn.compare.study.design import Trial
 from syncbn.compare.study.failure import note_failure
 from syncbn.compose import compose
@@ -204,6 +205,28 @@ def test_the_journal_of_an_earlier_launch_is_left_as_it_is(cfg):
     before = (cfg.folder / "journal.jsonl").read_bytes()
     healed(failing(DEAD), [cfg], Restarts(3))
     assert (cfg.folder / "journal.jsonl").read_bytes() == before
+
+
+def test_a_folder_that_another_job_holds_is_not_waited_for(cfg, monkeypatch):
+    monkeypatch.setattr(module, "LEFT_S", 1e9)
+    with RunLock(cfg.folder), pytest.raises(FolderInUse):
+        healed(failing(FolderInUse("in use")), [cfg], Restarts(3))
+
+
+def test_a_rank_that_is_still_there_has_left_before_the_next_attempt(cfg, monkeypatch):
+    monkeypatch.setattr(module, "LEFT_S", 60.0)
+    lock = RunLock(cfg.folder)
+    lock.__enter__()
+    threading.Timer(0.3, lambda: lock.__exit__(None, None, None)).start()
+
+    def attempt(runs):
+        left.append(lock._file is None)
+        if len(left) == 1:
+            raise DEAD
+
+    left = []
+    healed(attempt, [cfg], Restarts(3))
+    assert left == [False, True]
 
 
 def test_a_wave_goes_on_with_the_trials_that_have_neither_finished_nor_failed(cfg, capsys):
