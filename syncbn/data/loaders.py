@@ -5,19 +5,23 @@ is the rank's to raise. A loader ends with its rank and by its rank's word only:
 group are left to the rank, which saves a checkpoint for them.
 """
 
+import errno
 import os
-import re
 import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from multiprocessing import active_children
+from multiprocessing.connection import wait
+from multiprocessing.process import BaseProcess
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from syncbn.data.parcels import Parcel, packed
 from syncbn.errors import InfrastructureError, SyncbnError
 from syncbn.extensions import failures_named
 from syncbn.signals import STOPPING
@@ -27,6 +31,9 @@ Key = tuple[int, Tensor]
 """A step and the indices of its samples, int64 (n,)."""
 Fetch = Callable[[int, Tensor], tuple[Tensor, Any]]
 """Inputs and targets of the samples of a step."""
+
+ENDING_S = 1.0
+"""A process that is ending closes its connections this much, at most, before it can be seen to have ended."""
 
 
 @dataclass(frozen=True)
@@ -68,39 +75,63 @@ def _from_loaders(
     loader = DataLoader(
         _Batches(fetch),
         batch_size=None,  # an item is a whole batch
-        sampler=keys,
+        sampler=((step, indices.numpy()) for step, indices in keys),  # sent without /dev/shm
         num_workers=loading.num_loaders,
         collate_fn=_as_it_is,
         worker_init_fn=_leave_signals_to_the_rank,
         pin_memory=loading.pin_memory,
         generator=torch.Generator(),  # else the loader draws from the global one
+        multiprocessing_context="fork",  # not as the rank was started, which may be by a server that a signal ends
     )
+    batches, loaders = _started(loader)
     try:
-        with _without_torchs_handler():
-            batches = iter(loader)
-        for batch in batches:
+        for sent in batches:
+            batch = (
+                sent.opened() if isinstance(sent, Parcel) else sent
+            )  # it is, where memory is pinned
             if isinstance(batch, SyncbnError):
                 raise batch
             yield batch
     except (RuntimeError, OSError, EOFError) as error:
-        killed = _killed(error)
-        if killed is None:
+        lost = _lost(error, loaders)
+        if lost is None:
             raise
-        raise killed from error
+        raise lost from error
+
+
+def _started(loader: DataLoader[Any]) -> tuple[Iterator[Any], list[BaseProcess]]:
+    """What `loader` gives, and its processes.
+
+    Raises:
+        InfrastructureError: `/dev/shm` is full.
+    """
+    before = set(active_children())
+    try:
+        with _without_signals():
+            batches = iter(loader)
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        raise InfrastructureError(
+            "loaders cannot be started, because /dev/shm is full: free it, give a container more (docker run "
+            "--shm-size=2g), or set data.num_loaders=0"
+        ) from error
+    return batches, [process for process in active_children() if process not in before]
 
 
 class _Batches(Dataset[Any]):
-    """Batches by key; a failure with a message of its own is handed over as it is, without a process's traceback."""
+    """Batches by key, ready to be sent; a failure with a message of its own comes as it is, without a traceback."""
 
     def __init__(self, fetch: Fetch) -> None:
         self._fetch = fetch
 
-    def __getitem__(self, key: Key) -> Any:
+    def __getitem__(self, key: tuple[int, Any]) -> Parcel:
+        step, indices = key
         try:
             with failures_named():
-                return self._fetch(*key)
+                return packed(self._fetch(step, torch.from_numpy(indices)))
         except SyncbnError as error:
-            return error
+            return packed(error)
 
 
 def _as_it_is(batch: Any) -> Any:
@@ -108,11 +139,10 @@ def _as_it_is(batch: Any) -> Any:
 
 
 def _leave_signals_to_the_rank(_loader: int) -> None:
-    """In a loader: ignore what asks a run to stop, and heed SIGTERM from the rank alone."""
+    """In a loader, which starts with all of `STOPPING` blocked: heed SIGTERM from the rank alone."""
     for number in STOPPING:
         if number != signal.SIGTERM:
             signal.signal(number, signal.SIG_IGN)
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     threading.Thread(target=_end_when_the_rank_says, args=(os.getppid(),), daemon=True).start()
 
 
@@ -123,29 +153,41 @@ def _end_when_the_rank_says(rank: int) -> None:
 
 
 @contextmanager
-def _without_torchs_handler() -> Iterator[None]:
-    """Within, loaders may be started; torch's handler of SIGCHLD does not stay.
+def _without_signals() -> Iterator[None]:
+    """Within, loaders may be started: signals wait until the end, so that none reaches a loader before it is ready.
 
-    It would raise in whatever the rank does when a loader dies. Without it, the wait for a batch tells, within 5 s.
+    Torch's handler of SIGCHLD does not stay. It would raise in whatever the rank does when a loader dies; without it,
+    the wait for a batch tells, within 5 s.
     """
     before = signal.getsignal(signal.SIGCHLD)
-    yield
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGCHLD, before or signal.SIG_DFL)
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGCHLD, before or signal.SIG_DFL)
 
 
-def _killed(error: Exception) -> InfrastructureError | None:
-    """What shows that a loader is dead, as an error of ours; None where `error` is another.
+def _lost(error: Exception, loaders: list[BaseProcess]) -> InfrastructureError | None:
+    """Which of `loaders` died, as an error of ours; None where all live, and `error` is what one of them raised.
 
-    Torch finds it dead, or fails first to fetch the memory of its last batch, which went with it.
+    Torch finds one dead, or fails first to fetch the memory of its last batch, which went with it.
     """
-    text = str(error)
-    dead = re.search(r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\)", text)
-    lost = not isinstance(error, RuntimeError) and "in DataLoader worker process" not in text
-    if dead is None and not lost:
+    if "in DataLoader worker process" in str(error):
         return None
-    which = f"loader process {dead[1]}" if dead else "a loader process"
+    ended = wait([loader.sentinel for loader in loaders], ENDING_S)
+    dead = [loader for loader in loaders if loader.sentinel in ended]
+    if not dead:
+        return None
+    which = ", ".join(f"{loader.pid} ({_end_of(loader)})" for loader in dead)
     return InfrastructureError(
-        f"{which} was killed, most often for lack of memory: with fewer data.num_loaders or a smaller "
+        f"loader process {which} was lost, most often for lack of memory: with fewer data.num_loaders or a smaller "
         "train.per_rank_batch the same command continues from the latest checkpoint"
     )
+
+
+def _end_of(loader: BaseProcess) -> str:
+    loader.join()
+    code = loader.exitcode or 0
+    return f"exit {code}" if code >= 0 else f"killed by signal {-code}"

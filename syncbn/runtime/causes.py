@@ -20,7 +20,7 @@ from syncbn.errors import (
     exit_code,
     in_words,
 )
-from syncbn.norm import RanksDisagree
+from syncbn.norm import RankLost, RanksDisagree
 from syncbn.runtime.base import Runtime
 
 PATIENCE_S = 1.0
@@ -28,8 +28,14 @@ PATIENCE_S = 1.0
 _KEY = "syncbn/cause/{}"
 _LOST = re.compile("connection (closed|reset) by peer|broken pipe|socket closed", re.IGNORECASE)
 """What gloo says when a rank exited."""
-_IN_CONSEQUENCE = (RanksDisagree.exit_code, InfrastructureError.exit_code)
-"""Exit codes that may say no more than that another rank did not come."""
+
+
+class OtherRankExited(InfrastructureError):
+    """A connection to another rank was closed, and none has said why."""
+
+
+_IN_CONSEQUENCE = (RanksDisagree, RankLost, OtherRankExited)
+"""Errors that may say no more than that another rank did not come."""
 
 
 @contextmanager
@@ -61,14 +67,14 @@ def cause_told(runtime: Runtime, work: str = "") -> Iterator[None]:
 def _cause_of(error: BaseException, runtime: Runtime, key: str) -> Exception | None:
     """What to raise in place of `error`; None where this rank failed by itself, which it then tells the others."""
     is_lost = not hasattr(error, "exit_code") and _LOST.search(str(error)) is not None
-    follows = is_lost or exit_code(error) in _IN_CONSEQUENCE
+    follows = is_lost or isinstance(error, _IN_CONSEQUENCE)
     if follows or _may_follow(error):
         text = _read(runtime, key, PATIENCE_S if follows else 0.0)
         told = None if text is None else json.loads(text)
         if told is not None and told["rank"] != runtime.rank:
             return RankFailed(**told)
     if is_lost:
-        return InfrastructureError(
+        return OtherRankExited(
             "another rank exited: where it left no message of its own, start it again to continue from its checkpoint"
         )
     if not follows and not isinstance(error, RankFailed):

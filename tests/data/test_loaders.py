@@ -1,5 +1,6 @@
 """Loader processes: whose signals they heed, and what the rank learns when they fail or die."""
 
+import multiprocessing
 import os
 import signal
 
@@ -40,6 +41,31 @@ def test_a_loader_leaves_signals_to_its_rank():
     assert [int(pid) for pid, _ in batches] == [loader] * 3
 
 
+def parents(step: int, indices: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.tensor([os.getppid()]), indices
+
+
+def test_a_loader_is_a_child_of_its_rank_however_the_rank_was_started():
+    method = multiprocessing.get_start_method()
+    multiprocessing.set_start_method("forkserver", force=True)  # as in ranks that a server forked
+    try:
+        assert {int(pid) for pid, _ in fetched(parents, KEYS, Loading(1))} == {os.getpid()}
+    finally:
+        multiprocessing.set_start_method(method, force=True)
+
+
+def blocked(step: int, indices: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.tensor(sorted(signal.pthread_sigmask(signal.SIG_BLOCK, ()))), indices
+
+
+def test_no_signal_to_all_processes_reaches_a_loader_before_it_is_ready():
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    mask, _ = next(batches := fetched(blocked, KEYS, Loading(1)))
+    assert set(STOPPING) <= set(mask.tolist())
+    assert signal.pthread_sigmask(signal.SIG_BLOCK, ()) == before
+    list(batches)
+
+
 def killed_at_2(step: int, indices: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     if step == 2:
         os.kill(os.getpid(), signal.SIGKILL)
@@ -48,7 +74,7 @@ def killed_at_2(step: int, indices: torch.Tensor) -> tuple[torch.Tensor, torch.T
 
 def test_a_killed_loader_is_named_and_the_same_command_continues():
     with pytest.raises(
-        InfrastructureError, match=r"^(a )?loader process.* was killed, .*memory"
+        InfrastructureError, match=r"^(a )?loader process.* .* was lost, .*memory"
     ) as e:
         list(fetched(killed_at_2, KEYS, Loading(1)))
     assert exit_code(e.value) == 75
@@ -56,13 +82,17 @@ def test_a_killed_loader_is_named_and_the_same_command_continues():
 
 
 def test_a_batch_that_went_with_its_loader_tells_of_it_too(monkeypatch):
+    batches = fetched(pids, KEYS, Loading(1))
+    loader = int(next(batches)[0])
+
     def lost(*args: object) -> object:
+        os.kill(loader, signal.SIGKILL)
         raise ConnectionResetError(104, "Connection reset by peer")
 
-    batches = fetched(pids, KEYS, Loading(1))
-    next(batches)
     monkeypatch.setattr(DataLoaderIter, "_next_data", lost)
-    with pytest.raises(InfrastructureError, match=r"^a loader process was killed"):
+    with pytest.raises(
+        InfrastructureError, match=rf"^loader process {loader} \(killed by signal 9\)"
+    ):
         next(batches)
 
 

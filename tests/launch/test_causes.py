@@ -18,7 +18,7 @@ from syncbn.errors import (
     exit_code,
     with_class,
 )
-from syncbn.norm import RanksDisagree
+from syncbn.norm import RankLost, RanksDisagree
 from syncbn.runtime import causes
 from syncbn.runtime.base import Solo
 from syncbn.runtime.causes import cause_told
@@ -57,10 +57,24 @@ def raised(error, runtime, work=""):
 
 
 @pytest.mark.parametrize(
-    "own", [DataError("sample 7 is damaged"), MemoryError("no room"), KeyError("x"), SystemExit(3)]
+    "own",
+    [
+        DataError("sample 7 is damaged"),
+        InfrastructureError("loader process 7 was lost"),
+        OSError(28, "No space left on device"),
+        MemoryError("no room"),
+        KeyError("x"),
+        SystemExit(3),
+    ],
 )
 @pytest.mark.parametrize(
-    "consequence", [RanksDisagree("rank 1 left"), RuntimeError(CLOSED), RuntimeError("out of step")]
+    "consequence",
+    [
+        RanksDisagree("rank 1 left"),
+        RankLost("rank 1 exited"),
+        RuntimeError(CLOSED),
+        RuntimeError("out of step"),
+    ],
 )
 def test_what_follows_from_another_ranks_failure_is_said_to_be_that(ranks, own, consequence):
     assert raised(own, ranks[1]) is own
