@@ -3,11 +3,13 @@
 
 PYTHON ?= python3
 PORT ?= 5000
+MINUTES ?= 10
+SEED ?= 0
 BIN = .venv/bin
 STAMP = .venv/.installed
 PYTEST_OPTIONS = --numprocesses 3 --dist loadscope
 
-.PHONY: help setup demo studies studies-fast ui test test-all coverage bench lint lock settings
+.PHONY: help setup demo studies studies-fast ui test test-all chaos coverage bench lint lock settings
 .DEFAULT_GOAL := help
 
 help: ## List these targets
@@ -44,6 +46,9 @@ test: $(STAMP) ## Run the tests that need no GPU and are not slow; every line of
 
 test-all: $(STAMP) ## Run all tests; those that need a GPU skip where there is none
 	@$(BIN)/python -m pytest
+
+chaos: $(STAMP) ## Let seeded faults happen to runs on each launcher, and print what came of them (MINUTES=10 SEED=0)
+	@PYTHONPATH=tests/support $(BIN)/python tests/faults/chaos.py --minutes $(MINUTES) --seed $(SEED)
 
 coverage: $(STAMP) ## Run the tests of `make test`, then list the lines of the whole package that they left out
 	@$(BIN)/python -m pytest $(PYTEST_OPTIONS) -m "not gpu and not slow" --cov --cov-report=
