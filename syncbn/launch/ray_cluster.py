@@ -19,9 +19,10 @@ import grpc
 import psutil
 import ray
 from ray.core.generated import gcs_service_pb2, gcs_service_pb2_grpc
+from ray.exceptions import RayError
 
 from syncbn.config import RunConfig
-from syncbn.errors import NotAuthorised, ServiceUnreachable, UsageError
+from syncbn.errors import InfrastructureError, NotAuthorised, ServiceUnreachable, UsageError
 from syncbn.launch.ray_access import require_capacity
 from syncbn.launch.ray_watch import ended_without
 
@@ -41,6 +42,7 @@ def connected(cfg: RunConfig, num_ranks: int, address: str | None) -> Iterator[N
         UsageError: the cluster has too few CPUs or GPUs, or cannot be joined from this machine.
         ServiceUnreachable: nothing answers at the address as a Ray cluster does.
         NotAuthorised: the cluster refuses the token, or asks for none.
+        InfrastructureError: one of our own did not start.
     """
     threads = str(cfg.train.num_threads)
     runtime_env = {"env_vars": {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}}
@@ -59,6 +61,15 @@ def _started(runtime_env: dict[str, dict[str, str]]) -> Iterator[None]:
     """A cluster on this machine that leaves nothing behind."""
     folder = tempfile.mkdtemp(prefix="syncbn-", dir="/tmp")  # sockets need a short path
     try:
+        _start(folder, runtime_env)
+        yield
+    finally:
+        _shut_down(folder)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _start(folder: str, runtime_env: dict[str, dict[str, str]]) -> None:
+    try:
         ray.init(
             num_cpus=len(os.sched_getaffinity(0)),
             include_dashboard=False,
@@ -68,10 +79,11 @@ def _started(runtime_env: dict[str, dict[str, str]]) -> Iterator[None]:
             _node_ip_address="127.0.0.1",
             _temp_dir=folder,
         )
-        yield
-    finally:
-        _shut_down(folder)
-        shutil.rmtree(folder, ignore_errors=True)
+    except (RayError, OSError, RuntimeError, ValueError) as error:
+        raise InfrastructureError(
+            f"Ray did not start on this machine ({' '.join(str(error).split())[:300]}): it gives its processes half a "
+            "minute, which a busy machine may not; the same command may succeed"
+        ) from error
 
 
 def _shut_down(folder: str) -> None:
@@ -79,13 +91,19 @@ def _shut_down(folder: str) -> None:
 
     Ray gives them a second and more to end by themselves, one after the other. Nothing of theirs is needed any more.
     """
-    servers = [p for p in psutil.Process().children() if folder in " ".join(p.cmdline())]
+    servers = [p for p in psutil.Process().children() if _is_in(folder, p)]
     processes = servers + [child for server in servers for child in server.children(recursive=True)]
     killer = Timer(DISCONNECT_S, _kill, [processes])
     killer.start()
     ray.shutdown()
     killer.join()
     psutil.wait_procs(processes, timeout=SHUTDOWN_TIMEOUT_S)
+
+
+def _is_in(folder: str, process: psutil.Process) -> bool:
+    with suppress(psutil.Error):  # it has ended
+        return folder in " ".join(process.cmdline())
+    return False
 
 
 def _kill(processes: list[psutil.Process]) -> None:

@@ -11,7 +11,7 @@ import psutil
 import pytest
 from programs import SUPPORT, TRAIN, cmdline, losses, wait_until
 
-from syncbn.errors import RankFailed
+from syncbn.errors import InfrastructureError, RankFailed
 from syncbn.tracking import read_journal
 
 RUN = ("tracking=journal", "train.steps=12", "train.per_rank_batch=8", "model.hidden=[16]",
@@ -156,3 +156,19 @@ def test_failing_ranks_come_back_with_their_exit_codes(bench, tmp_path):
     assert re.fullmatch(r"KeyError: 'missing' at ray_worker\.py:\d+", message)
     assert outcomes["dies"][0] == 75
     assert not bench.left_running()
+
+
+def test_a_cluster_that_does_not_start_can_be_tried_again(monkeypatch, tmp_path):
+    cluster = pytest.importorskip("syncbn.launch.ray_cluster")
+    folder = tmp_path / "session"
+    folder.mkdir()
+
+    def late(**_):
+        raise RuntimeError("Failed to start GCS.\n Last lines of error files: none")
+
+    monkeypatch.setattr(cluster.tempfile, "mkdtemp", lambda **_: str(folder))
+    monkeypatch.setattr(cluster.ray, "init", late)
+    told = r"^Ray did not start on this machine \(Failed to start GCS\. Last"
+    with pytest.raises(InfrastructureError, match=told), cluster._started({}):
+        pytest.fail("it has not started")
+    assert not folder.exists()
