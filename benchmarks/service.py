@@ -38,7 +38,12 @@ from syncbn.train.stopping import StopRequest
 
 BLOCK = 10
 """Steps of a turn; as many as between two agreements, so that each turn of the service has one."""
-ENDLESS = ("train.steps=1000000000", "optim.schedule=constant", "launcher.num_workers=2")
+ENDLESS = (
+    "train.steps=1000000000",
+    "train.checkpoint_every_s=0",
+    "optim.schedule=constant",
+    "launcher.num_workers=2",
+)
 SILENT = ("train.log_every=1000000000",)
 CASES = {
     "resnet18": ("model=resnet18", "data=synthetic", "data.image_size=64", "train.per_rank_batch=8", "optim.lr=0.01"),

@@ -184,6 +184,11 @@ CHECKS = (
     _whole("train.log_every", 1),
     _whole("train.agree_every", 1),
     _whole("train.checkpoint_every", 0),
+    Check(
+        "train.checkpoint_every_s",
+        lambda seconds: seconds is None or (math.isfinite(seconds) and seconds >= 0),
+        "a finite number >= 0, or none",
+    ),
     _positive("train.time_limit_s"),
     _whole("train.patience", 1),
     _between("train.target_error", 0.0, 1.0),

@@ -85,7 +85,11 @@ SYNONYMS: Mapping[str, tuple[str, str]] = {
     ),
     "save_every save_steps save_freq save_interval checkpoint_interval save_strategy": (
         "train.checkpoint_every",
-        "in optimiser steps",
+        "in optimiser steps; train.checkpoint_every_s is in seconds",
+    ),
+    "train_time_interval save_interval_s save_every_s checkpoint_interval_s save_every_seconds": (
+        "train.checkpoint_every_s",
+        "in seconds",
     ),
     "eval_steps eval_interval eval_freq val_every val_interval val_check_interval eval_strategy": (
         "train.eval_every",

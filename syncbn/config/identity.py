@@ -16,7 +16,14 @@ _NOT_IN_HASH = {"name", "runs_dir", "tracking", "study", "extensions"}
 _NOT_IN_HASH_OF = {
     "model": {"download"},
     "data": {"root", "download", "num_loaders", "pin_memory"},
-    "train": {"resume", "progress", "checkpoint_every", "keep_best", "time_limit_s"},
+    "train": {
+        "resume",
+        "progress",
+        "checkpoint_every",
+        "checkpoint_every_s",
+        "keep_best",
+        "time_limit_s",
+    },
     "launcher": {
         "name",
         "address",

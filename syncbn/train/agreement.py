@@ -1,4 +1,4 @@
-"""Agreement between ranks: every few steps one small all-reduce carries losses, and requests to stop.
+"""Agreement between ranks: every few steps one small all-reduce carries losses, and requests to stop and to save.
 
 Whether the loop goes on must be decided alike on all ranks, or the next collective never ends. So a rank never acts on
 its own loss, clock or signal, only on the sum over all ranks. The sum is started after a step and read a step later,
@@ -9,12 +9,26 @@ import math
 import signal
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from syncbn.errors import NonFinite
 from syncbn.runtime.base import Runtime
+
+
+class Agreed(NamedTuple):
+    """What all ranks know, each the same."""
+
+    losses: dict[int, float]
+    """The mean loss by step."""
+    out_of_time: bool
+    """Whether time is up on rank 0."""
+    save_due: bool
+    """Whether a save is due by rank 0's clock."""
+    signal_number: int
+    """The signal that asked one of them to stop, or 0."""
 
 
 @dataclass
@@ -41,15 +55,15 @@ class Agreement:
         """Whether there is something to `finish`."""
         return self._sum is not None
 
-    def start(self, signal_number: int, out_of_time: bool) -> None:
+    def start(self, signal_number: int, out_of_time: bool, save_due: bool) -> None:
         """Start the one sum: losses, a count of each signal, rank 0's clock, and a flag a rank; a collective."""
         runtime, shares = self.runtime, self._shares()
         self._steps = [step for step, _, _ in self._parts]
         self._parts.clear()
         bad = [0.0] * runtime.world_size
         bad[runtime.rank] = float(not all(map(math.isfinite, shares)))
-        late = float(out_of_time and runtime.is_main)
-        values = [*shares, *_votes(signal_number), late, *bad]  # numbers: few tensor operations
+        clock = [float(flag and runtime.is_main) for flag in (out_of_time, save_due)]
+        values = [*shares, *_votes(signal_number), *clock, *bad]  # numbers: few tensor operations
         self._sum = runtime.start_sum(_on(runtime, values))
 
     def _shares(self) -> list[float]:
@@ -58,8 +72,8 @@ class Agreement:
         losses = torch.stack([loss for _, loss, _ in self._parts]).tolist()
         return [loss / whole for loss, (_, _, whole) in zip(losses, self._parts, strict=True)]
 
-    def finish(self) -> tuple[dict[int, float], bool, int]:
-        """What ranks agreed on: mean loss by step, whether time is up on rank 0, and a signal or 0; waits for the sum.
+    def finish(self) -> Agreed:
+        """What ranks agreed on; waits for the sum.
 
         Raises:
             NonFinite: a loss is NaN or infinite; names the step and the ranks.
@@ -69,14 +83,14 @@ class Agreement:
         total, steps = self._sum().tolist(), self._steps
         self._sum = None
         losses = dict(zip(steps, total, strict=False))
-        interrupted, terminated, late, *bad = total[len(steps) :]
+        interrupted, terminated, late, save_due, *bad = total[len(steps) :]
         if any(bad):
             ranks = ", ".join(str(rank) for rank, flag in enumerate(bad) if flag)
             step = next(step for step, loss in losses.items() if not math.isfinite(loss))
             raise NonFinite(
                 f"the loss of step {step} is not finite on rank {ranks}: lower optim.lr, or set optim.clip_norm"
             )
-        return losses, bool(late), _outcome(interrupted, terminated)
+        return Agreed(losses, bool(late), bool(save_due), _outcome(interrupted, terminated))
 
 
 def agreed_signal(signal_number: int, runtime: Runtime) -> int:

@@ -62,6 +62,8 @@ class Loop:
         self.state, self.tracker, self.stop = state, tracker, stop
         self.agreement = Agreement(state.runtime)
         self.saving = Saving(state, tracker)
+        self.save_due = False
+        """Whether all ranks know that a save is due by the clock."""
         self.started = time.monotonic()
         self.seconds_before = state.standing.seconds
 
@@ -177,21 +179,24 @@ class Loop:
             )
         self.saving.check()
         best = state.standing.kept_step == state.step
-        if (saving or best) and not (last or enough):
+        by_clock = self.save_due and (agreeing or measuring) and not self.agreement.started
+        if (saving or best or by_clock) and not (last or enough):
             self._take_time()
             self.saving.start()
+            self.save_due = False
         return enough
 
     def _agree(self, due: bool, at_once: bool) -> tuple[bool, int]:
         """Whether all ranks know that time is over, and the signal to stop, or 0.
 
         What they agree on where it is `due` they know a step later, when the exchange has cost no time; `at_once`
-        waits for it.
+        waits for it. A save by the clock is made where an agreement is due anyway, so that no number depends on it.
         """
         late, asked = self._heard()
         at_once = at_once or late or asked > 0  # the losses since then belong to this attempt
+        at_once = at_once or (due and self.save_due)
         if due or at_once:
-            self.agreement.start(self.stop.signal_number, self._out_of_time())
+            self.agreement.start(self.stop.signal_number, self._out_of_time(), self.saving.is_due())
         if at_once or self.state.runtime.world_size == 1:
             late_now, asked_now = self._heard()
             late, asked = late or late_now, asked or asked_now
@@ -206,7 +211,8 @@ class Loop:
         if not self.agreement.started:
             return False, 0
         cfg = self.state.cfg
-        losses, late, asked = self.agreement.finish()
+        losses, late, save_due, asked = self.agreement.finish()
+        self.save_due = self.save_due or save_due
         for step, loss in losses.items():
             if _due(step, cfg.train.log_every):
                 rate = learning_rate(step - 1, cfg.optim, cfg.train.steps, cfg.global_batch)

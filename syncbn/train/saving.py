@@ -2,9 +2,12 @@
 
 Decisions: all that a checkpoint holds is copied before the next step changes it, and copying changes nothing of the
 run, so that its numbers do not depend on when it is saved. One write is under way at a time; a save that must be made
-waits for it. What a write failed of is raised by the step after it, unless a later save has succeeded.
+waits for it. What a write failed of is raised by the step after it, unless a later save has succeeded. How often a run
+is saved that says nothing of it follows from what a save costs: the copy, and the thread's time on a processor.
 """
 
+import math
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict
@@ -16,12 +19,26 @@ import torch
 from torch import Tensor, nn
 
 from syncbn.checkpoint import Background, Memory, Meta, rng, save
-from syncbn.config import resume_hash
+from syncbn.config import TrainConfig, resume_hash
 from syncbn.runtime.base import Runtime
 from syncbn.sharded import whole
 from syncbn.tracking import Tracker
 from syncbn.train.evaluation import settled_buffers
 from syncbn.train.state import State, parts
+
+SHARE = 0.01
+"""Of a run's time that saves by the clock may take."""
+SOONEST_S, LATEST_S = 30.0, 300.0
+"""Bounds of the time between two of them; the second is what a fault may lose, whatever a save costs."""
+
+
+def seconds_between(train: TrainConfig, cost_s: float) -> float:
+    """Seconds from one save to the next by the clock, where a save costs `cost_s`; infinite where it makes none."""
+    if train.checkpoint_every_s is not None:
+        return train.checkpoint_every_s or math.inf
+    if train.checkpoint_every > 0:
+        return math.inf
+    return min(max(cost_s / SHARE, SOONEST_S), LATEST_S)
 
 
 class Saving:
@@ -30,9 +47,15 @@ class Saving:
     def __init__(self, state: State, tracker: Tracker) -> None:
         self._state, self._tracker = state, tracker
         self._memory = Memory()
-        self._write: Background[Path] = Background()
+        self._write: Background[tuple[Path, float]] = Background()
         self._step = 0
         """Of the write under way, or the last."""
+        self._copied_at, self._copy_s, self._cost_s = time.monotonic(), 0.0, 0.0
+
+    def is_due(self) -> bool:
+        """Whether this rank's clock says that the run should be saved; not while a write is under way."""
+        every_s = seconds_between(self._state.cfg.train, self._cost_s)
+        return not self._write.running and time.monotonic() - self._copied_at >= every_s
 
     def start(self) -> None:
         """Copy the run as it stands and begin to write it; a collective that waits for the write before.
@@ -41,10 +64,13 @@ class Saving:
             RanksDisagree: synchronised running statistics differ between ranks.
         """
         self.close()
+        began = time.monotonic()
         write = self._copied()
+        self._copied_at = time.monotonic()
+        self._copy_s = self._copied_at - began
         if write is not None:
             self._step = self._state.step
-            self._write.start(write)
+            self._write.start(partial(_timed, write))
 
     def check(self) -> None:
         """Report the write that has ended since the last time, if one has.
@@ -57,8 +83,10 @@ class Saving:
 
     def wait(self) -> None:
         """Return when no write is under way; as `check`."""
-        path = self._write.wait()
-        if path is not None:
+        written = self._write.wait()
+        if written is not None:
+            path, seconds = written
+            self._cost_s = self._copy_s + seconds
             self._tracker.event("checkpoint", step=self._step, folder=path.name)
 
     def finish(self) -> None:
@@ -97,6 +125,12 @@ class Saving:
         )
         folder = state.cfg.folder / "checkpoints"
         return partial(save, folder, model, optimizer, meta, extra=extra, best=_best(state))
+
+
+def _timed(write: Callable[[], Path]) -> tuple[Path, float]:
+    """What `write` returns, and the seconds that its thread spent on a processor."""
+    began = time.thread_time()
+    return write(), time.thread_time() - began
 
 
 def _states(state: State) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:

@@ -1,5 +1,6 @@
 """Range checks: what cannot be meant is refused before anything is loaded, with key, value and what is allowed."""
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -32,6 +33,8 @@ REFUSED = {
     "train.shares='by_size'": Config(train=TrainConfig(shares="by_size")),
     "launcher.processes=0": Config(launcher=LauncherConfig(processes=0)),
     "probe.names=['shift', 'shfit']": Config(probe=ProbeConfig(names=["shift", "shfit"])),
+    "train.checkpoint_every_s=-1.0": Config(train=TrainConfig(checkpoint_every_s=-1.0)),
+    "train.checkpoint_every_s=nan": Config(train=TrainConfig(checkpoint_every_s=math.nan)),
     "probe.every=-1": Config(probe=ProbeConfig(every=-1)),
     "probe.first=-1": Config(probe=ProbeConfig(first=-1)),
     "probe.samples=0": Config(probe=ProbeConfig(samples=0)),

@@ -1,20 +1,33 @@
-"""Checkpoints are copied between two steps and written while training goes on."""
+"""Checkpoints are copied between two steps, written while training goes on, and made from time to time unasked."""
 
+import itertools
+import math
 import threading
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from types import SimpleNamespace
 from unittest.mock import patch
 
 import pytest
 import torch
+from saves import written_at_once
 from stops import asked_to_stop_at
 
 from syncbn.checkpoint import load_latest
-from syncbn.config import DataConfig, ModelConfig, OptimConfig, RunConfig, TrainConfig
+from syncbn.config import (
+    DataConfig,
+    ModelConfig,
+    OptimConfig,
+    RunConfig,
+    TrainConfig,
+    config_hash,
+    resume_hash,
+)
 from syncbn.errors import CheckpointError, Stopped
 from syncbn.runtime import Solo
 from syncbn.tracking import read_journal
 from syncbn.train import loop, recorded_run, saving
+from syncbn.train.saving import seconds_between
 
 SOLO = Solo(torch.device("cpu"))
 PATIENCE_S = 20.0
@@ -160,3 +173,88 @@ def test_a_run_that_fails_leaves_no_write_under_way(tmp_path):
         recorded_run(cfg, SOLO)
     assert "checkpoint" not in [thread.name for thread in threading.enumerate()]
     assert _saved(cfg) == [5]
+
+
+# By the clock
+
+
+@pytest.mark.parametrize(
+    ("options", "cost_s", "expected_s"),
+    [
+        ({}, 0.0, 30.0),
+        ({}, 1.0, 100.0),
+        ({}, 60.0, 300.0),
+        ({"checkpoint_every_s": 5.0}, 1.0, 5.0),
+        ({"checkpoint_every_s": 0.0}, 0.0, math.inf),
+        ({"checkpoint_every": 100}, 0.0, math.inf),
+        ({"checkpoint_every": 100, "checkpoint_every_s": 5.0}, 0.0, 5.0),
+    ],
+)
+def test_saves_take_a_hundredth_of_the_time_within_bounds_unless_told(options, cost_s, expected_s):
+    assert seconds_between(TrainConfig(**options), cost_s) == pytest.approx(expected_s)
+
+
+def test_how_often_a_run_is_saved_is_not_part_of_its_hash(tmp_path):
+    plain, saved = (_config(tmp_path, checkpoint_every_s=every_s) for every_s in (None, 5.0))
+    assert (config_hash(plain), resume_hash(plain)) == (config_hash(saved), resume_hash(saved))
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """The time by which saves are made, in seconds: it passes by `a_step` with each, `of_a_write` in a thread."""
+    clock = SimpleNamespace(now=0.0, a_step=1.0, of_a_write=0.0)
+    in_thread = itertools.count()
+
+    def backward(state, *batch):
+        clock.now += clock.a_step
+        return real(state, *batch)
+
+    real = loop._backward
+    monkeypatch.setattr(loop, "_backward", backward)
+    times = SimpleNamespace(
+        monotonic=lambda: clock.now, thread_time=lambda: next(in_thread) * clock.of_a_write
+    )
+    monkeypatch.setattr(saving, "time", times)
+    return clock
+
+
+@pytest.fixture
+def at_once():
+    with written_at_once():
+        yield
+
+
+def test_a_run_left_alone_is_saved_from_time_to_time_where_ranks_agree(tmp_path, clock, at_once):
+    clock.a_step = 1.0
+    cfg = _config(tmp_path, steps=100, agree_every=8)
+    recorded_run(cfg, SOLO)
+    assert _saved(cfg) == [32, 64, 96, 100]
+
+
+def test_a_run_whose_saves_cost_more_is_saved_less_often(tmp_path, clock, at_once):
+    clock.of_a_write = 0.5
+    cfg = _config(tmp_path, steps=100, agree_every=8)
+    recorded_run(cfg, SOLO)
+    assert _saved(cfg) == [32, 88, 100]
+
+
+@pytest.mark.parametrize("options", [{"steps": 29}, {"checkpoint_every_s": 0.0}])
+def test_a_short_run_and_one_that_is_told_so_are_saved_at_the_end_alone(tmp_path, clock, options):
+    cfg = _config(tmp_path, **{"steps": 80, "agree_every": 1} | options)
+    recorded_run(cfg, SOLO)
+    assert _saved(cfg) == [cfg.train.steps]
+
+
+def test_no_save_by_the_clock_is_begun_while_one_is_under_way(tmp_path, clock):
+    cfg = _config(tmp_path, agree_every=1, checkpoint_every_s=1.0)
+    with _held_until(7) as begun:
+        recorded_run(cfg, SOLO)
+    first, second, *_ = begun
+    assert first == 1
+    assert second >= 7
+
+
+def test_any_save_counts_for_the_clock(tmp_path, clock, at_once):
+    cfg = _config(tmp_path, agree_every=1, checkpoint_every=5, checkpoint_every_s=4.0)
+    recorded_run(cfg, SOLO)
+    assert _saved(cfg) == [4, 5, 9, 10, 12]

@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from oracle import assert_close
+from saves import written_at_once
 from stops import asked_to_stop_at
 
 from syncbn.checkpoint import load_latest
@@ -166,7 +167,7 @@ def test_a_loss_that_is_not_finite_on_one_rank_ends_all_with_its_name(world_size
     for step in (1, 2, 3):
         bad = step == 2 and dist.get_rank() == 1
         agreement.add(step, torch.tensor(float("nan") if bad else 0.5), 1)
-    agreement.start(0, False)
+    agreement.start(0, False, False)
     with pytest.raises(NonFinite, match=r"loss of step 2 is not finite on rank 1:"):
         agreement.finish()
 
@@ -177,7 +178,7 @@ def test_ranks_that_took_other_steps_are_told_where_they_agree(world_size):
     for step in range(world_size + dist.get_rank()):
         agreement.add(step, torch.ones(()), 1)
     with pytest.raises(RanksDisagree, match="the loop's own sum"):
-        agreement.start(0, False)
+        agreement.start(0, False, False)
 
 
 @pytest.mark.world_size(2)
@@ -207,18 +208,25 @@ def test_local_statistics_are_rank_zeros_and_local_avg_the_mean_of_all(world_siz
 def test_a_save_changes_no_bit_of_statistics_that_differ_between_ranks(world_size, tmp_path, arm):
     """Not in the run that is saved, and not in one that goes on from it."""
     runtime, cfg = TorchrunRuntime(CPU), _config(tmp_path, world_size, arm, agree_every=1)
-    straight, saved, stopped = (
-        replace(cfg, name=name, train=replace(cfg.train, checkpoint_every=every))
-        for name, every in (("straight", 0), ("saved", 3), ("stopped", 0))
+    straight, saved, stopped, by_clock = (
+        replace(cfg, name=name, train=replace(cfg.train, **options))
+        for name, options in (
+            ("straight", {"checkpoint_every_s": 0.0}),
+            ("saved", {"checkpoint_every": 3}),
+            ("stopped", {"checkpoint_every_s": 0.0}),
+            ("by_clock", {"checkpoint_every_s": 1e-9}),
+        )
     )
-    finals = [train(one, runtime, Untracked()).final for one in (straight, saved)]
+    with written_at_once():
+        finals = [train(one, runtime, Untracked()).final for one in (straight, saved, by_clock)]
     with asked_to_stop_at(7), pytest.raises(Stopped):
         train(stopped, runtime, Untracked())
     before = load_latest(stopped.folder / "checkpoints")
     finals.append(train(stopped, runtime, Untracked()).final)
-    assert finals == [finals[0]] * 3
+    assert finals == [finals[0]] * 4
     expected, *others = (
-        load_latest(one.folder / "checkpoints").model_state for one in (straight, saved, stopped)
+        load_latest(one.folder / "checkpoints").model_state
+        for one in (straight, saved, stopped, by_clock)
     )
     for name, value in expected.items():
         assert all(torch.equal(other[name], value) for other in others), name
@@ -227,6 +235,49 @@ def test_a_save_changes_no_bit_of_statistics_that_differ_between_ranks(world_siz
     for name, values in before.extra["buffers"].items():
         settled = values.mean(0) if arm == "local_avg" else values[0]
         assert_close(before.model_state[name], settled, 1e-12, name)
+
+
+@pytest.mark.world_size(2)
+@pytest.mark.parametrize("main", [True, False], ids=["rank 0", "rank 1"])
+def test_ranks_save_at_one_step_when_the_clock_of_rank_0_says_so(world_size, tmp_path, main):
+    """What they agree on at step 4 they know at 5, and save at the next step at which they agree anyway."""
+    cfg, runtime = _config(tmp_path, world_size, agree_every=4), TorchrunRuntime(CPU)
+    tracker = _Saves()
+    is_due = runtime.is_main == main and (lambda self: self._state.step in (4, 5))
+    with patch.object(Saving, "is_due", is_due or (lambda _: False)):
+        train(cfg, runtime, tracker)
+    assert tracker.steps == ([8, 20] if main else [20]) * runtime.is_main
+
+
+class _Saves(Untracked):
+    """The steps of which a save is reported."""
+
+    def __init__(self):
+        self.steps = []
+
+    def event(self, name, **fields):
+        if name == "checkpoint":
+            self.steps.append(fields["step"])
+
+
+@pytest.mark.world_size(2)
+@pytest.mark.parametrize(
+    ("options", "saves"),
+    [({}, [6, 12, 18, 20]), ({"eval_every": 3}, [3, 6, 9, 12, 15, 18, 20])],
+    ids=["plain", "evaluated"],
+)
+def test_a_run_that_is_saved_by_the_clock_records_the_same(world_size, tmp_path, options, saves):
+    runtime, records = TorchrunRuntime(CPU), []
+    for name, every_s in (("alone", 0.0), ("saved", 1e-9)):
+        cfg = _config(tmp_path / name, world_size, agree_every=3, **options)
+        cfg = replace(cfg, train=replace(cfg.train, checkpoint_every_s=every_s))
+        with written_at_once():
+            recorded_run(cfg, runtime)
+        journal = list(read_journal(cfg.folder / "journal.jsonl"))
+        records.append([(r["step"], r["metrics"]) for r in journal if "metrics" in r])
+        saved = [r["step"] for r in journal if r.get("event") == "checkpoint"]
+        assert saved == (saves if every_s else [20])
+    assert records[0] == records[1]
 
 
 @pytest.mark.world_size(2)
