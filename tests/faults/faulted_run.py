@@ -45,7 +45,7 @@ class Outcome:
     seconds: float = 0.0
     happened: list[fault_plans.Fault] = field(default_factory=list)
     recoveries: list[float] = field(default_factory=list)
-    """Seconds from each fault to the first step that had not been taken before."""
+    """Seconds from each fault to the first step of another attempt that had not been taken before."""
     again: int = 0
     """How often the command had to be given again."""
     redone: int = 0
@@ -107,7 +107,7 @@ class _Injector:
 
     def __init__(self, outcome: Outcome, faults: Sequence[fault_plans.Fault]) -> None:
         self._outcome, self._waiting = outcome, list(faults)
-        self._broken: tuple[float, int] | None = None
+        self._broken: tuple[float, int, int] | None = None
         self.launcher = 0
 
     def __enter__(self) -> "_Injector":
@@ -119,18 +119,19 @@ class _Injector:
         self._stack.close()
 
     def _look(self) -> None:
-        steps = [line.step for line in observations.lines_of(self._outcome.folder, 0)]
-        furthest = max(steps, default=0)
-        if self._broken is not None and furthest > self._broken[1]:
+        folder = self._outcome.folder
+        furthest = max((line.step for line in observations.lines_of(folder, 0)), default=0)
+        attempts = observations.num_attempts(folder)
+        if self._broken is not None and furthest > self._broken[1] and attempts > self._broken[2]:
             self._outcome.recoveries.append(time.monotonic() - self._broken[0])
             self._broken = None
         if self._broken is None and self._waiting and furthest >= self._waiting[0].step:
-            self._happen(self._waiting.pop(0), furthest)
+            self._happen(self._waiting.pop(0), furthest, attempts)
 
-    def _happen(self, fault: fault_plans.Fault, furthest: int) -> None:
+    def _happen(self, fault: fault_plans.Fault, furthest: int, attempts: int) -> None:
         pid = observations.pid_of(self._outcome.folder, fault.rank)
         assert pid is not None, "a rank that has taken steps has said which process it is"
         with suppress(ProcessLookupError, psutil.NoSuchProcess):
             fault_plans.KINDS[fault.kind](fault_plans.Target(pid, self.launcher))
             self._outcome.happened.append(fault)
-            self._broken = time.monotonic(), furthest
+            self._broken = time.monotonic(), furthest, attempts
