@@ -31,7 +31,7 @@ SETTINGS = (
     "train.checkpoint_every=10",
 )
 LOOK_S = 0.02
-HANGS_S = 300.0
+HANGS_S = 1800.0
 LOST = (75, 143, -9)
 """Exit codes of a command that the same command continues."""
 
