@@ -50,11 +50,15 @@ class Saving:
         self._write: Background[tuple[Path, float]] = Background()
         self._step = 0
         """Of the write under way, or the last."""
-        self._copied_at, self._copy_s, self._cost_s = time.monotonic(), 0.0, 0.0
+        self._copied_at = time.monotonic()
+        self.copy_s = 0.0
+        """Seconds that training waited for the last copy."""
+        self.cost_s = 0.0
+        """Seconds that the last save took of the run: `copy_s`, and what its thread spent on a processor."""
 
     def is_due(self) -> bool:
         """Whether this rank's clock says that the run should be saved; not while a write is under way."""
-        every_s = seconds_between(self._state.cfg.train, self._cost_s)
+        every_s = seconds_between(self._state.cfg.train, self.cost_s)
         return not self._write.running and time.monotonic() - self._copied_at >= every_s
 
     def start(self) -> None:
@@ -67,7 +71,7 @@ class Saving:
         began = time.monotonic()
         write = self._copied()
         self._copied_at = time.monotonic()
-        self._copy_s = self._copied_at - began
+        self.copy_s = self._copied_at - began
         if write is not None:
             self._step = self._state.step
             self._write.start(partial(_timed, write))
@@ -86,7 +90,7 @@ class Saving:
         written = self._write.wait()
         if written is not None:
             path, seconds = written
-            self._cost_s = self._copy_s + seconds
+            self.cost_s = self.copy_s + seconds
             self._tracker.event("checkpoint", step=self._step, folder=path.name)
 
     def finish(self) -> None:

@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))  # benchmarks are no part of the package
 
 from benchmarks import __main__ as program  # noqa: E402
-from benchmarks import image_folder, machine, page, plots, ranks, scaling  # noqa: E402
+from benchmarks import checkpoints, image_folder, machine, page, plots, ranks, scaling  # noqa: E402
 from benchmarks.cases import DTYPES, LAYOUTS, Case, all_cases  # noqa: E402
 from benchmarks.contenders import memory_passes  # noqa: E402
 from benchmarks.verdicts import (  # noqa: E402
@@ -306,3 +306,21 @@ def test_an_epoch_of_images_is_measured_against_torchvisions(tmp_path: Path) -> 
     assert (row["loaders"], row["images"], list(row["ms"])) == (0, 40, ["syncbn", "torchvision"])
     ms = row["ms"]
     assert row["times_as_fast"] == pytest.approx(ms["torchvision"] / ms["syncbn"], abs=0.01)
+
+
+def test_what_saving_costs_is_the_median_ratio_of_pairs_with_its_spread():
+    pairs = [
+        {
+            "alone": {"step_ms": 2.0, "longest_ms": 3.0, "saves": 0},
+            "saving": {"step_ms": step_ms, "longest_ms": 9.0, "saves": 1},
+        }
+        for step_ms in (2.2, 2.0, 2.02)
+    ]
+    row = checkpoints.summary(pairs)
+    assert row["ratio"] == 1.01
+    assert row["ratios"] == [1.0, 1.01, 1.1]
+    assert row["saves"] == 3
+    about = {"case": "mlp", "turn_s": 30.0, "copy_ms": 1.0, "cost_ms": 2.0}
+    assert "| mlp | 3 in 3 turns | 30 | 1.0 | 2.0 | 2.02 / 2.00 |" in checkpoints.table(
+        [about | row]
+    )
