@@ -6,7 +6,8 @@ import sys
 
 import pytest
 import yaml
-from programs import BIN, COMPARE, SYNCBN, TRAIN, complaint
+from programs import BIN, SYNCBN, TRAIN, Bench, complaint
+from ranks import started_by_torchrun
 
 from syncbn.cli import VERBS
 
@@ -25,23 +26,23 @@ def test_a_dry_run_prints_the_plan_and_starts_nothing(bench):
 
 
 def test_a_study_can_be_planned_as_json(bench):
-    result = bench.run(*COMPARE, "study=demo", "--dry-run", "--json")
+    result = bench.call("compare", "study=demo", "--dry-run", "--json")
     assert len(json.loads(result.stdout)["trials"]) > 1
 
 
-@pytest.mark.parametrize(
-    "override",
-    ["optim.lr=abc", "optim.lr=nan", "train.per_rank_batch=0", "lr=1", "model=nope", "+x=1",
-     "data._target_=os.system", "launcher.num_workers=-1", "--max-restarts", "name=../up"],
-)  # fmt: skip
-def test_bad_input_is_answered_before_torch_or_ray_is_imported(bench, override):
+BAD_INPUT = ["optim.lr=abc", "optim.lr=nan", "train.per_rank_batch=0", "lr=1", "model=nope", "+x=1",
+             "data._target_=os.system", "launcher.num_workers=-1", "--max-restarts", "name=../up"]  # fmt: skip
+
+
+def test_bad_input_is_answered_before_torch_or_ray_is_imported(bench):
     program = (
-        "import sys; from syncbn.cli.launching import main; code = main('train', sys.argv[1:]);"
-        "assert not {'torch', 'ray', 'mlflow'} & set(sys.modules); sys.exit(code)"
+        "import sys\nfrom syncbn.cli.launching import main\nfor word in sys.argv[1:]:\n"
+        "    print(word, main('train', [word]), flush=True)\n"
+        "    assert not {'torch', 'ray', 'mlflow'} & set(sys.modules), word"
     )
-    result = bench.run(sys.executable, "-c", program, override)
-    assert result.returncode == 2
-    assert len(result.stderr.splitlines()) == 1
+    result = bench.run(sys.executable, "-c", program, *BAD_INPUT)
+    assert result.stdout.splitlines() == [f"{word} 2" for word in BAD_INPUT], result.stderr
+    assert len(result.stderr.splitlines()) == len(BAD_INPUT)
     assert not list(bench.folder.iterdir())
 
 
@@ -52,12 +53,29 @@ def test_a_plan_that_nobody_can_read_is_no_error(bench, redirection):
     assert (result.returncode, result.stderr) == (0, "")
 
 
+@pytest.mark.slow
 def test_training_does_not_need_anybody_to_listen(bench):
     command = f"exec {' '.join([*TRAIN, *TINY])} >/dev/full 2>&-"
     assert bench.run("/bin/sh", "-c", command).returncode == 0
     assert (bench.folder / "runs" / "run" / "summary.json").is_file()
 
 
+@pytest.mark.world_size(2)
+def test_of_ranks_that_are_started_together_only_rank_0_speaks(world_size, tmp_path):
+    bench = Bench(tmp_path)
+    with started_by_torchrun() as environment:
+        bench.environ |= environment
+        result = bench.call("train", *TINY, "--json")
+    assert result.returncode == 0, result.stderr
+    if environment["RANK"] == "1":
+        assert (result.stdout, result.stderr) == ("", "")
+        return
+    summary = json.loads(result.stdout)
+    assert summary["world_size"] == world_size
+    assert summary == json.loads((tmp_path / "runs" / "run" / "summary.json").read_text())
+
+
+@pytest.mark.slow
 def test_under_torchrun_only_rank_0_speaks(bench):
     result = bench.run(*TORCHRUN, *TINY, "--json")
     assert result.returncode == 0, result.stderr
@@ -67,8 +85,8 @@ def test_under_torchrun_only_rank_0_speaks(bench):
 
 
 def test_a_study_as_json_is_json_alone(bench):
-    result = bench.run(*COMPARE, "study=demo", "study.seeds=[0,1]", *TINY,
-                       "launcher.num_workers=1", "train.eval_every=0", "--json")  # fmt: skip
+    result = bench.call("compare", "study=demo", "study.seeds=[0,1]", *TINY, "train.eval_every=0",
+                        "launcher.num_workers=1", "launcher.processes=1", "--json")  # fmt: skip
     assert result.returncode == 0, result.stderr
     assert json.loads(result.stdout)["study"] == "demo"
 
@@ -87,17 +105,18 @@ def test_two_ranks_of_this_machine_fail_with_one_line_and_leave_nothing(bench):
 
 
 def test_every_verb_explains_itself_and_speaks_json(bench):
-    assert all(verb in bench.run(*SYNCBN, "--help").stdout for verb in VERBS)
+    listed = bench.run(*SYNCBN, "--help").stdout
+    assert all(verb in listed for verb in VERBS)
     for verb in VERBS:
-        result = bench.run(*SYNCBN, verb, "--help")
+        result = bench.call(verb, "--help")
         assert result.returncode == 0
         assert "--json" in result.stdout, verb
 
 
 def test_the_doctor_and_the_version_speak_json(bench):
-    findings = json.loads(bench.run(*SYNCBN, "doctor", "--json").stdout)
+    findings = json.loads(bench.call("doctor", "--json").stdout)
     assert {"torch", "gpu", "runs folder"} <= {finding["subject"] for finding in findings}
-    assert "torch" in json.loads(bench.run(*SYNCBN, "version", "--json").stdout)
+    assert "torch" in json.loads(bench.call("version", "--json").stdout)
 
 
 @pytest.mark.parametrize(
@@ -112,7 +131,7 @@ def test_the_doctor_and_the_version_speak_json(bench):
 def test_ray_out_of_reach_is_said_before_anything_starts(bench, arguments, code):
     if arguments[-1] == "token":
         bench.environ["RAY_AUTH_TOKEN"] = arguments.pop()
-    result = bench.run(*TRAIN, *TINY, "launcher=ray", *arguments)
+    result = bench.call("train", *TINY, "launcher=ray", *arguments)
     assert result.returncode == code
     assert len(result.stderr.splitlines()) == 1, result.stderr
     assert not list(bench.folder.iterdir())

@@ -21,7 +21,7 @@ FILES = [
 @pytest.fixture
 def project(bench):
     """The folder of a new project, `mine`."""
-    result = bench.run(*SYNCBN, "new", "mine", "--json")
+    result = bench.call("new", "mine", "--json")
     assert result.returncode == 0, result.stderr
     made = json.loads(result.stdout)
     assert made["folder"] == str(bench.folder / "mine")
@@ -55,8 +55,9 @@ def test_a_new_project_passes_its_own_test_and_trains_on_two_ranks(bench, projec
     assert summary["final"]["test_error"] < 0.5  # at random: 0.67
 
 
+@pytest.mark.usefixtures("own_registrations")
 def test_the_study_of_a_new_project_composes_with_its_own_names(bench, project):
-    planned = bench.run(*SYNCBN, "compare", "study=mine", "--dry-run", "--json", cwd=project)
+    planned = bench.call("compare", "study=mine", "--dry-run", "--json", cwd=project)
     assert planned.returncode == 0, planned.stderr
     config = json.loads(planned.stdout)["config"]
     assert (config["name"], config["train"]["per_rank_batch"]) == ("mine-study", 2)
@@ -77,7 +78,7 @@ def test_the_study_of_a_new_project_composes_with_its_own_names(bench, project):
     ],
 )
 def test_a_name_that_cannot_be_used_is_refused(bench, name, reason):
-    result = bench.run(*SYNCBN, "new", name)
+    result = bench.call("new", name)
     assert result.returncode == 2
     assert reason in complaint(result)
     assert not list(bench.folder.iterdir())
@@ -85,9 +86,9 @@ def test_a_name_that_cannot_be_used_is_refused(bench, name, reason):
 
 def test_what_is_there_already_is_left_alone(bench):
     (bench.folder / "mine").mkdir()
-    assert bench.run(*SYNCBN, "new", "mine").returncode == 0
+    assert bench.call("new", "mine").returncode == 0
     (bench.folder / "mine" / "mine.py").write_text("my work\n")
-    result = bench.run(*SYNCBN, "new", "mine")
+    result = bench.call("new", "mine")
     assert result.returncode == 2
     assert "exists" in complaint(result)
     assert (bench.folder / "mine" / "mine.py").read_text() == "my work\n"

@@ -131,7 +131,7 @@ SHORT = (
 
 
 def test_a_study_that_fails_leaves_its_exit_code_and_a_line_in_the_ledger(bench):
-    result = bench.run(*SYNCBN, "studies", "first", *SHORT)
+    result = bench.call("studies", "first", *SHORT)
     assert result.returncode == 3, result.stderr
     assert "first (data)" in result.stderr.splitlines()[-1]
     book = json.loads((bench.folder / "runs" / "studies.json").read_text())["studies"]
@@ -182,14 +182,14 @@ def test_a_tier_runs_whole_though_one_study_lacks_its_data_and_goes_on_where_it_
 def test_a_call_that_names_no_runnable_study_is_refused_before_anything_starts(
     bench, arguments, said
 ):
-    result = bench.run(*SYNCBN, "studies", *arguments)
+    result = bench.call("studies", *arguments)
     assert result.returncode == 2
     assert said in complaint(result)
     assert not list(bench.folder.iterdir())
 
 
 def test_a_plan_of_a_tier_names_the_command_of_each_study_and_starts_nothing(bench):
-    result = bench.run(*SYNCBN, "studies", "--tier", "full", "--dry-run", "--json", "seed=3")
+    result = bench.call("studies", "--tier", "full", "--dry-run", "--json", "seed=3")
     commands = [plan["command"] for plan in json.loads(result.stdout)]
     assert commands == [f"syncbn compare study={n} seed=3" for n in ("first", "second", "third")]
     assert not list(bench.folder.iterdir())

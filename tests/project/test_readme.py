@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from programs import ROOT, Bench
+from ranks import started_by_torchrun
 
 README = (ROOT / "README.md").read_text()
 NEEDS_A_CLUSTER = ("status", "logs", "stop", "jobs")
@@ -48,7 +49,15 @@ def test_a_command_of_the_readme_does_its_work(command: str, bench: Bench) -> No
         assert list(bench.folder.glob("*/summary.json"))
 
 
-def test_the_python_block_of_the_readme_runs_on_two_ranks(bench: Bench) -> None:
+@pytest.mark.world_size(2)
+def test_the_python_block_of_the_readme_runs_on_two_ranks(world_size: int) -> None:
+    with started_by_torchrun() as told:
+        assert told["WORLD_SIZE"] == str(world_size)
+        exec(_blocks("python")[0], {"__name__": "__main__"})
+
+
+@pytest.mark.slow
+def test_the_python_block_of_the_readme_runs_under_torchrun(bench: Bench) -> None:
     script = bench.folder / "example.py"
     script.write_text(_blocks("python")[0])
     command = ("torchrun", "--standalone", "--nproc-per-node", "2", str(script))

@@ -101,20 +101,23 @@ def test_a_config_composes_in_an_empty_folder(installed):
     assert model == "cnn"
 
 
+PLANS = """
+import sys
+from syncbn.cli import cli
+from syncbn.cli.guard import invoke
+for words in ("train norm=local", "compare study=demo", "studies --tier fast", "advise launcher.num_workers=2",
+              "submit train"):
+    assert invoke(cli, [*words.split(), "--dry-run", "--json"]) == 0, words
+    print("===")
+sys.exit(invoke(cli, ["new", "mine"]))
+"""
+
+
 def test_every_verb_that_plans_finds_its_configs(installed):
-    for words in (
-        "train norm=local",
-        "compare study=demo",
-        "studies --tier fast",
-        "advise launcher.num_workers=2",
-    ):
-        assert run(installed, "-m", "syncbn", *words.split(), "--dry-run", "--json").startswith(
-            ("{", "[")
-        )
-    plan = json.loads(run(installed, "-m", "syncbn", "submit", "train", "--dry-run", "--json"))
-    site = Path(installed.environ["PYTHONPATH"])
-    assert (plan["working_dir"], plan["py_modules"]) == (None, [str(site / "syncbn")])
-    run(installed, "-m", "syncbn", "new", "mine")
+    *plans, _ = run(installed, "-c", PLANS).split("===\n")
+    assert all(json.loads(plan) for plan in plans)
+    site, sent = Path(installed.environ["PYTHONPATH"]), json.loads(plans[-1])
+    assert (sent["working_dir"], sent["py_modules"]) == (None, [str(site / "syncbn")])
     assert (installed.folder / "mine" / "mine.py").is_file()
 
 
@@ -151,20 +154,34 @@ sys.addaudithook(_refuse_checkout)
 """Ends a Python process that opens a file of the checkout; runs in each as `sitecustomize`."""
 
 
-def test_a_project_of_ones_own_trains_without_a_file_of_the_checkout(installed):
-    """The environment's own folder may lie in the checkout, and is not part of it."""
+JOB = ("train.steps=20", "tracking=journal", "--json")
+
+
+@pytest.fixture
+def project(installed):
+    """A project of one's own, whose processes end where they open a file of the checkout.
+
+    The environment's own folder may lie in the checkout, and is not part of it.
+    """
     site, environment = Path(installed.environ["PYTHONPATH"]), str(Path(sys.prefix).absolute())
     paths = f"CHECKOUT, ENVIRONMENT = {str(ROOT) + os.sep!r}, {environment + os.sep!r}\n"
     (site / "sitecustomize.py").write_text(paths + AUDIT)
     run(installed, "-m", "syncbn", "new", "mine")
-    project = Bench(installed.folder / "mine", environ=installed.environ)
-    job = ("train.steps=20", "tracking=journal", "--json")
-    ours = run(project, "-m", "syncbn", "train", "launcher.num_workers=2", *job)
-    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
-    theirs = run(project, *torchrun, "-m", "syncbn", "train", "name=torchrun", *job)
-    assert json.loads(ours)["final"] == json.loads(theirs)["final"]
     code = f"open({str(ROOT / 'README.md')!r})"
     assert installed.run(sys.executable, "-c", code).returncode == 99  # the hook looks
+    return Bench(installed.folder / "mine", environ=installed.environ)
+
+
+def test_a_project_of_ones_own_trains_without_a_file_of_the_checkout(project):
+    assert json.loads(run(project, "-m", "syncbn", "train", *JOB))["steps"] == 20
+
+
+@pytest.mark.slow
+def test_its_ranks_do_from_torchrun_as_from_our_own_launcher(project):
+    ours = run(project, "-m", "syncbn", "train", "launcher.num_workers=2", *JOB)
+    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+    theirs = run(project, *torchrun, "-m", "syncbn", "train", "name=torchrun", *JOB)
+    assert json.loads(ours)["final"] == json.loads(theirs)["final"]
 
 
 def _events(journal, event):

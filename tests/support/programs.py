@@ -1,6 +1,7 @@
 """Running the project's programs as a user does, and looking for what they leave behind."""
 
 import contextlib
+import io
 import os
 import random
 import signal
@@ -13,7 +14,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from unittest import mock
 
+from syncbn.cli import cli
+from syncbn.cli.guard import invoke
 from syncbn.tracking import read_journal
 
 SUPPORT = Path(__file__).parent
@@ -47,6 +51,26 @@ class Bench:
             text=True,
             timeout=timeout,
         )
+
+    def call(self, *words, cwd=None):
+        """`syncbn` with `words` in this process: for promises that are not about one of its own.
+
+        What modules of its folder register is left; the fixture `own_registrations` takes it away.
+        """
+        out, err = io.StringIO(), io.StringIO()
+        before = set(sys.modules)
+        with (
+            mock.patch.dict(os.environ, self.environment(), clear=True),
+            mock.patch.object(sys, "path", [p for p in sys.path if p]),
+            contextlib.chdir(cwd or self.folder),
+            contextlib.redirect_stdout(out),
+            contextlib.redirect_stderr(err),
+        ):
+            code = invoke(cli, words, prog_name="syncbn")
+        for name in set(sys.modules) - before:
+            if str(self.folder) in (getattr(sys.modules[name], "__file__", None) or ""):
+                del sys.modules[name]
+        return subprocess.CompletedProcess(words, code, out.getvalue(), err.getvalue())
 
     def environment(self):
         kept = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}

@@ -8,9 +8,11 @@ import subprocess
 import sys
 import time
 import traceback
+from collections.abc import Iterator
 from datetime import timedelta
 from multiprocessing.connection import Connection, Pipe
 from typing import Any
+from unittest import mock
 
 from torch.distributed import TCPStore
 
@@ -110,6 +112,26 @@ class RankPool:
                 os.kill(pid, signal.SIGKILL)
 
 
+@contextlib.contextmanager
+def started_by_torchrun() -> Iterator[dict[str, str]]:
+    """In ranks of a pool: as torchrun starts them, without a group, and with what it tells them in their environment.
+
+    Yields:
+        The variables. The group of the pool is gone for the rest of the test.
+    """
+    import torch.distributed as dist
+
+    rank, size = str(dist.get_rank()), str(dist.get_world_size())
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    ports = [store.port]
+    dist.broadcast_object_list(ports)
+    dist.destroy_process_group()
+    told = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(ports[0]), "WORLD_SIZE": size, "RANK": rank,
+            "LOCAL_WORLD_SIZE": size, "LOCAL_RANK": rank, "TORCHELASTIC_USE_AGENT_STORE": "True"}  # fmt: skip
+    with mock.patch.dict(os.environ, told):
+        yield told
+
+
 def start_coverage(config: str) -> None:
     """Have coverage trace this fork of a process that it does not trace, by its `config`; "" is none."""
     if config:
@@ -161,7 +183,8 @@ def _attempt(
             timeout=timedelta(seconds=GLOO_TIMEOUT_S),
         )
         getattr(importlib.import_module(module), function)(**kwargs)
-        dist.barrier()  # a rank that leaves early breaks the connections others are still making
+        if dist.is_initialized():
+            dist.barrier()  # a rank that leaves early breaks the connections others are still making
     except BaseException:
         return traceback.format_exc()
     finally:
