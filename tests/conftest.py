@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
+from own_ranks import OWN_RANKS
 from programs import Bench
 from ranks import COVERAGE, RankPool
 
@@ -102,6 +103,7 @@ def bench(tmp_path: Path) -> Iterator[Bench]:
 @pytest.fixture(scope="session", autouse=True)
 def _rank_pool() -> Iterator[None]:
     yield
+    OWN_RANKS.close()
     # under coverage ranks end by themselves, to save what they saw; several at once take up to 10 s for it
     traced = COVERAGE in os.environ
     _pool.close(kill=not traced)

@@ -20,6 +20,8 @@ TIMEOUT_S = 300.0
 GLOO_TIMEOUT_S = 120.0
 """Both only bound what hangs: four ranks on a busy machine of two cores take a minute to import torch."""
 MOST_RANKS = 4
+PRELOADED = ("torch.distributed", "torch._dynamo", "pytest", "hypothesis")
+"""What tests import, but for syncbn, whose imports are traced; torch's optimizers and DDP import the compiler."""
 COVERAGE = "COVERAGE_PROCESS_CONFIG"
 """Where coverage looks whether to trace a process."""
 
@@ -196,8 +198,7 @@ def _attempt(
 def _main(coverage: str, *rest: str) -> None:
     descriptors = [int(descriptor) for descriptor in rest[:MOST_RANKS]]
     sys.path[:] = rest[MOST_RANKS:]
-    # what tests import, but for syncbn, whose imports are traced; torch's optimizers and DDP import the compiler
-    for name in ("torch.distributed", "torch._dynamo", "pytest", "hypothesis"):
+    for name in PRELOADED:
         importlib.import_module(name)
     if os.environ.get("TRITON_INTERPRET") == "1":
         from triton_interpreter import patch_language_once
