@@ -13,6 +13,7 @@ import pytest
 from mutants import MUTANTS
 from mutants.building import Builder
 from mutants.planting import ROOT, Edited, MissedAim, Mutant, Replaced, edited, plant, split
+from own_ranks import run_ranks
 
 STARTUP = ROOT / "tests/support/mutants/startup"
 SETTINGS = sorted({(m.kernels, m.exchange) for m in MUTANTS if m.environment})
@@ -53,9 +54,16 @@ def test_an_edited_fragment_stands_in_its_function_once(mutant):
         compile(text, mutant.file, "exec")
 
 
+def collect():
+    tests = sorted({str(ROOT / mutant.test) for mutant in MUTANTS})
+    os._exit(
+        pytest.main(["--collect-only", "-q", "--assert=plain", "-p", "no:cacheprovider", *tests])
+    )
+
+
 def test_the_test_of_every_mutant_exists():
-    found = _pytest(MUTANTS, ROOT, "--collect-only")
-    assert found.returncode == 0, found.stdout + found.stderr
+    [found] = run_ranks(__name__, "collect", world_size=1)
+    assert found.returncode == 0, found.output
 
 
 TOY = {
@@ -172,10 +180,10 @@ def test_without_a_mutant_the_same_tests_pass(kernels, exchange):
 
 
 def _pytest(
-    mutants: Sequence[Mutant], package: Path, *options: str, planted: str = ""
+    mutants: Sequence[Mutant], package: Path, planted: str = ""
 ) -> subprocess.CompletedProcess[str]:
     """Run the tests of `mutants`, in the environment of the first, on the package in the folder `package`."""
-    options = ("-q", "-x", "-p", "no:cacheprovider", "-c", str(ROOT / "pyproject.toml"), *options)
+    options = ("-q", "-x", "-p", "no:cacheprovider", "-c", str(ROOT / "pyproject.toml"))
     tests = sorted({str(ROOT / mutant.test) for mutant in mutants})
     environment = os.environ | mutants[0].environment | {"SYNCBN_MUTANT": planted}
     environment["PYTHONPATH"] = f"{STARTUP}{os.pathsep}{package}"
