@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader, Dataset
 from syncbn.data.parcels import Parcel, packed
 from syncbn.errors import InfrastructureError, SyncbnError
 from syncbn.extensions import failures_named
-from syncbn.signals import STOPPING
+from syncbn.signals import STOPPING, held_back
 from syncbn.structure import mapped
 
 Key = tuple[int, Tensor]
@@ -107,7 +107,7 @@ def _started(loader: DataLoader[Any]) -> tuple[Iterator[Any], list[BaseProcess]]
     """
     before = set(active_children())
     try:
-        with _without_signals():
+        with held_back(), _without_torchs_handler():
             batches = iter(loader)
     except OSError as error:
         if error.errno != errno.ENOSPC:
@@ -153,18 +153,15 @@ def _end_when_the_rank_says(rank: int) -> None:
 
 
 @contextmanager
-def _without_signals() -> Iterator[None]:
-    """Within, loaders may be started: signals wait until the end, so that none reaches a loader before it is ready.
+def _without_torchs_handler() -> Iterator[None]:
+    """Within, loaders may be started; torch's handler of SIGCHLD does not stay.
 
-    Torch's handler of SIGCHLD does not stay. It would raise in whatever the rank does when a loader dies; without it,
-    the wait for a batch tells, within 5 s.
+    It would raise in whatever the rank does when a loader dies. Without it, the wait for a batch tells, within 5 s.
     """
     before = signal.getsignal(signal.SIGCHLD)
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
     try:
         yield
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGCHLD, before or signal.SIG_DFL)
 

@@ -25,6 +25,7 @@ from syncbn.config import RunConfig
 from syncbn.errors import InfrastructureError, NotAuthorised, ServiceUnreachable, UsageError
 from syncbn.launch.ray_access import require_capacity
 from syncbn.launch.ray_watch import ended_without
+from syncbn.signals import held_back
 
 PROBE_TIMEOUT_S = 5.0
 DISCONNECT_S = 0.3
@@ -61,7 +62,8 @@ def _started(runtime_env: dict[str, dict[str, str]]) -> Iterator[None]:
     """A cluster on this machine that leaves nothing behind."""
     folder = tempfile.mkdtemp(prefix="syncbn-", dir="/tmp")  # sockets need a short path
     try:
-        _start(folder, runtime_env)
+        with held_back():
+            _start(folder, runtime_env)
         yield
     finally:
         _shut_down(folder)
