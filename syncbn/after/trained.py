@@ -97,7 +97,7 @@ def open_run(found: Found, which: str | None = None, cfg: RunConfig | None = Non
 
 
 def chosen(found: Found, which: str | None) -> Checkpoint:
-    """The checkpoint `latest` (the newest whole one), `best` (which `train.keep_best` kept) or of a step.
+    """The checkpoint `latest` (the newest whole one), `best` (see `train.keep_best`) or of a step.
 
     None takes the one that stands for the run: see `kept_checkpoint`.
 

@@ -131,10 +131,25 @@ def _in_words(plan: Plan, summary: Mapping[str, Any]) -> str:
         return f"sweep {plan.config.name}: {len(plan.trials)} trials -> {folder / 'report.md'}"
     if plan.verb == "compare":
         return f"study {plan.config.name}: {len(plan.trials)} trials -> {folder / 'report.md'}"
-    final = ", ".join(f"{name} {value:.4g}" for name, value in summary["final"].items())
+    last = {n: x for n, x in summary["final"].items() if not n.startswith("best_")}
+    final = ", ".join(f"{name} {value:.4g}" for name, value in last.items())
     return (
         f"run {plan.config.name}: {summary['steps']} steps in {summary['seconds']:.1f} s "
-        f"on {summary['world_size']} rank(s); {final} -> {folder / 'summary.json'}"
+        f"on {summary['world_size']} rank(s); {final}{_best_in_words(summary['final'])} -> {folder / 'summary.json'}"
+    )
+
+
+def _best_in_words(final: Mapping[str, float]) -> str:
+    """Which step did best and is kept, where one is."""
+    if "best_step" not in final:
+        return ""
+    [(name, value)] = [
+        (n.removeprefix("best_"), x)
+        for n, x in final.items()
+        if n.startswith("best_") and n != "best_step"
+    ]
+    return (
+        f"; best test_{name} {value:.4g} at step {final['best_step']:.0f}, kept as checkpoints/BEST"
     )
 
 

@@ -230,8 +230,9 @@ class TrainConfig:
     """Stop after so many evaluations without a better test error."""
     target_error: float | None = None
     """Stop once the test error is at or below this fraction."""
-    keep_best: bool = False
-    """Keep the checkpoint with the lowest test error too, which `checkpoints/BEST` names; needs `eval_every`."""
+    keep_best: bool | None = None
+    """Keep the checkpoint that did best too, by what the task decides by, which `checkpoints/BEST` names; needs
+    `eval_every`. null is true where `patience` or `target_error` is set, and false otherwise and in a study."""
     precision: str = "float32"
     """`float32`, `float64`, or `bf16` or `fp16`: float32 parameters and statistics, the rest under autocast."""
     parallel: str = "ddp"
@@ -252,6 +253,13 @@ class TrainConfig:
     """CPU threads a rank; fixed, because it is part of what makes two runs bit-identical."""
     progress: bool = True
     """Show a progress bar on rank 0 when stderr is a terminal."""
+
+    @property
+    def keeps_best(self) -> bool:
+        """Whether the checkpoint that did best is kept: as `keep_best` says, else where the best decides the end."""
+        if self.keep_best is not None:
+            return self.keep_best
+        return self.patience is not None or self.target_error is not None
 
     @property
     def dtype_name(self) -> str:

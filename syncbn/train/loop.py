@@ -77,6 +77,7 @@ class Loop:
             if state.standing.measured_at != state.step:
                 self._measure()
             concluded = self._conclude() if state.probes else {}
+            self._name_best()
             self._end()
         except Interrupted:
             self._save_at_last()
@@ -141,6 +142,18 @@ class Loop:
             self._call("end")
         finally:
             self._save_at_last()
+
+    def _name_best(self) -> None:
+        """Say in the journal which evaluation was best, where its checkpoint is kept."""
+        standing = self.state.standing
+        if standing.kept_step >= 0:
+            decides = self.state.task.decides
+            value = standing.final(self.state.task)[f"best_{decides}"]
+            self.tracker.event(
+                "note",
+                text=f"best test_{decides}: {value:.6g} after step {standing.kept_step}, whose checkpoint is kept and "
+                f"stands for the run (checkpoints/BEST); the last step is {self.state.step}",
+            )
 
     def _probe(self, rate: float, batch: Batch) -> None:
         """Let the probes see `batch` with its gradients in place, and record what they look at."""
@@ -245,7 +258,7 @@ class Loop:
         state.standing.measured, state.standing.measured_at = measured, state.step
         self.tracker.metrics(state.step, measured)
         standing = state.standing
-        if cfg.train.keep_best and self._decided() < standing.kept_error:
+        if cfg.train.keeps_best and self._decided() < standing.kept_error:
             standing.kept_error, standing.kept_step = self._decided(), state.step
         self._call("after_evaluation")
 

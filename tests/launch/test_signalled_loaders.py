@@ -11,14 +11,18 @@ from programs import HANGS_S, SYNCBN, losses, wait_until
 from syncbn.tracking import read_journal
 
 MINE = """
-import torch
+import os, signal, torch
 from torch.utils.data import Dataset
 import syncbn.extend as extend
 
 class Images(Dataset):
     num_classes = 2
     def __len__(self): return 64
-    def __getitem__(self, i): return torch.ones(1, 2, 2) * (i % 2), i % 2
+    def __getitem__(self, i):
+        is_last = os.environ.get("RANK", "0") == os.environ.get("LAST")
+        if i == 13 and is_last and torch.utils.data.get_worker_info():
+            os.kill(os.getpid(), signal.SIGKILL)
+        return torch.ones(1, 2, 2) * (i % 2), i % 2
 
 @extend.data("images")
 def images(root, split): return Images()
@@ -75,10 +79,8 @@ def test_a_run_with_loaders_saves_when_all_its_processes_are_signalled(
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("launcher", LAUNCHERS)
 def test_a_killed_loader_is_named_by_the_journal_on_every_launcher(bench, tmp_path, launcher):
-    (tmp_path / "mine.py").write_text(
-        MINE.replace("def __getitem__(self, i):", "def __getitem__(self, i):\n        end_of(i)\n       ")
-        + KILLED
-    )
+    (tmp_path / "mine.py").write_text(MINE)
+    bench.environ["LAST"] = "0" if launcher == "one" else "1"
     result = bench.run(*LAUNCHERS[launcher], "launcher.max_restarts=0")
     if launcher != "torchrun":
         assert result.returncode == 75, result.stderr
@@ -86,13 +88,3 @@ def test_a_killed_loader_is_named_by_the_journal_on_every_launcher(bench, tmp_pa
     assert end["error"].startswith("InfrastructureError: loader process ")
     assert "lack of memory" in end["error"]
     assert not bench.left_running()
-
-
-KILLED = """
-import os, signal, sys, multiprocessing
-def end_of(i):
-    # on the last rank, in a loader
-    last = int(os.environ.get("RANK", 0)) == int(os.environ.get("WORLD_SIZE", 1)) - 1
-    if last and multiprocessing.parent_process() is not None and torch.utils.data.get_worker_info():
-        os.kill(os.getpid(), signal.SIGKILL) if i == 13 else None
-"""

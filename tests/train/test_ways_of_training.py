@@ -8,8 +8,11 @@ import pytest
 import torch
 from torch._dynamo.exc import BackendCompilerFailed
 
+from syncbn.after.find import find
+from syncbn.after.trained import chosen
 from syncbn.checkpoint import load, load_best, load_latest
 from syncbn.checks import check
+from syncbn.compare.study.design import arm_configs
 from syncbn.compose import compose, vary
 from syncbn.config import (
     Config,
@@ -27,6 +30,7 @@ from syncbn.config import (
     resume_hash,
 )
 from syncbn.errors import NonFinite, UsageError
+from syncbn.kept_checkpoint import kept_checkpoint
 from syncbn.models import build_model
 from syncbn.optim import build_optimizer, set_rate
 from syncbn.runtime import Solo
@@ -336,6 +340,36 @@ def test_the_best_checkpoint_is_kept_beside_the_newest(tmp_path):
     names = {p.name for p in (cfg.folder / "checkpoints").glob("step-*")}
     assert names == {"step-000035", "step-000040", kept.path.name}
     assert json.loads((cfg.folder / "summary.json").read_text())["final"]["best_step"] == best
+
+
+@pytest.mark.parametrize(
+    "ending", [{"patience": 3}, {"target_error": 0.001}], ids=["patience", "target"]
+)
+def test_a_run_that_may_end_early_keeps_and_names_the_best_and_it_stands_for_the_run(
+    tmp_path, ending
+):
+    cfg = _config(tmp_path, steps=60, eval_every=2, agree_every=1, **ending)
+    cfg = replace(cfg, optim=OptimConfig(lr=1.0, schedule="constant"))
+    final = recorded_run(cfg, SOLO).final
+    records = list(read_journal(cfg.folder / "journal.jsonl"))
+    errors = {
+        r["step"]: m["test_error"] for r in records if "test_error" in (m := r.get("metrics", {}))
+    }
+    best = min(errors, key=lambda step: (errors[step], step))
+    assert best < max(errors) - 4, "the newest two checkpoints would not hold it"
+    assert (final["best_step"], final["best_error"]) == (best, errors[best])
+    assert kept_checkpoint(cfg.folder).path.name == f"step-{best:06d}"
+    *_, note = (r["text"] for r in records if r.get("event") == "note")
+    assert note.startswith(f"best test_error: {errors[best]:.6g} after step {best}, whose check")
+    assert chosen(find(str(cfg.folder)), None).meta.step == best
+
+
+def test_a_trial_of_a_study_keeps_no_best_unless_asked():
+    asked = compose(["study=demo", "train.patience=2", "train.eval_every=5"])
+    assert asked.train.keeps_best
+    assert not any(run.train.keeps_best for run in arm_configs(asked).values())
+    asked = compose(["study=demo", "train.eval_every=5", "train.keep_best=true"])
+    assert all(run.train.keeps_best for run in arm_configs(asked).values())
 
 
 def test_without_it_none_is_kept(tmp_path):

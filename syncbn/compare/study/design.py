@@ -87,7 +87,15 @@ def arm_configs(cfg: Config, tuned: Mapping[str, float] | None = None) -> dict[s
         arm: [] if tuned is None or study.tune is None else _settings([study.tune.key], [value])
         for arm, value in (tuned or dict.fromkeys(study.arms, 0.0)).items()
     }
-    return {arm.name: vary(cfg, [*arm.overrides, *chosen[arm.family]]) for arm in arms_of(study)}
+    return {
+        arm.name: _of_a_trial(vary(cfg, [*arm.overrides, *chosen[arm.family]]))
+        for arm in arms_of(study)
+    }
+
+
+def _of_a_trial(run: RunConfig) -> RunConfig:
+    """`run` without a checkpoint of its best evaluation, unless it asks for one: a study reads measurements alone."""
+    return replace(run, train=replace(run.train, keep_best=bool(run.train.keep_best)))
 
 
 def trials(cfg: Config, tuned: Mapping[str, float] | None = None) -> list[Trial]:
