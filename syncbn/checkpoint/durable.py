@@ -13,7 +13,7 @@ from pathlib import Path
 _TEMPORARY = ".tmp-"
 
 
-def write_folder(target: Path, blobs: Mapping[str, bytes]) -> None:
+def write_folder(target: Path, blobs: Mapping[str, bytes | memoryview]) -> None:
     """Make the folder `target` with exactly the files `blobs`.
 
     A folder that already has this name stays, as `<name>.old`, until the new one is in place, and longer where
@@ -58,7 +58,7 @@ def sweep(folder: Path) -> None:
             left.unlink(missing_ok=True)
 
 
-def _write(path: Path, blob: bytes) -> None:
+def _write(path: Path, blob: bytes | memoryview) -> None:
     with path.open("wb") as file:
         file.write(blob)
         file.flush()

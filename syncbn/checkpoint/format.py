@@ -18,12 +18,15 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from syncbn.checkpoint import safetensors_file
 from syncbn.errors import CheckpointError
 
 MODEL, STATE, META, MANIFEST = "model.safetensors", "state.pt", "meta.json", "manifest.json"
 _FILES = (MODEL, STATE, META)
 _PLAIN = (Tensor, nn.Parameter, str, int, float, bool, type(None))
 T = TypeVar("T")
+Blob = bytes | memoryview
+"""The bytes of a file."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +54,7 @@ def encode(
     optimizer_state: Mapping[str, Any],
     extra: Mapping[str, Any],
     meta: Meta,
-) -> dict[str, bytes]:
+) -> dict[str, Blob]:
     """The files of a checkpoint by name.
 
     Raises:
@@ -59,8 +62,8 @@ def encode(
     """
     state = {"optimizer": dict(optimizer_state), "extra": dict(extra)}
     _require_plain(state, "state")
-    blobs = {
-        MODEL: _model_bytes(model_state),
+    blobs: dict[str, Blob] = {
+        MODEL: safetensors_file.encoded(model_state),
         STATE: _state_bytes(state),
         META: json.dumps(asdict(meta)).encode(),
     }
@@ -113,15 +116,6 @@ def _require_plain(value: Any, name: str) -> None:
         )
 
 
-def _model_bytes(model_state: Mapping[str, Tensor]) -> bytes:
-    """`model_state` as safetensors; that format refuses shared memory, so each name gets its own copy."""
-    own = {
-        name: tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
-        for name, tensor in model_state.items()
-    }
-    return safetensors.torch.save(own)
-
-
 def _state_bytes(state: dict[str, Any]) -> bytes:
     buffer = io.BytesIO()
     torch.save(state, buffer)
@@ -145,7 +139,7 @@ def _parsed(path: Path, parse: Callable[[], T]) -> T:
         ) from error
 
 
-def _manifest(blobs: Mapping[str, bytes]) -> bytes:
+def _manifest(blobs: Mapping[str, Blob]) -> bytes:
     entries = {
         name: {"sha256": hashlib.sha256(blobs[name]).hexdigest(), "size": len(blobs[name])}
         for name in _FILES

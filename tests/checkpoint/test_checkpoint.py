@@ -6,6 +6,7 @@ import signal
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 from checkpoint_kit import bits, latest, meta_at, names, save_step, small_net
 
@@ -19,6 +20,7 @@ from syncbn.checkpoint import (
     rng,
     save,
 )
+from syncbn.checkpoint.safetensors_file import NAMES, encoded
 from syncbn.errors import CheckpointError
 
 # What comes back
@@ -69,6 +71,19 @@ def test_shared_strided_empty_and_special_values_come_back(tmp_path):
         assert back[name].dtype == tensor.dtype
         assert back[name].shape == tensor.shape
         assert torch.equal(bits(back[name]), bits(tensor)), name
+
+
+def test_the_models_file_is_the_one_that_safetensors_makes():
+    state = {f'{dtype} é"': torch.arange(6).reshape(3, 2).to(dtype) for dtype in NAMES}
+    state |= {"z": torch.zeros(2), "a": torch.tensor(1.0), "empty": torch.empty(0, 3)}
+    for one in (state, {}, {"a": torch.zeros(3, dtype=torch.int8)}):
+        assert bytes(encoded(one)) == safetensors.torch.save(one)
+
+
+def test_a_dtype_that_safetensors_lacks_is_refused_by_name(tmp_path):
+    with pytest.raises(CheckpointError, match=r"phase is of torch.complex128, .* use one of"):
+        save(tmp_path, {"phase": torch.zeros(2, dtype=torch.complex128)}, {}, meta_at(1))
+    assert names(tmp_path) == []
 
 
 def test_random_states_come_back(tmp_path):
