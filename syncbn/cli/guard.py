@@ -27,9 +27,7 @@ from syncbn.tracking.redact import redact_text
 def invoke(command: click.Command, argv: Sequence[str], prog_name: str | None = None) -> int:
     """Run `command` with the arguments `argv` and return its exit code; never raises."""
     make_unbreakable()
-    atexit.register(
-        gc.freeze
-    )  # else all that torch has made is looked through for rubbish, for 0.7 s
+    atexit.register(_spare_the_search)
     try:
         _require_current_folder()
         with failures_named():
@@ -43,6 +41,15 @@ def invoke(command: click.Command, argv: Sequence[str], prog_name: str | None = 
         return 130
     except Exception as error:
         return _complain(error)
+
+
+def _spare_the_search() -> None:
+    """Let the interpreter end without a search for rubbish in all that torch has made, which takes 0.7 s.
+
+    Not where Triton is imported: its library lists on stderr whatever of its own was not found.
+    """
+    if "triton" not in sys.modules:
+        gc.freeze()
 
 
 def _require_current_folder() -> None:

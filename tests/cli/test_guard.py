@@ -3,6 +3,7 @@
 import errno
 import os
 import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -150,3 +151,11 @@ def test_writing_to_a_closed_pipe_is_given_up_quietly():
 def test_an_unbreakable_stream_passes_on_what_it_can(capsys):
     Unbreakable(sys.stdout).write("hello")
     assert capsys.readouterr().out == "hello"
+
+
+def test_the_interpreter_ends_without_a_word_where_triton_is_imported():
+    pytest.importorskip("triton")
+    ends = "import sys, triton; from syncbn.cli import cli; from syncbn.cli.guard import invoke"
+    command = [sys.executable, "-c", f"{ends}; sys.exit(invoke(cli, ['version']))"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
