@@ -16,7 +16,7 @@ from syncbn.config import Config, config_hash
 from syncbn.errors import ServiceUnreachable, UsageError
 from syncbn.launch.plan import has_secrets
 from syncbn.launch.ray_dashboard import Dashboard
-from syncbn.launch.ray_upload import Upload, runtime_env
+from syncbn.launch.ray_upload import Upload, runtime_env, too_large
 from syncbn.overrides import parse, with_changed_values
 from syncbn.provenance import git_revision, versions
 from syncbn.tracking.redact import redact_text
@@ -102,6 +102,7 @@ def send(
     """Send the job and return its id. `overrides` are those of `job_overrides`, `cfg` what they compose to.
 
     Raises:
+        UsageError: more goes along with it than the cluster takes.
         ServiceUnreachable: the cluster did not take it.
     """
     for name in ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS"):
@@ -128,6 +129,8 @@ def send(
                 metadata={"verb": verb, "name": cfg.name, "config_hash": config_hash(cfg)},
             )
     except (RuntimeError, ConnectionError, OSError) as error:
+        if "status code 413" in str(error):
+            raise too_large(upload, dashboard.address) from error
         raise ServiceUnreachable(f"{dashboard.address} did not take the job: {error}") from error
     finally:
         logging.disable(logging.NOTSET)

@@ -8,7 +8,7 @@ import heapq
 import logging
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +19,8 @@ from syncbn.compose import config_folder, config_folders
 from syncbn.errors import UsageError
 
 MOST_BYTES = 50 * 2**20
-"""A project is code and configs, well under a megabyte; Ray's own limit of 500 MB is on what is left when packed."""
+"""A project is code and configs, well under a megabyte. A dashboard takes 100 MiB in a request, packed, and a proxy in
+front of it often less."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ def upload_of(overrides: Sequence[str], folder: Path) -> Upload:
     alone.
 
     Raises:
-        UsageError: the folder holds more than `MOST_BYTES` that would be sent.
+        UsageError: the folder, or that of our configs, holds more than `MOST_BYTES` that would be sent.
     """
     package = Path(__file__).resolve().parents[1]
     checkout = package.parent
@@ -58,9 +59,17 @@ def upload_of(overrides: Sequence[str], folder: Path) -> Upload:
         upload = Upload(folder, package)
     else:
         upload = Upload(checkout, None) if whole else Upload(None, package)
-    if upload.working_dir is not None:
-        refuse_large(upload.working_dir)
+    for sent in _folders(upload):
+        refuse_large(sent)
     return upload
+
+
+def _folders(upload: Upload) -> list[Path]:
+    """Folders of the user's choice that are sent, wholly or in part."""
+    return [
+        *([] if upload.working_dir is None else [upload.working_dir]),
+        *([] if upload.package is None else [config_folder()]),
+    ]
 
 
 @contextmanager
@@ -90,16 +99,33 @@ def refuse_large(folder: Path) -> None:
     total = sum(sizes.values())
     if total <= MOST_BYTES:
         return
-    largest = heapq.nlargest(3, sizes.items(), key=lambda item: item[1])
-    named = ", ".join(f"{path.relative_to(folder)} ({_megabytes(size)})" for path, size in largest)
     raise UsageError(
-        f"{folder} has {_megabytes(total)} to send with the job, at most {_megabytes(MOST_BYTES)} are allowed: list "
-        f"what the job does not need in {folder / '.rayignore'}; the largest are {named}"
+        f"{folder} has {_megabytes(total)} to send with the job, at most {_megabytes(MOST_BYTES)} are allowed: "
+        f"{_way_out(folder, sizes)}"
     )
 
 
+def too_large(upload: Upload, address: str) -> UsageError:
+    """What to say where `address`, the cluster or a proxy in front of it, takes less than we would send."""
+    told = [
+        f"{folder} has {_megabytes(sum(sizes.values()))}: {_way_out(folder, sizes)}"
+        for folder in _folders(upload)
+        if (sizes := sent_files(folder))
+    ]
+    return UsageError(
+        f"{address} does not take what goes along with the job, which is too large for it (HTTP 413), or for a proxy "
+        f"in front of it: {'; '.join(told) or 'raise its limit'}"
+    )
+
+
+def _way_out(folder: Path, sizes: Mapping[Path, int]) -> str:
+    largest = heapq.nlargest(3, sizes.items(), key=lambda item: item[1])
+    named = ", ".join(f"{path.relative_to(folder)} ({_megabytes(size)})" for path, size in largest)
+    return f"list what the job does not need in {folder / '.rayignore'}; the largest are {named}"
+
+
 def _megabytes(size: int) -> str:
-    return f"{size / 2**20:.0f} MB"
+    return f"{size / 2**20:.{0 if size >= 2**20 else 1}f} MB"
 
 
 def sent_files(folder: Path) -> dict[Path, int]:

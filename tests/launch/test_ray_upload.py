@@ -4,15 +4,19 @@ import json
 import os
 import subprocess
 import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 from programs import ROOT, SYNCBN, complaint
 
-from syncbn.compose import config_folder
+from syncbn.compose import compose, config_folder
 from syncbn.errors import UsageError
 from syncbn.launch import ray_upload
-from syncbn.launch.ray_upload import refuse_large, runtime_env, sent_files, upload_of
+from syncbn.launch.ray_dashboard import Dashboard
+from syncbn.launch.ray_jobs import send
+from syncbn.launch.ray_upload import Upload, refuse_large, runtime_env, sent_files, upload_of
 
 PACKAGE = Path(ray_upload.__file__).parents[1]
 
@@ -125,3 +129,47 @@ def test_a_large_project_is_2_before_anything_is_asked_of_the_cluster(bench):
 def test_our_checkout_is_small():
     assert config_folder() == ROOT / "conf"
     assert sum(sent_files(ROOT).values()) < 3 * 2**20
+
+
+class Small(BaseHTTPRequestHandler):
+    """A dashboard behind a proxy that takes no large requests."""
+
+    def do_GET(self):
+        known = self.path == "/api/version"
+        self._answer(
+            200 if known else 404, b'{"version": "4", "ray_version": "2", "ray_commit": ""}'
+        )
+
+    def do_PUT(self):
+        self.rfile.read(int(self.headers["Content-Length"]))
+        self._answer(413, b"Request Entity Too Large")
+
+    def _answer(self, status, body):
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_):
+        """Nothing."""
+
+
+def test_what_is_too_large_for_a_cluster_or_its_proxy_is_named_with_the_way_out(here, monkeypatch):
+    monkeypatch.setattr(Dashboard, "python", lambda self: "python")
+    (here / "conf").mkdir()
+    write(here / "weights.bin", 4 * 2**20)
+    with ThreadingHTTPServer(("127.0.0.1", 0), Small) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        dashboard = Dashboard(f"http://127.0.0.1:{server.server_port}", "token")
+        said = r"does not take .*HTTP 413.* has 4 MB: .*\.rayignore; the largest are weights\.bin \(4 MB\)"
+        with pytest.raises(UsageError, match=said):
+            send(dashboard, "train", compose([]), ["runs_dir=r"], Upload(here, None))
+        server.shutdown()
+
+
+def test_large_configs_of_ones_own_are_refused_too(here, monkeypatch):
+    monkeypatch.setattr(ray_upload, "MOST_BYTES", 2**20)
+    write(here / "other" / "data.bin", 2 * 2**20)
+    monkeypatch.setenv("SYNCBN_CONF", str(here / "other"))
+    with pytest.raises(UsageError, match=r"other has 2 MB .* largest are data\.bin"):
+        upload_of([], here)
