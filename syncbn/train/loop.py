@@ -6,7 +6,7 @@ are reduced; and whether to go on is decided only where ranks agree (`Agreement`
 """
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from functools import lru_cache, partial
 from typing import Any
@@ -181,7 +181,7 @@ class Loop:
         if measuring or last:
             self._measure()
         enough = measuring and self._good_enough()
-        if state.callbacks and (measuring or saving or agreeing):
+        if state.callbacks and (measuring or agreeing):
             enough = state.callbacks.want_to_stop() or enough
         if asked:  # what this step made due is done: resuming repeats and loses nothing
             raise Stopped(asked)
@@ -230,12 +230,21 @@ class Loop:
             if _due(step, cfg.train.log_every):
                 rate = learning_rate(step - 1, cfg.optim, cfg.train.steps, cfg.global_batch)
                 self.tracker.metrics(step, {"train_loss": loss, "lr": rate})
+        self._remember(losses)
         if self.state.scale is not None:
             scale = self.state.scale.require_usable()
             self.tracker.metrics(self.state.step, {"loss_scale": scale})
-        if losses:
-            self.state.standing.train_loss = sum(losses.values()) / len(losses)
         return late, asked
+
+    def _remember(self, losses: Mapping[int, float]) -> None:
+        """Have `standing.train_loss` be the mean over steps that no save and no stop decides."""
+        standing, train = self.state.standing, self.state.cfg.train
+        for step, loss in losses.items():
+            if _due(step - 1, train.agree_every) or _due(step - 1, train.eval_every):
+                standing.losses.clear()
+            standing.losses.append(loss)
+        if losses:
+            standing.train_loss = sum(standing.losses) / len(standing.losses)
 
     def _measure(self) -> None:
         state, cfg = self.state, self.state.cfg

@@ -54,7 +54,9 @@ class Standing:
     """What the loop has seen so far, saved with the run so that resuming changes no decision."""
 
     train_loss: float = math.nan
-    """Mean training loss over the last agreed steps."""
+    """Mean training loss over the steps since an agreement or an evaluation was last due, at an end of a run."""
+    losses: list[float] = field(default_factory=list)
+    """The losses of these steps."""
     measured: dict[str, float] = field(default_factory=dict)
     """The last evaluation."""
     measured_at: int = -1

@@ -98,8 +98,10 @@ def test_callbacks_are_called_at_each_moment_and_record(tmp_path):
     assert counts == [1, 2, 3, 4, 5, 6]
 
 
-def test_a_callback_ends_a_run_well(tmp_path):
-    cfg = _config(tmp_path, "callbacks.counter.stop_at=3", "train.agree_every=2")
+@pytest.mark.parametrize("save_every", [0, 3])
+def test_a_callback_ends_a_run_well_where_ranks_agree(tmp_path, save_every):
+    saving = f"train.checkpoint_every={save_every}"
+    cfg = _config(tmp_path, "callbacks.counter.stop_at=3", "train.agree_every=2", saving)
     summary = recorded_run(cfg, SOLO)
     assert summary.steps == 4
     assert "test_error" in summary.final

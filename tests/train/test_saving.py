@@ -100,6 +100,19 @@ def _tensors(checkpoint) -> dict[str, torch.Tensor]:
     return {**checkpoint.model_state, **momenta, **averages}
 
 
+@pytest.mark.parametrize("options", [{}, {"eval_every": 4}], ids=["plain", "evaluated"])
+def test_neither_saves_nor_stops_decide_what_a_run_comes_to(tmp_path, options):
+    """Its last loss is a mean over steps, which are the same ones."""
+    cfg = _config(tmp_path, steps=14, agree_every=5, **options)
+    plain, saved, stopped = (replace(cfg, name=name) for name in ("plain", "saved", "stopped"))
+    final = recorded_run(plain, SOLO).final
+    every_third = replace(saved.train, checkpoint_every=3)
+    assert recorded_run(replace(saved, train=every_third), SOLO).final == final
+    with asked_to_stop_at(13), pytest.raises(Stopped):
+        recorded_run(stopped, SOLO)
+    assert recorded_run(stopped, SOLO).final == final
+
+
 def test_a_save_that_is_due_waits_for_the_one_under_way(tmp_path):
     cfg = _config(tmp_path, checkpoint_every=2)
     with _held_until(4) as begun:
