@@ -7,7 +7,7 @@ MINUTES ?= 10
 SEED ?= 0
 BIN = .venv/bin
 STAMP = .venv/.installed
-PYTEST_OPTIONS = --numprocesses 3 --dist loadscope
+PYTEST_OPTIONS = --numprocesses 2 --dist loadscope
 
 .PHONY: help setup demo studies studies-fast ui test test-all chaos coverage bench lint lock settings
 .DEFAULT_GOAL := help

@@ -48,7 +48,7 @@ def wait_for_losses(bench):
     wait_until(lambda: (folder / "journal.jsonl").exists() and losses(folder))
 
 
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_a_killed_rank_is_what_the_launch_speaks_of(bench, rank):
     process = start(bench, "launcher.max_restarts=0")
     wait_for_losses(bench)

@@ -1,4 +1,7 @@
-"""Jobs on a real cluster of one node that asks for a token: sent, followed, stopped, refused."""
+"""Jobs on a real cluster of one node that asks for a token: sent, followed, stopped, refused.
+
+`test_ray_verbs.py` has the verbs before a dashboard that only answers as Ray's.
+"""
 
 import json
 import os
@@ -13,6 +16,7 @@ from pathlib import Path
 import pytest
 from programs import Bench, complaint, free_port, losses, wait_until
 
+pytestmark = pytest.mark.slow
 PATIENT = (
     "from syncbn.launch import ray_dashboard; ray_dashboard.TIMEOUT_S = 300.0;"
     "from syncbn.cli import main; main()"
@@ -128,7 +132,6 @@ def wait_for_losses(folder):
     wait_until(lambda: (folder / "journal.jsonl").exists() and losses(folder))
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(1200)
 def test_a_project_is_sent_with_our_package_and_its_configs_are_used(cluster):
     project = cluster.folder / "project"
@@ -151,7 +154,6 @@ def test_a_project_is_sent_with_our_package_and_its_configs_are_used(cluster):
     assert list(modules.glob("_ray_pkg_*/syncbn/conf/main.yaml"))
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(1200)
 def test_a_job_that_fails_passes_its_exit_code_on(cluster):
     job = submit(cluster, "train", *TINY, "data=mnist", "data.root=/nowhere", "name=no-data")

@@ -91,6 +91,7 @@ def _hold_equal(cfg: RunConfig) -> None:
 
 
 @pytest.mark.slow_if(lambda world_size, model, **_: (world_size == 2) != (model is MLP))
+@pytest.mark.slow_if(lambda arm, model, **_: model is CNN and arm not in ("local", "sync", "ghost"))
 @pytest.mark.world_size(2, 4)
 @pytest.mark.parametrize("model", [MLP, CNN], ids=["mlp", "cnn"])
 @pytest.mark.parametrize("arm", ARMS)

@@ -95,6 +95,7 @@ def _layer_of_the_whole(sizes, act, mask):
     return layer
 
 
+@pytest.mark.slow_if(lambda act, with_mask, **_: with_mask != (act is None))
 @pytest.mark.world_size(2)
 @pytest.mark.parametrize("act", [None, "silu"])
 @pytest.mark.parametrize("with_mask", [False, True], ids=["whole", "masked"])

@@ -62,6 +62,7 @@ def test_reentrant_checkpointing_counts_once(world_size):
         assert_close(a.grad, b.grad, 1e-6, name)
 
 
+@pytest.mark.slow_if(lambda group, **_: group in (1, 2))
 @pytest.mark.world_size(2)
 @pytest.mark.parametrize("group", [None, 1, 2, "node", "handle"])
 def test_compiled_without_a_graph_break_it_gives_the_eager_numbers(world_size, group):

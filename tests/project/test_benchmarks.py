@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))  # benchmarks are no part of the package
 
 from benchmarks import __main__ as program  # noqa: E402
-from benchmarks import checkpoints, image_folder, machine, page, plots, ranks, scaling  # noqa: E402
+from benchmarks import checkpoints, image_folder, layer, machine, page, plots, ranks, scaling  # noqa: E402
 from benchmarks.cases import DTYPES, LAYOUTS, Case, all_cases  # noqa: E402
 from benchmarks.contenders import memory_passes  # noqa: E402
 from benchmarks.verdicts import (  # noqa: E402
@@ -238,20 +238,31 @@ def test_a_machine_is_named_without_naming_a_user() -> None:
     assert machine.slug(known) == "2026-01-02-some-fast-3-00ghz-2-cores"
 
 
-def test_two_ranks_measure_one_tiny_layer() -> None:
-    (row,) = ranks.run(
-        "layer:measure",
-        2,
-        timeout_s=120,
-        contenders=("ours", "ours_sockets", "ours_gloo", "local", "naive"),
-        budget_s=0.01,
-        shapes=((2, 3, 4, 4),),
-        layouts=("channels_last",),
-        dtypes=("bf16",),
+TINY = {
+    "contenders": ("ours", "ours_sockets", "ours_gloo", "local", "naive"),
+    "budget_s": 0.01,
+    "shapes": ((2, 3, 4, 4),),
+    "layouts": ("channels_last",),
+    "dtypes": ("bf16",),
+}
+
+
+def _is_whole(row: dict[str, Any]) -> bool:
+    return (row["world_size"], tuple(row["ms"])) == (2, TINY["contenders"]) and all(
+        ms > 0 for ms in row["ms"].values()
     )
-    assert row["world_size"] == 2
-    assert list(row["ms"]) == ["ours", "ours_sockets", "ours_gloo", "local", "naive"]
-    assert all(ms > 0 for ms in row["ms"].values())
+
+
+@pytest.mark.world_size(2)
+def test_two_ranks_measure_one_tiny_layer(world_size: int) -> None:
+    (row,) = layer.measure(**TINY)
+    assert _is_whole(row)
+
+
+@pytest.mark.slow
+def test_processes_of_their_own_measure_one_tiny_layer() -> None:
+    (row,) = ranks.run("layer:measure", 2, timeout_s=120, **TINY)
+    assert _is_whole(row)
 
 
 @pytest.mark.slow

@@ -3,6 +3,9 @@
 The layer's tests wait for each other's ranks, and for clocks, about half of their time; the others fill it. Their
 output comes after that of the layer's.
 
+Byte code is kept, also where PYTHONDONTWRITEBYTECODE is set: the tests start some hundred processes, and each would
+compile what it imports.
+
 Every part runs, also after one that failed. The last line counts the tests of all parts: `N passed, N failed,
 N skipped`; an error in a fixture, or while tests are collected, counts as failed. The exit status is 0 where every part
 succeeded, 1 otherwise.
@@ -10,6 +13,7 @@ succeeded, 1 otherwise.
     python tests/support/run_parts.py --numprocesses 2      options are pytest's
 """
 
+import os
 import subprocess
 import sys
 import tempfile
@@ -22,6 +26,7 @@ from xml.etree import ElementTree
 PYTEST = (sys.executable, "-m", "pytest")
 COVERAGE = (sys.executable, "-m", "coverage")
 CHOSEN = "not gpu and not slow"
+WITHOUT_BYTE_CODE = "PYTHONDONTWRITEBYTECODE"
 
 
 class Part(NamedTuple):
@@ -96,13 +101,16 @@ def run(lists: Sequence[Sequence[Part]]) -> int:
 
 def _run_list(parts: Sequence[Part], log: Path, shown: bool = False) -> list[Outcome]:
     """Run `parts` one after the other, their output in `log` unless it is `shown`."""
+    environment = {name: v for name, v in os.environ.items() if name != WITHOUT_BYTE_CODE}
     outcomes = []
     with log.open("w") as file:
         for number, part in enumerate(parts):
             report = log.with_suffix(f".{number}.xml")
             options = [f"--junitxml={report}"] if part.is_pytest else []
             output = {} if shown else {"stdout": file, "stderr": subprocess.STDOUT}
-            status = subprocess.run([*part.command, *options], check=False, **output).returncode
+            status = subprocess.run(
+                [*part.command, *options], check=False, env=environment, **output
+            ).returncode
             counts = counts_of(report, status) if part.is_pytest else None
             outcomes.append(Outcome(part.name, status, counts))
     return outcomes

@@ -256,6 +256,7 @@ def test_a_server_that_answers_with_errors_loses_nothing_of_the_run(runs_dir, st
     assert len(points(store_uri(cfg.runs_dir), run, "train_loss")) == 500
 
 
+@pytest.mark.slow
 def test_a_server_killed_on_the_way_gets_everything_when_it_is_back(runs_dir):
     port = free_port()
     uri = f"http://127.0.0.1:{port}"

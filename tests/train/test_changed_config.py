@@ -58,6 +58,7 @@ FREE = {
 }
 
 
+@pytest.mark.slow_if(lambda override, **_: override in ("train.log_every=2", "train.eval_every=2"))
 @pytest.mark.parametrize("override", FREE)
 def test_what_changes_no_number_may_change(config, override):
     whole = recorded_run(config("name=whole", *SAVING, override, "train.log_every=1"), SOLO)

@@ -61,6 +61,7 @@ def test_groups_of_one(tmp_path):
     assert _two_steps(tmp_path, "norm=sync_group", "norm.group_size=1").steps == 2
 
 
+@pytest.mark.slow_if(lambda study: study.startswith("batch_size_"))  # batch_size on other data
 @pytest.mark.parametrize("study", _options("study"))
 def test_every_arm_of_every_study(study, tmp_path):
     """On the embedded digits; arms on several ranks as virtual ones, which some probes refuse."""

@@ -2,15 +2,16 @@
 
 import colorsys
 import io
-import subprocess
 import sys
 
 import numpy as np
 import pytest
+from fabricated_studies import fabricate
 from hypothesis import given
 from hypothesis import strategies as st
 from matplotlib.colors import to_rgb
 from matplotlib.image import imread
+from own_ranks import run_ranks
 from trial_files import DEMO_CLAIMS, demo_error, make_study, study_config
 
 from syncbn.compare.report.figures.canvas import Picture, arm_styles, columns_of
@@ -103,16 +104,14 @@ def test_a_single_evaluation_is_no_curve_and_a_single_seed_can_be_drawn(tmp_path
     assert pictures["paired_differences"].title == "0 of 1 claim reproduced, 1 inconclusive"
 
 
+def draw_some():
+    assert draw(*fabricate("equivalence", "study.seeds=[0,1]"))
+    assert "matplotlib.pyplot" not in sys.modules
+
+
 def test_figures_are_drawn_without_pyplot():
-    code = f"""
-import sys
-sys.path[:] = {sys.path!r}
-from fabricated_studies import fabricate
-from syncbn.compare.report.figures.gallery import draw
-assert draw(*fabricate("equivalence", "study.seeds=[0,1]"))
-assert "matplotlib.pyplot" not in sys.modules
-"""
-    subprocess.run([sys.executable, "-c", code], check=True)
+    [drawn] = run_ranks(__name__, "draw_some", world_size=1)
+    assert drawn.returncode == 0, drawn.output
 
 
 def test_every_known_arm_has_a_marker_and_a_line_of_its_own():

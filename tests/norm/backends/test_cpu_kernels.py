@@ -262,6 +262,7 @@ def test_a_pass_that_the_kernels_do_not_serve_is_finished_by_them_once_act_is_un
     assert torch.equal(dx, backend.finish_backward(dz, rest, stats, sums.view(1, -1)))
 
 
+@pytest.mark.slow_if(lambda mode, **_: mode != "FakeTensorMode()")
 @pytest.mark.parametrize(
     "mode", ["FakeTensorMode()", "torch.inference_mode()", "torch.device('meta')"]
 )

@@ -255,6 +255,7 @@ def test_a_forked_child_has_memory_of_its_own():
     assert float(y.sum()) == MIB
 
 
+@pytest.mark.untraced
 def test_a_child_forked_while_others_take_memory_does_not_hang():
     done = threading.Event()
 

@@ -77,6 +77,7 @@ def test_samples_folded_to_a_row_and_those_left_over_count_once(dtype: torch.dty
     suite.check_backward(backend, case)
 
 
+@pytest.mark.slow_if(lambda dtype, **_: dtype == torch.float16)
 @dtypes
 def test_bits_depend_on_neither_threads_nor_instruction_set(dtype: torch.dtype, settings: None):
     case = rows_of(616, dtype, act="relu", residual=True)

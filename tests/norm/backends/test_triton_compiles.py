@@ -100,10 +100,13 @@ def launch_everything(case: Case) -> None:
 @pytest.mark.parametrize(
     "case",
     [
-        Case((32, 64, 56, 56), torch.float32, act="relu"),
+        pytest.param(Case((32, 64, 56, 56), torch.float32, act="relu"), marks=pytest.mark.slow),
         Case((32, 64, 14, 14), torch.bfloat16, channels_last=True, act="relu6", residual=True),
         Case((8, 12, 7, 7), torch.float16, torch.float16, act="silu", residual=True, masked=True),
-        Case((9, 13), torch.float64, torch.float64, act="hardswish", masked=True),
+        pytest.param(
+            Case((9, 13), torch.float64, torch.float64, act="hardswish", masked=True),
+            marks=pytest.mark.slow,
+        ),
         Case((2**31, 16), torch.bfloat16, torch.bfloat16, act="leaky_relu"),
     ],
     ids=str,

@@ -48,6 +48,7 @@ AROUND = {**INSIDE, "megatron": Megatron.apply, "saves_every_second": selective(
 
 
 @pytest.mark.untraced
+@pytest.mark.slow_if(lambda kind, **_: kind.startswith("saves_") and kind != "saves_every_second")
 @pytest.mark.world_size(2)
 @pytest.mark.parametrize("kind", sorted(AROUND))
 def test_checkpointing_around_a_compiled_block(world_size, kind):
@@ -55,6 +56,7 @@ def test_checkpointing_around_a_compiled_block(world_size, kind):
     assert_same(lambda net, x: AROUND[kind](compiled(net), x), block, lambda: batches(equal=True))
 
 
+@pytest.mark.slow_if(lambda kind, **_: kind in ("reentrant", "saves_nothing"))
 @pytest.mark.world_size(2)
 @pytest.mark.parametrize("kind", sorted(INSIDE))
 def test_a_compiled_function_with_a_checkpoint_inside_exchanges_no_more(world_size, kind):
