@@ -9,6 +9,7 @@ left to them alone is what the gate of `make test` shows.
 """
 
 import functools
+import gc
 import inspect
 import os
 import re
@@ -27,6 +28,7 @@ from syncbn.registry import CALLBACKS, REGISTRIES, TRANSFORMS
 # A busy machine is slow, not wrong.
 settings.register_profile("patient", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("patient")
+gc.disable()  # until all tests are collected: nothing is garbage before, and to look for it is 1 s of work
 # Several processes share the cores, and torch's threads would wait for each other at work; training sets it too.
 torch.set_num_threads(1)
 
@@ -61,6 +63,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for marker in item.iter_markers("slow_if"):
             if marker.args[0](**item.callspec.params):
                 item.add_marker("slow")
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()  # what was imported is not looked through again
+    gc.enable()
 
 
 @functools.cache

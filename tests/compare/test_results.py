@@ -12,6 +12,7 @@ from trial_files import (
     make_study,
     study_config,
     trial_config,
+    without_figures,
     write_trial,
 )
 
@@ -20,6 +21,8 @@ from syncbn.compare.results import write_results
 from syncbn.compare.study.preflight import claimable_metrics
 from syncbn.config import ClaimConfig
 from syncbn.errors import UsageError
+
+numbers_alone = pytest.fixture(without_figures)
 
 
 @pytest.fixture(scope="module")
@@ -66,6 +69,7 @@ def test_summary_has_the_agreed_keys(study):
     assert claim_keys | {"n", "p"} <= set(summary["claims"][0])
 
 
+@pytest.mark.usefixtures("numbers_alone")
 def test_a_summarys_values_are_in_the_order_of_the_seeds(tmp_path):
     cfg = small(tmp_path, seeds=(7, 3, 5))
     summary = write_results(cfg)
@@ -128,6 +132,7 @@ def test_arms_that_differ_in_more_than_the_factor_are_refused(tmp_path):
         write_results(cfg)
 
 
+@pytest.mark.usefixtures("numbers_alone")
 def test_a_declared_factor_may_differ_by_group_or_by_key(tmp_path):
     cfg = small(tmp_path)
     shared = cfg.optim
@@ -158,6 +163,7 @@ def test_a_trial_that_took_fewer_steps_than_its_config_is_refused(tmp_path):
         write_results(cfg)
 
 
+@pytest.mark.usefixtures("numbers_alone")
 def test_a_trial_that_reached_its_target_may_have_taken_fewer_steps(tmp_path):
     cfg = small(tmp_path, target_error=0.1)
     shorten(cfg.folder / "trials" / "sync-1", 150)
@@ -175,6 +181,7 @@ def test_a_time_limit_is_refused_in_a_study(tmp_path):
         check(study_config(tmp_path, time_limit_s=9.0))
 
 
+@pytest.mark.usefixtures("numbers_alone")
 def test_trials_may_differ_in_timeouts_and_tracking(tmp_path):
     cfg = small(tmp_path)
     rewrite(cfg, "sync", 2, lambda trial: setattr(trial.launcher, "timeout_s", 7.0))
@@ -191,6 +198,7 @@ def test_a_claim_on_what_was_not_measured_is_refused_before_anything_is_written(
     assert files_of(cfg) == before
 
 
+@pytest.mark.usefixtures("numbers_alone")
 @pytest.mark.parametrize("train", [{}, {"target_error": 0.01}], ids=["plain", "with a target"])
 def test_a_claim_may_speak_of_what_the_summary_has_and_of_nothing_else(tmp_path, train):
     cfg = study_config(tmp_path, ("local", "sync"), (0, 1), steps=100, **train)
@@ -207,6 +215,7 @@ def add_final(folder: Path, metric: str, value: float) -> None:
     (folder / "summary.json").write_text(json.dumps(summary))
 
 
+@pytest.mark.usefixtures("numbers_alone")
 def test_steps_to_a_target_are_taken_from_the_curve_and_censored_at_the_budget(tmp_path):
     cfg = study_config(tmp_path, ("local", "sync"), (0, 1), steps=300, target_error=0.1)
     make_study(cfg, lambda arm, seed, step: 0.4 if arm == "local" else 0.3 - 0.001 * step)
@@ -249,6 +258,7 @@ def test_fabricated_studies_pass_the_checks_of_real_ones(tmp_path):
     check(study_config(tmp_path, claims=DEMO_CLAIMS))
 
 
+@pytest.mark.usefixtures("numbers_alone")
 def test_a_diverged_trial_counts_with_an_error_of_one_and_without_a_time(tmp_path):
     error = ClaimConfig(name="error", arm="sync", against="local", threshold=-0.2)
     loss = ClaimConfig(name="loss", arm="sync", against="local", metric="train_loss")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from trial_files import demo_error, make_study, study_config
+from trial_files import demo_error, make_study, study_config, without_figures
 
 from syncbn.checks import check
 from syncbn.compare.results import write_results
@@ -18,6 +18,8 @@ from syncbn.config import ClaimConfig, Config, DataConfig, TargetConfig, TuneCon
 from syncbn.data import load_data
 from syncbn.errors import UsageError
 
+pytestmark = pytest.mark.usefixtures("numbers_alone")
+numbers_alone = pytest.fixture(without_figures)
 CLAIM = ClaimConfig("sync_beats_local", "sync", "local", threshold=-0.2)
 
 

@@ -125,6 +125,7 @@ def test_ranks_save_and_end_when_the_launch_is_killed(bench):
     assert (bench.folder / "runs" / "run" / "checkpoints" / "LATEST").is_file()
 
 
+@pytest.mark.slow
 def test_a_signal_while_ranks_start_claims_a_checkpoint_only_where_there_is_one(bench):
     process = start(bench)
     ranks_of(process)

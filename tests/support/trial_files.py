@@ -9,7 +9,9 @@ from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
+import pytest
 
+from syncbn.compare import results
 from syncbn.config import (
     ClaimConfig,
     Config,
@@ -65,6 +67,11 @@ def trial_config(cfg: Config, arm: str, seed: int) -> RunConfig:
         launcher=cfg.launcher,
         tracking=cfg.tracking,
     )
+
+
+def without_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Write results without figures, for tests that read numbers alone: to draw them is most of the work."""
+    monkeypatch.setattr(results, "draw", lambda summary, trials: [])
 
 
 def make_study(cfg: Config, error_of: ErrorOf, loss_noise: float = 0.3) -> None:
