@@ -39,6 +39,7 @@ def test_fused_is_the_sequence_it_stands_for(act, with_residual):
         assert_close(mine, expected, 1e-11, "gradient")
 
 
+@pytest.mark.slow_if(lambda with_residual, with_mask, **_: with_residual != with_mask)
 @pytest.mark.parametrize("with_mask", [False, True], ids=["whole", "masked"])
 @pytest.mark.parametrize("with_residual", [False, True], ids=["plain", "residual"])
 @pytest.mark.parametrize("act", ACTS)
