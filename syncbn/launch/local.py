@@ -53,7 +53,10 @@ def launch_run(cfg: RunConfig) -> RunSummary:
     if cfg.train.resume:
         finished(cfg)  # refuses what finished with another config, before ranks are started
     if "WORLD_SIZE" in os.environ:  # torchrun makes the attempts
-        return _work(cfg, run_rank)
+        with (
+            stop_on_signals()
+        ):  # it ends all ranks once one has: not before rank 0 has recorded why
+            return _work(cfg, run_rank)
     restarts = Restarts(cfg.launcher.max_restarts)
     return healed(lambda runs: _on_ranks(runs[0], run_rank, cfg.num_ranks), [cfg], restarts)
 

@@ -10,7 +10,8 @@ import psutil
 import pytest
 from programs import HANGS_S, TRAIN, cmdline, complaint, losses, wait_until
 
-from syncbn.launch import forks
+from syncbn.compose import compose
+from syncbn.launch import forks, local
 from syncbn.tracking import read_journal
 
 ENDLESS = ("tracking=journal", "model.hidden=[8]", "train.per_rank_batch=4", "train.steps=1000000",
@@ -177,3 +178,13 @@ def test_a_second_run_of_one_process_has_the_environment_as_it_is_then(bench):
     for number in (1, 2):
         journal = (bench.folder / "runs" / f"r{number}" / "journal.jsonl").read_text()
         assert f'"number": {number}.0' in journal
+
+
+def test_under_torchrun_no_signal_ends_a_rank_that_records_how_it_ended(monkeypatch):
+    def handler(*_):
+        return signal.getsignal(signal.SIGTERM)
+
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(local, "_work", handler)
+    assert handler() is signal.SIG_DFL
+    assert callable(local.launch_run(compose(["train.resume=false"])))
