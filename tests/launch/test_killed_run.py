@@ -21,7 +21,6 @@ RUN = (
     "train.ema=0.9",
     "train.eval_every=10",
     "train.keep_best=true",
-    "train.checkpoint_every=5",
     "train.agree_every=1",
     "train.progress=false",
     "optim.clip_norm=1",
@@ -33,13 +32,20 @@ TIMES = {"seconds"}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("signalled", ["every process", "the ranks' launcher"])
+@pytest.mark.parametrize(
+    ("signalled", "saves"),
+    [
+        ("every process", "train.checkpoint_every=5"),
+        ("every process", "train.checkpoint_every_s=0.001"),
+        ("the ranks' launcher", "train.checkpoint_every=5"),
+    ],
+)
 def test_a_killed_run_with_a_loss_scale_averages_and_accumulation_goes_on(
-    bench, tmp_path, signalled
+    bench, tmp_path, signalled, saves
 ):
     whole = bench.run(*SYNCBN, *RUN, "runs_dir=whole")
     assert whole.returncode == 0, whole.stderr
-    with bench.start(*SYNCBN, *RUN, "runs_dir=cut") as process:
+    with bench.start(*SYNCBN, *RUN, "runs_dir=cut", saves) as process:
         journal = tmp_path / "cut" / "it" / "journal.jsonl"
         wait_until(lambda: journal.exists() and len(losses(journal.parent)) > 22)
         if signalled == "every process":

@@ -204,6 +204,7 @@ def test_local_statistics_are_rank_zeros_and_local_avg_the_mean_of_all(world_siz
 
 
 @pytest.mark.world_size(2)
+@pytest.mark.slow_if(lambda arm, **_: arm == "local")
 @pytest.mark.parametrize("arm", ["local_avg", "local"])
 def test_a_save_changes_no_bit_of_statistics_that_differ_between_ranks(world_size, tmp_path, arm):
     """Not in the run that is saved, and not in one that goes on from it."""
