@@ -9,7 +9,7 @@ import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from copy import deepcopy
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -305,10 +305,13 @@ def vary(cfg: Config, overrides: Sequence[str]) -> RunConfig:
         UsageError: as `compose`.
     """
     refuse_unsafe(overrides)
-    tree = OmegaConf.structured(cfg)
+    # without the study, whose arms and claims are most of the tree: two thirds of the time
+    tree = OmegaConf.structured(replace(cfg, study=None))
     try:
         for override in overrides:
             key, value = override.split("=", 1)
+            if key.partition(".")[0] == "study":
+                raise UsageError(f"{override} is not allowed: an arm changes a run, not its study")
             if _is_group(key):
                 chosen = _group(key, value)
                 if key in REGISTRIES and chosen.get("name") != tree[key].name:
@@ -322,6 +325,7 @@ def vary(cfg: Config, overrides: Sequence[str]) -> RunConfig:
     except OmegaConfBaseException as error:
         raise UsageError(_one_line(error)) from error
     assert isinstance(varied, Config)
+    varied.study = cfg.study
     _check(varied)
     if varied.model != cfg.model:
         pin(varied)

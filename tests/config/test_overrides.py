@@ -198,3 +198,12 @@ def test_the_home_folder_takes_the_place_of_a_tilde(monkeypatch):
         compose(["runs_dir='~nobody-of-that-name/x'"])
     varied = vary(cfg, ["data.root=~/other"])
     assert varied.data.root == "/home/of/mine/other"
+
+
+@pytest.mark.parametrize("override", ["study.seeds=[1]", "study=demo"])
+def test_an_arm_changes_nothing_of_its_study_and_keeps_the_checks_that_studies_have(override):
+    cfg = compose(["study=demo"])
+    with pytest.raises(UsageError, match=r"is not allowed: an arm changes a run, not its study"):
+        vary(cfg, [override])
+    with pytest.raises(UsageError, match=r"train.time_limit_s=9.* is not allowed in a study"):
+        vary(cfg, ["train.time_limit_s=9"])
