@@ -146,9 +146,13 @@ class RankFailed(SyncbnError):
 
 def exit_code(error: BaseException) -> int:
     """The exit code that `error` carries; 75 where a disk, a quota or /dev/shm is full; else 1: our bug."""
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+    if _is_full(error):
         return getattr(error, "exit_code", InfrastructureError.exit_code)
     return getattr(error, "exit_code", 1)
+
+
+def _is_full(error: BaseException) -> bool:
+    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
 
 
 def of_rank(error: BaseException) -> int | None:
@@ -168,7 +172,12 @@ def in_words(error: BaseException) -> str:
     frames = list(traceback.walk_tb(error.__traceback__))
     ours = [one for one in frames if one[0].f_globals.get("__name__", "").startswith("syncbn.")]
     at = [f"at {Path(f.f_code.co_filename).name}:{n}" for f, n in (ours or frames)[-1:]]
-    return " ".join([f"{type(error).__name__}:", str(error), *at])
+    full = ["(a disk, or /dev/shm: see `df`)"] if _is_full(error) and not _names_file(error) else []
+    return " ".join([f"{type(error).__name__}:", str(error), *full, *at])
+
+
+def _names_file(error: BaseException) -> bool:
+    return getattr(error, "filename", None) is not None
 
 
 def with_class(error: BaseException) -> str:

@@ -12,7 +12,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from multiprocessing import active_children
+from multiprocessing import active_children, get_context
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 from typing import Any
@@ -107,6 +107,9 @@ def _started(loader: DataLoader[Any]) -> tuple[Iterator[Any], list[BaseProcess]]
     """
     before = set(active_children())
     try:
+        get_context(
+            "fork"
+        ).Lock()  # takes room there too, and torch leaves a traceback where it finds none
         with held_back(), _without_torchs_handler():
             batches = iter(loader)
     except OSError as error:

@@ -73,6 +73,12 @@ def test_a_full_disk_is_one_line_and_worth_another_try(capsys):
     assert line.startswith("syncbn: error: OSError: [Errno 28] No space left on device: '/x'")
 
 
+def test_where_no_file_is_named_that_did_not_fit_what_may_be_full_is_said(capsys):
+    assert invoke(failing_with(OSError(errno.ENOSPC, "No space left on device")), []) == 75
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "No space left on device (a disk, or /dev/shm: see `df`)" in line
+
+
 def test_ctrl_c_says_nothing(capsys):
     assert invoke(failing_with(KeyboardInterrupt()), []) == 130
     assert not capsys.readouterr().err.strip()
