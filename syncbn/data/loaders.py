@@ -107,9 +107,7 @@ def _started(loader: DataLoader[Any]) -> tuple[Iterator[Any], list[BaseProcess]]
     """
     before = set(active_children())
     try:
-        get_context(
-            "fork"
-        ).Lock()  # takes room there too, and torch leaves a traceback where it finds none
+        _try_locks(8 + 4 * loader.num_workers)
         with held_back(), _without_torchs_handler():
             batches = iter(loader)
     except OSError as error:
@@ -153,6 +151,12 @@ def _end_when_the_rank_says(rank: int) -> None:
     while signal.sigwaitinfo({signal.SIGTERM}).si_pid != rank:
         pass
     os._exit(0)
+
+
+def _try_locks(number: int) -> None:
+    """Make as many locks as loaders need at most: torch prints a traceback where it finds no room for its own."""
+    context = get_context("fork")
+    _ = [context.Lock() for _ in range(number)]
 
 
 @contextmanager
