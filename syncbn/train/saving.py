@@ -28,7 +28,7 @@ from syncbn.train.state import State, parts
 
 SHARE = 0.01
 """Of a run's time that saves by the clock may take."""
-SOONEST_S, LATEST_S = 30.0, 300.0
+SOONEST_S, LATEST_S = 5.0, 300.0
 """Bounds of the time between two of them; the second is what a fault may lose, whatever a save costs."""
 
 
