@@ -8,12 +8,14 @@ one small RPC, whether it answers, whether it wants a token and what it has, bef
 import logging
 import os
 import shutil
+import subprocess
+import sys
 import tempfile
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from threading import Timer
-from typing import Any
+from typing import Any, Self
 
 import grpc
 import psutil
@@ -22,7 +24,14 @@ from ray.core.generated import gcs_service_pb2, gcs_service_pb2_grpc
 from ray.exceptions import RayError
 
 from syncbn.config import RunConfig
-from syncbn.errors import InfrastructureError, NotAuthorised, ServiceUnreachable, UsageError
+from syncbn.errors import (
+    START_AGAIN,
+    InfrastructureError,
+    NotAuthorised,
+    ServiceUnreachable,
+    UsageError,
+)
+from syncbn.launch import ray_keeper
 from syncbn.launch.ray_access import require_capacity
 from syncbn.launch.ray_watch import ended_without
 from syncbn.signals import held_back
@@ -30,11 +39,87 @@ from syncbn.signals import held_back
 PROBE_TIMEOUT_S = 5.0
 DISCONNECT_S = 0.3
 """What this process needs to leave a cluster of its own."""
-SHUTDOWN_TIMEOUT_S = 5.0
+SERVERS = {"gcs_server": "the head process (GCS)", "raylet": "the node process (raylet)"}
+"""Ray's processes without which a cluster of one machine is none, by name."""
+
+
+class Cluster:
+    """A running cluster that this process has joined."""
+
+    def require_alive(self) -> None:
+        """Raise `InfrastructureError` where it is known to have died; `ray_watch` finds out of one that was joined."""
+
+    def renew(self) -> None:
+        """Take the place of a cluster that has died."""
+
+
+class OwnCluster(Cluster):
+    """A cluster on this machine that leaves nothing behind; a context manager."""
+
+    def __init__(self, runtime_env: dict[str, dict[str, str]]) -> None:
+        self._runtime_env = runtime_env
+        self._folder = ""
+        self._keeper: subprocess.Popen[bytes] | None = None
+        self._servers: dict[str, psutil.Process] = {}
+
+    def __enter__(self) -> Self:
+        self._folder = tempfile.mkdtemp(prefix="syncbn-", dir="/tmp")  # sockets need a short path
+        with held_back():
+            self._keeper = subprocess.Popen(
+                [sys.executable, ray_keeper.__file__, self._folder],
+                stdin=subprocess.PIPE,
+                start_new_session=True,
+            )
+            self._open()
+        return self
+
+    def _open(self) -> None:
+        os.environ[ray_keeper.MARK] = self._folder  # after the keeper has been started without it
+        try:
+            _start(self._folder, self._runtime_env)
+        except BaseException:
+            self._stop()
+            raise
+        children = {p.name(): p for p in psutil.Process().children()}
+        self._servers = {name: p for name, p in children.items() if name in SERVERS}
+
+    def __exit__(self, *_: object) -> None:
+        self._stop()
+
+    def _stop(self) -> None:
+        _shut_down(self._folder)
+        assert self._keeper is not None
+        self._keeper.communicate()
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    def require_alive(self) -> None:
+        """Raise `InfrastructureError` where a server of it has died: Ray notices after a minute, and ends us then.
+
+        Its other processes, ranks among them, would go on for as long, and are ended.
+        """
+        dead = [SERVERS[name] for name, p in self._servers.items() if not _lives(p)]
+        if dead:
+            ray_keeper.end_all(self._folder)
+            raise InfrastructureError(f"{dead[0]} of this launch's own cluster died: {START_AGAIN}")
+
+    def renew(self) -> None:
+        """Start another where this one has died."""
+        try:
+            self.require_alive()
+        except InfrastructureError:
+            self._stop()
+            self.__enter__()
+
+
+def _lives(process: psutil.Process) -> bool:
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 @contextmanager
-def connected(cfg: RunConfig, num_ranks: int, address: str | None) -> Iterator[None]:
+def connected(cfg: RunConfig, num_ranks: int, address: str | None) -> Iterator[Cluster]:
     """Ray with room for `num_ranks`: the running cluster at `address` (host:port), or one for the duration.
 
     `ray_access.prepare_environment` must have run before this module was imported.
@@ -53,21 +138,8 @@ def connected(cfg: RunConfig, num_ranks: int, address: str | None) -> Iterator[N
         where = f"the cluster at {address}"
         available = cluster_resources(address, os.environ["RAY_AUTH_TOKEN"])
     require_capacity(cfg, num_ranks, available, where)
-    with _started(runtime_env) if address is None else _joined(address, runtime_env):
-        yield
-
-
-@contextmanager
-def _started(runtime_env: dict[str, dict[str, str]]) -> Iterator[None]:
-    """A cluster on this machine that leaves nothing behind."""
-    folder = tempfile.mkdtemp(prefix="syncbn-", dir="/tmp")  # sockets need a short path
-    try:
-        with held_back():
-            _start(folder, runtime_env)
-        yield
-    finally:
-        _shut_down(folder)
-        shutil.rmtree(folder, ignore_errors=True)
+    with OwnCluster(runtime_env) if address is None else _joined(address, runtime_env) as cluster:
+        yield cluster
 
 
 def _start(folder: str, runtime_env: dict[str, dict[str, str]]) -> None:
@@ -93,34 +165,19 @@ def _shut_down(folder: str) -> None:
 
     Ray gives them a second and more to end by themselves, one after the other. Nothing of theirs is needed any more.
     """
-    servers = [p for p in psutil.Process().children() if _is_in(folder, p)]
-    processes = servers + [child for server in servers for child in server.children(recursive=True)]
-    killer = Timer(DISCONNECT_S, _kill, [processes])
+    killer = Timer(DISCONNECT_S, ray_keeper.end_all, [folder])
     killer.start()
     ray.shutdown()
     killer.join()
-    psutil.wait_procs(processes, timeout=SHUTDOWN_TIMEOUT_S)
-
-
-def _is_in(folder: str, process: psutil.Process) -> bool:
-    with suppress(psutil.Error):  # it has ended
-        return folder in " ".join(process.cmdline())
-    return False
-
-
-def _kill(processes: list[psutil.Process]) -> None:
-    for process in processes:
-        with suppress(psutil.NoSuchProcess):
-            process.kill()
 
 
 @contextmanager
-def _joined(address: str, runtime_env: dict[str, dict[str, str]]) -> Iterator[None]:
+def _joined(address: str, runtime_env: dict[str, dict[str, str]]) -> Iterator[Cluster]:
     """The running cluster at `address`, of which this machine must be a node."""
     with ended_without(address):
         _join(address, runtime_env)
         try:
-            yield
+            yield Cluster()
         finally:
             ray.shutdown()
 

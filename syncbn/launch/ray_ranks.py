@@ -6,8 +6,8 @@ seconds more to start one.
 
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import replace
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from syncbn.config import Config
 from syncbn.errors import START_AGAIN, InfrastructureError, Stopped, SyncbnError
 from syncbn.launch.outcomes import LOST, STOPPED, kind
+from syncbn.launch.ray_cluster import Cluster
 from syncbn.launch.ray_progress import told
 from syncbn.launch.ray_worker import Ended, Work, Worker
 from syncbn.runtime.ray import environments, in_order
@@ -34,23 +35,31 @@ End = Ended | RayError
 """How a rank ended: by itself, or with its process."""
 
 
-def fit(cfg: Config, work: Work, num_ranks: int, progress: Callable[[], str]) -> Any:
+def fit(
+    cfg: Config, work: Work, num_ranks: int, progress: Callable[[], str], cluster: Cluster
+) -> Any:
     """Let `num_ranks` ranks do `work`; return what rank 0's returned.
 
-    Meanwhile what `progress` gives is said on stderr, where `train.progress` wants it.
+    Meanwhile what `progress` gives is said on stderr, where `train.progress` wants it. A `cluster` that has died is
+    replaced first, where it can be.
 
     The signals of `STOPPING` ask the ranks to save a checkpoint and stop; a second one ends this process at once.
 
     Raises:
         RankFailed: a rank failed or was stopped; its message and exit code.
         Stopped: a signal came before the ranks had started.
-        InfrastructureError: a worker or its node died, or there was no room for all of them.
+        InfrastructureError: a worker, its node or the cluster died, or there was no room for all of them.
     """
     cfg = _with_absolute_paths(cfg)
-    with stop_on_signals() as stop, _workers(cfg, num_ranks, stop) as workers:
+    cluster.renew()
+    with (
+        stop_on_signals() as stop,
+        _workers(cfg, num_ranks, look := Look(stop, cluster)) as workers,
+    ):
         try:
-            ranks, variables = _seated(workers, stop)
+            ranks, variables = _seated(workers, look)
         except RayError as error:
+            cluster.require_alive()
             raise cause({0: error}) from error
         with told(progress, cfg.train.progress):
             ends = _ends(
@@ -58,7 +67,7 @@ def fit(cfg: Config, work: Work, num_ranks: int, progress: Callable[[], str]) ->
                     rank.run.remote(cfg, work, each)
                     for rank, each in zip(ranks, variables, strict=True)
                 ],
-                partial(_ask_to_stop, ranks, stop),
+                partial(look.ask_to_stop, ranks),
             )
     done = {
         rank: end.value
@@ -66,12 +75,43 @@ def fit(cfg: Config, work: Work, num_ranks: int, progress: Callable[[], str]) ->
         if isinstance(end, Ended) and end.failure is None
     }
     if len(done) < num_ranks:
+        cluster.require_alive()
         raise cause(ends)
     return done[0]
 
 
+@dataclass(frozen=True)
+class Look:
+    """What ends a wait for Ray: a signal, or the death of the cluster, of which Ray says nothing for a minute."""
+
+    stop: StopRequest
+    cluster: Cluster
+
+    def __call__(self) -> None:
+        """Raise where there is reason to.
+
+        Raises:
+            Stopped: a signal came.
+            InfrastructureError: the cluster died.
+        """
+        self.cluster.require_alive()
+        if self.stop.signal_number:
+            raise Stopped(self.stop.signal_number, saved=False)
+
+    def ask_to_stop(self, ranks: list[Any]) -> None:
+        """Pass a signal on, each time: a rank that still starts does not remember it.
+
+        Raises:
+            InfrastructureError: the cluster died.
+        """
+        self.cluster.require_alive()
+        if self.stop.signal_number:
+            for rank in ranks:
+                rank.ask_to_stop.remote(self.stop.signal_number)
+
+
 @contextmanager
-def _workers(cfg: Config, num_ranks: int, stop: StopRequest) -> Iterator[list[Any]]:
+def _workers(cfg: Config, num_ranks: int, look: Look) -> Iterator[list[Any]]:
     """An actor a rank, all in the places that are reserved for them while the context lasts."""
     each = {"CPU": float(cfg.launcher.cpus_per_worker)}
     if cfg.launcher.gpus_per_worker:
@@ -79,7 +119,7 @@ def _workers(cfg: Config, num_ranks: int, stop: StopRequest) -> Iterator[list[An
     places = placement_group([each] * num_ranks)
     workers: list[Any] = []
     try:
-        _wait_for(places, cfg.launcher.start_timeout_s, stop)
+        _wait_for(places, cfg.launcher.start_timeout_s, look)
         for number in range(num_ranks):
             where = PlacementGroupSchedulingStrategy(places, placement_group_bundle_index=number)
             workers.append(
@@ -94,15 +134,17 @@ def _workers(cfg: Config, num_ranks: int, stop: StopRequest) -> Iterator[list[An
             )
         yield workers
     finally:
-        for worker in workers:
-            ray.kill(worker)
-        remove_placement_group(places)
+        with suppress(InfrastructureError):
+            look.cluster.require_alive()  # of one that died, Ray would wait for an answer
+            for worker in workers:
+                ray.kill(worker)
+            remove_placement_group(places)
 
 
-def _wait_for(places: PlacementGroup, timeout_s: float, stop: StopRequest) -> None:
+def _wait_for(places: PlacementGroup, timeout_s: float, look: Look) -> None:
     limit = time.monotonic() + timeout_s
     while not places.wait(LOOK_S):
-        _refuse_stopped(stop)
+        look()
         if time.monotonic() > limit:
             raise InfrastructureError(
                 f"the cluster had no room for {places.bundle_count} ranks of {places.bundle_specs[0]} each in "
@@ -110,32 +152,20 @@ def _wait_for(places: PlacementGroup, timeout_s: float, stop: StopRequest) -> No
             )
 
 
-def _seated(workers: list[Any], stop: StopRequest) -> tuple[list[Any], list[dict[str, str]]]:
+def _seated(workers: list[Any], look: Look) -> tuple[list[Any], list[dict[str, str]]]:
     """`workers` in the order of ranks, and the variables of each rank."""
-    seats = dict(enumerate(_get([worker.seat.remote() for worker in workers], stop)))
+    seats = dict(enumerate(_get([worker.seat.remote() for worker in workers], look)))
     order = in_order(seats)
-    (port,) = _get([workers[order[0]].free_port.remote()], stop)
+    (port,) = _get([workers[order[0]].free_port.remote()], look)
     ranks = [workers[number] for number in order]
     return ranks, environments([seats[number] for number in order], port)
 
 
-def _get(refs: list[Any], stop: StopRequest) -> list[Any]:
-    """The values of `refs`, unless a signal comes first."""
+def _get(refs: list[Any], look: Look) -> list[Any]:
+    """The values of `refs`, unless `look` raises first."""
     while len(ray.wait(refs, num_returns=len(refs), timeout=LOOK_S)[0]) < len(refs):
-        _refuse_stopped(stop)
+        look()
     return ray.get(refs)
-
-
-def _refuse_stopped(stop: StopRequest) -> None:
-    if stop.signal_number:
-        raise Stopped(stop.signal_number, saved=False)
-
-
-def _ask_to_stop(ranks: list[Any], stop: StopRequest) -> None:
-    """Pass a signal on, each time: a rank that still starts does not remember it."""
-    if stop.signal_number:
-        for rank in ranks:
-            rank.ask_to_stop.remote(stop.signal_number)
 
 
 def _ends(running: list[Any], look: Callable[[], None]) -> dict[int, End]:

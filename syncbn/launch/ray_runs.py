@@ -17,6 +17,7 @@ from syncbn.launch.ray_progress import run_progress, study_progress, sweep_progr
 
 if TYPE_CHECKING:
     from syncbn.compare.study.design import Trial
+    from syncbn.launch.ray_cluster import Cluster
     from syncbn.train import RunSummary
 
 
@@ -26,14 +27,14 @@ def launch_run(cfg: Config) -> "RunSummary":
     Raises:
         SyncbnError: see `prepare_environment`, `ray_cluster.connected` and `ray_ranks.fit`.
     """
-    with _ray(cfg, cfg.num_ranks):
+    with _ray(cfg, cfg.num_ranks) as cluster:
         from syncbn.launch.rank import run_rank
         from syncbn.launch.ray_ranks import fit
         from syncbn.launch.restarts import Restarts, healed
 
         def attempt(runs: Sequence[RunConfig]) -> "RunSummary":
             run = cast(Config, runs[0])  # `cfg`, resumed
-            return fit(run, run_rank, cfg.num_ranks, partial(run_progress, cfg))
+            return fit(run, run_rank, cfg.num_ranks, partial(run_progress, cfg), cluster)
 
         return healed(attempt, [cfg], Restarts(cfg.launcher.max_restarts))
 
@@ -44,11 +45,11 @@ def launch_study(cfg: Config) -> dict[str, Any]:
     Raises:
         SyncbnError: see `prepare_environment`, `ray_cluster.connected` and `ray_ranks.fit`.
     """
-    with _ray(cfg, most_processes(cfg)):
+    with _ray(cfg, most_processes(cfg)) as cluster:
         from syncbn.compare.study.queue import run_trials
         from syncbn.launch.study import conduct
 
-        return conduct(cfg, _healed_waves(cfg, run_trials, partial(study_progress, cfg)))
+        return conduct(cfg, _healed_waves(cfg, run_trials, partial(study_progress, cfg), cluster))
 
 
 def launch_sweep(sweep: Sweep) -> dict[str, Any]:
@@ -58,16 +59,18 @@ def launch_sweep(sweep: Sweep) -> dict[str, Any]:
         SyncbnError: see `prepare_environment`, `ray_cluster.connected` and `launch.sweep.conduct_sweep`.
     """
     cfg = sweep.config
-    with _ray(cfg, sweep.most_processes):
+    with _ray(cfg, sweep.most_processes) as cluster:
         from syncbn.compare.study.queue import run_trials
         from syncbn.launch.sweep import conduct_sweep
 
         work = partial(run_trials, go_on=True)
-        return conduct_sweep(sweep, _healed_waves(cfg, work, partial(sweep_progress, sweep)))
+        return conduct_sweep(
+            sweep, _healed_waves(cfg, work, partial(sweep_progress, sweep), cluster)
+        )
 
 
 def _healed_waves(
-    cfg: Config, work: Callable[..., None], progress: Callable[[], str]
+    cfg: Config, work: Callable[..., None], progress: Callable[[], str], cluster: "Cluster"
 ) -> "Callable[[Sequence[Trial], int], Any]":
     """Lets so many ranks do `work` with a wave of trials; all waves of a launch share its restarts."""
     from syncbn.launch.ray_ranks import fit
@@ -77,17 +80,17 @@ def _healed_waves(
 
     def run(wave: "Sequence[Trial]", processes: int) -> Any:
         return healed_wave(
-            lambda left: fit(cfg, partial(work, left), processes, progress), wave, restarts
+            lambda left: fit(cfg, partial(work, left), processes, progress, cluster), wave, restarts
         )
 
     return run
 
 
 @contextmanager
-def _ray(cfg: Config, num_ranks: int) -> Iterator[None]:
+def _ray(cfg: Config, num_ranks: int) -> "Iterator[Cluster]":
     """Ray, set up before it is imported, and connected."""
     address = prepare_environment(cfg)
     from syncbn.launch.ray_cluster import connected
 
-    with connected(cfg, num_ranks, address):
-        yield
+    with connected(cfg, num_ranks, address) as cluster:
+        yield cluster

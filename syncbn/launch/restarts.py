@@ -176,7 +176,9 @@ def _reason(error: BaseException) -> str:
 def _going_on(steps: Mapping[Path, int], num_runs: int) -> str:
     if num_runs > 1:
         return f"going on with {len(steps)} of {num_runs} trials"
-    step = max(steps.values(), default=0)
+    if not steps:
+        return "of which all is trained"
+    step = max(steps.values())
     return f"going on from step {step}" if step else "beginning anew"
 
 

@@ -68,6 +68,38 @@ def test_a_run_whose_worker_is_killed_goes_on_by_itself_to_the_bits_of_one_that_
     assert not bench.left_running()
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("server", ["gcs_server", "raylet"])
+def test_a_cluster_of_ones_own_that_dies_is_named_within_seconds(bench, tmp_path, server):
+    before = session_folders()
+    command = (*TRAIN, *LONG, "train.steps=100000", "launcher=ray", "launcher.max_restarts=0")
+    process = bench.start(*command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    journal = tmp_path / "runs" / "it" / "journal.jsonl"
+    wait_until(lambda: journal.exists() and len(losses(journal.parent)) > 50)
+    children = psutil.Process(process.pid).children()
+    next(child for child in children if child.name() == server).kill()
+    _, said = process.communicate(timeout=60)  # Ray would take a minute, and say nothing
+    assert process.returncode == 75, said
+    assert "of this launch's own cluster died: start it again" in said
+    assert list(read_journal(journal))[-1]["event"] == "end"
+    assert not bench.left_running()
+    assert session_folders() <= before
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_nothing_of_a_cluster_outlives_a_launch_that_is_killed(bench, tmp_path):
+    before = session_folders()
+    command = (*TRAIN, *LONG, "train.steps=100000", "launcher=ray")
+    with bench.start(*command, stderr=subprocess.DEVNULL) as process:
+        journal = tmp_path / "runs" / "it" / "journal.jsonl"
+        wait_until(lambda: journal.exists() and len(losses(journal.parent)) > 50)
+        process.kill()
+    assert not bench.left_running(patience_s=20)  # Ray's would stay for a minute
+    assert session_folders() <= before
+
+
 def _worker(process, folder, rank):
     """The process of `rank`: rank 0 holds the run's folder."""
     main = int((folder / ".lock").read_text().split()[1])
@@ -169,6 +201,6 @@ def test_a_cluster_that_does_not_start_can_be_tried_again(monkeypatch, tmp_path)
     monkeypatch.setattr(cluster.tempfile, "mkdtemp", lambda **_: str(folder))
     monkeypatch.setattr(cluster.ray, "init", late)
     told = r"^Ray did not start on this machine \(Failed to start GCS\. Last"
-    with pytest.raises(InfrastructureError, match=told), cluster._started({}):
+    with pytest.raises(InfrastructureError, match=told), cluster.OwnCluster({}):
         pytest.fail("it has not started")
     assert not folder.exists()

@@ -26,12 +26,12 @@ def work(cfg, runtime):
     runtime.sum(torch.ones(1))
 
 
-def outcome(cfg):
+def outcome(cfg, cluster):
     """What came of `cfg`: `[exit code, message]`."""
     from syncbn.launch.ray_ranks import fit
 
     try:
-        fit(cfg, work, 2, str)
+        fit(cfg, work, 2, str, cluster)
     except SyncbnError as error:
         return [exit_code(error), str(error)]
     return [0, ""]
@@ -44,9 +44,9 @@ def main():
     from syncbn.launch.ray_cluster import connected
 
     outcomes = {}
-    with connected(cfg, 2, address):
+    with connected(cfg, 2, address) as cluster:
         for cfg.name in CASES:
-            outcomes[cfg.name] = outcome(cfg)
+            outcomes[cfg.name] = outcome(cfg, cluster)
     sys.stdout.write("\n" + json.dumps(outcomes))
 
 
