@@ -45,10 +45,14 @@ def launch(verb: str, overrides: Sequence[str], dry_run: bool, as_json: bool) ->
 
 
 def _start_early(overrides: Sequence[str]) -> None:
-    """Let what ranks are forked from import torch while extensions, which import it as well, are loaded here: 2 s."""
+    """Let what ranks come from start while extensions, which import torch as well, are loaded here: 2 s."""
     keys = {key: value for key, _, value in (one.partition("=") for one in overrides)}
-    local = keys.get("launcher") != "ray" and "WORLD_SIZE" not in os.environ
-    if local and keys.get("launcher.num_workers", "1") != "1" and named_extensions(overrides):
+    if "WORLD_SIZE" in os.environ or not named_extensions(overrides):
+        return
+    if keys.get("launcher") == "ray":
+        if "launcher.address" not in keys and "RAY_ADDRESS" not in os.environ:
+            import_module("syncbn.launch.ray_own").start_early()
+    elif keys.get("launcher.num_workers", "1") != "1":
         start_server(TrainConfig().num_threads)  # ranks set their own
 
 

@@ -4,6 +4,7 @@ Ray reads its settings when it is imported, token mode among them, so they must 
 a missing token is answered without waiting for the import.
 """
 
+import functools
 import logging
 import os
 import secrets
@@ -41,11 +42,22 @@ def prepare_environment(cfg: RunConfig) -> str | None:
                 "launcher.address=auto joins that one",
                 redact_text(os.environ["RAY_ADDRESS"]),
             )
-        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
-        os.environ.pop("RAY_ADDRESS", None)
+        prepare_own()
     else:
         os.environ["RAY_AUTH_TOKEN"] = read_token(os.environ)
     return address
+
+
+def prepare_own() -> None:
+    """Set this process up for a cluster of its own, with a random token that only it and its children know."""
+    os.environ.update(SETTINGS)
+    os.environ["RAY_AUTH_TOKEN"] = _own_token()
+    os.environ.pop("RAY_ADDRESS", None)
+
+
+@functools.cache
+def _own_token() -> str:
+    return secrets.token_hex(32)
 
 
 def cluster_address(address: str | None, environ: Mapping[str, str]) -> str | None:

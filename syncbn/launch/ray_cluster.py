@@ -7,18 +7,13 @@ one small RPC, whether it answers, whether it wants a token and what it has, bef
 
 import logging
 import os
-import shutil
-import subprocess
-import sys
-import tempfile
+import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from threading import Timer
+from contextlib import contextmanager, suppress
 from typing import Any, Self
 
 import grpc
-import psutil
 import ray
 from ray.core.generated import gcs_service_pb2, gcs_service_pb2_grpc
 from ray.exceptions import RayError
@@ -31,16 +26,13 @@ from syncbn.errors import (
     ServiceUnreachable,
     UsageError,
 )
-from syncbn.launch import ray_keeper
 from syncbn.launch.ray_access import require_capacity
+from syncbn.launch.ray_own import Servers, own_servers
 from syncbn.launch.ray_watch import ended_without
-from syncbn.signals import held_back
 
 PROBE_TIMEOUT_S = 5.0
-DISCONNECT_S = 0.3
-"""What this process needs to leave a cluster of its own."""
-SERVERS = {"gcs_server": "the head process (GCS)", "raylet": "the node process (raylet)"}
-"""Ray's processes without which a cluster of one machine is none, by name."""
+START_S = 60.0
+"""How long the servers of a cluster of our own may take to start."""
 
 
 class Cluster:
@@ -56,50 +48,35 @@ class Cluster:
 class OwnCluster(Cluster):
     """A cluster on this machine that leaves nothing behind; a context manager."""
 
-    def __init__(self, runtime_env: dict[str, dict[str, str]]) -> None:
-        self._runtime_env = runtime_env
-        self._folder = ""
-        self._keeper: subprocess.Popen[bytes] | None = None
-        self._servers: dict[str, psutil.Process] = {}
+    def __init__(self) -> None:
+        self._servers: Servers | None = None
 
     def __enter__(self) -> Self:
-        self._folder = tempfile.mkdtemp(prefix="syncbn-", dir="/tmp")  # sockets need a short path
-        with held_back():
-            self._keeper = subprocess.Popen(
-                [sys.executable, ray_keeper.__file__, self._folder],
-                stdin=subprocess.PIPE,
-                start_new_session=True,
-            )
-            self._open()
-        return self
-
-    def _open(self) -> None:
-        os.environ[ray_keeper.MARK] = self._folder  # after the keeper has been started without it
+        servers = self._servers = own_servers()
         try:
-            _start(self._folder, self._runtime_env)
+            _start(servers)
         except BaseException:
             self._stop()
             raise
-        children = {p.name(): p for p in psutil.Process().children()}
-        self._servers = {name: p for name, p in children.items() if name in SERVERS}
+        return self
 
     def __exit__(self, *_: object) -> None:
         self._stop()
 
     def _stop(self) -> None:
-        _shut_down(self._folder)
-        assert self._keeper is not None
-        self._keeper.communicate()
-        shutil.rmtree(self._folder, ignore_errors=True)
+        servers, self._servers = self._servers, None
+        if servers is not None:
+            ray.shutdown()
+            servers.end()
 
     def require_alive(self) -> None:
         """Raise `InfrastructureError` where a server of it has died: Ray notices after a minute, and ends us then.
 
         Its other processes, ranks among them, would go on for as long, and are ended.
         """
-        dead = [SERVERS[name] for name, p in self._servers.items() if not _lives(p)]
-        if dead:
-            ray_keeper.end_all(self._folder)
+        dead = [] if self._servers is None else self._servers.dead()
+        if dead and self._servers is not None:
+            self._servers.end_processes()
             raise InfrastructureError(f"{dead[0]} of this launch's own cluster died: {START_AGAIN}")
 
     def renew(self) -> None:
@@ -109,13 +86,6 @@ class OwnCluster(Cluster):
         except InfrastructureError:
             self._stop()
             self.__enter__()
-
-
-def _lives(process: psutil.Process) -> bool:
-    try:
-        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
 
 
 @contextmanager
@@ -130,61 +100,73 @@ def connected(cfg: RunConfig, num_ranks: int, address: str | None) -> Iterator[C
         NotAuthorised: the cluster refuses the token, or asks for none.
         InfrastructureError: one of our own did not start.
     """
-    threads = str(cfg.train.num_threads)
-    runtime_env = {"env_vars": {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}}
     if address is None:
         where, available = "this machine", this_machine(cfg)
     else:
         where = f"the cluster at {address}"
         available = cluster_resources(address, os.environ["RAY_AUTH_TOKEN"])
     require_capacity(cfg, num_ranks, available, where)
-    with OwnCluster(runtime_env) if address is None else _joined(address, runtime_env) as cluster:
+    with OwnCluster() if address is None else _joined(cfg, address) as cluster:
         yield cluster
 
 
-def _start(folder: str, runtime_env: dict[str, dict[str, str]]) -> None:
+def _start(servers: Servers) -> None:
+    """Join the cluster of `servers` as soon as it has a node.
+
+    Raises:
+        InfrastructureError: they do not start.
+    """
+    limit = time.monotonic() + START_S
+    while (address := servers.address()) is None or not _has_node(address):
+        if time.monotonic() > limit or servers.have_failed():
+            raise _not_started(servers.said())
+        time.sleep(0.05)
     try:
         ray.init(
-            num_cpus=len(os.sched_getaffinity(0)),
-            include_dashboard=False,
+            address,
             logging_level=logging.ERROR,
             log_to_driver=False,
-            runtime_env=runtime_env,
             _node_ip_address="127.0.0.1",
-            _temp_dir=folder,
         )
     except (RayError, OSError, RuntimeError, ValueError) as error:
-        raise InfrastructureError(
-            f"Ray did not start on this machine ({' '.join(str(error).split())[:300]}): it gives its processes half a "
-            "minute, which a busy machine may not; the same command may succeed"
-        ) from error
+        raise _not_started(str(error)) from error
+    servers.dead()  # which of its processes are the servers
 
 
-def _shut_down(folder: str) -> None:
-    """Disconnect, and end the processes of our cluster in `folder`.
+def _has_node(address: str) -> bool:
+    with suppress(ServiceUnreachable):
+        nodes = _ask_for_nodes(address, os.environ["RAY_AUTH_TOKEN"])
+        return nodes is not None and any(n.state == n.ALIVE for n in nodes.node_info_list)
+    return False
 
-    Ray gives them a second and more to end by themselves, one after the other. Nothing of theirs is needed any more.
-    """
-    killer = Timer(DISCONNECT_S, ray_keeper.end_all, [folder])
-    killer.start()
-    ray.shutdown()
-    killer.join()
+
+def _not_started(said: str) -> InfrastructureError:
+    return InfrastructureError(
+        f"Ray did not start on this machine ({' '.join(said.split())[-300:]}): it has {START_S:g} s for it, which may "
+        "not be enough on a busy one; the same command may succeed"
+    )
 
 
 @contextmanager
-def _joined(address: str, runtime_env: dict[str, dict[str, str]]) -> Iterator[Cluster]:
+def _joined(cfg: RunConfig, address: str) -> Iterator[Cluster]:
     """The running cluster at `address`, of which this machine must be a node."""
     with ended_without(address):
-        _join(address, runtime_env)
+        _join(address, cfg.train.num_threads)
         try:
             yield Cluster()
         finally:
             ray.shutdown()
 
 
-def _join(address: str, runtime_env: dict[str, dict[str, str]]) -> None:
+def _join(address: str, num_threads: int) -> None:
+    threads = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), str(num_threads))
     try:
-        ray.init(address, logging_level=logging.ERROR, log_to_driver=False, runtime_env=runtime_env)
+        ray.init(
+            address,
+            logging_level=logging.ERROR,
+            log_to_driver=False,
+            runtime_env={"env_vars": threads},
+        )
     except (RuntimeError, ValueError) as error:
         raise UsageError(f"cannot join the cluster at {address}: {error}") from error
     except ConnectionError as error:

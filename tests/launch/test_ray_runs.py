@@ -192,15 +192,31 @@ def test_failing_ranks_come_back_with_their_exit_codes(bench, tmp_path):
 
 def test_a_cluster_that_does_not_start_can_be_tried_again(monkeypatch, tmp_path):
     cluster = pytest.importorskip("syncbn.launch.ray_cluster")
+    own = pytest.importorskip("syncbn.launch.ray_own")
     folder = tmp_path / "session"
     folder.mkdir()
-
-    def late(**_):
-        raise RuntimeError("Failed to start GCS.\n Last lines of error files: none")
-
-    monkeypatch.setattr(cluster.tempfile, "mkdtemp", lambda **_: str(folder))
-    monkeypatch.setattr(cluster.ray, "init", late)
-    told = r"^Ray did not start on this machine \(Failed to start GCS\. Last"
-    with pytest.raises(InfrastructureError, match=told), cluster.OwnCluster({}):
+    for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN"):
+        monkeypatch.setenv(name, "")
+    monkeypatch.setattr(own.tempfile, "mkdtemp", lambda **_: str(folder))
+    monkeypatch.setattr(own, "_command", lambda _: ["sh", "-c", "echo no GCS; exit 1"])
+    told = r"^Ray did not start on this machine \(no GCS\)"
+    with pytest.raises(InfrastructureError, match=told), cluster.OwnCluster():
         pytest.fail("it has not started")
+    assert not folder.exists()
+
+
+def test_servers_that_nobody_asks_for_end_with_the_launch(monkeypatch, tmp_path):
+    own = pytest.importorskip("syncbn.launch.ray_own")
+    folder = tmp_path / "session"
+    folder.mkdir()
+    for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN"):
+        monkeypatch.setenv(name, "")
+    monkeypatch.setattr(own.tempfile, "mkdtemp", lambda **_: str(folder))
+    monkeypatch.setattr(own, "_command", lambda _: ["sleep", "1000"])
+    monkeypatch.setattr(own.atexit, "register", lambda _: None)
+    own.start_early()
+    (early,) = own._early
+    wait_until(early._children)
+    own.drop_early()
+    assert not early._children()
     assert not folder.exists()
