@@ -77,7 +77,7 @@ def test_a_cluster_of_ones_own_that_dies_is_named_within_seconds(bench, tmp_path
     process = bench.start(*command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     journal = tmp_path / "runs" / "it" / "journal.jsonl"
     wait_until(lambda: journal.exists() and len(losses(journal.parent)) > 50)
-    children = psutil.Process(process.pid).children()
+    children = psutil.Process(process.pid).children(recursive=True)
     next(child for child in children if child.name() == server).kill()
     _, said = process.communicate(timeout=60)  # Ray would take a minute, and say nothing
     assert process.returncode == 75, said
