@@ -62,13 +62,11 @@ def fit(
             cluster.require_alive()
             raise cause({0: error}) from error
         with told(progress, cfg.train.progress):
-            ends = _ends(
-                [
-                    rank.run.remote(cfg, work, each)
-                    for rank, each in zip(ranks, variables, strict=True)
-                ],
-                partial(look.ask_to_stop, ranks),
-            )
+            running = [
+                rank.run.remote(cfg, work, each)
+                for rank, each in zip(ranks, variables, strict=True)
+            ]
+            ends = _ends(ranks, running, partial(look.ask_to_stop, ranks))
     done = {
         rank: end.value
         for rank, end in ends.items()
@@ -168,16 +166,21 @@ def _get(refs: list[Any], look: Look) -> list[Any]:
     return ray.get(refs)
 
 
-def _ends(running: list[Any], look: Callable[[], None]) -> dict[int, End]:
-    """How each rank ended; those that go on long after one has failed are left out. Meanwhile `look` is called."""
+def _ends(ranks: list[Any], running: list[Any], look: Callable[[], None]) -> dict[int, End]:
+    """How each rank ended; those that go on long after one has failed are left out. Meanwhile `look` is called.
+
+    The process of a rank that failed is ended, since the others notice that at once: elsewhere it would exit.
+    """
     waiting = {ref: rank for rank, ref in enumerate(running)}
     ends: dict[int, End] = {}
     limit = float("inf")
     while waiting and time.monotonic() < limit:
         look()
         for ref in ray.wait(list(waiting), timeout=LOOK_S)[0]:
-            end = ends[waiting.pop(ref)] = _end_of(ref)
+            rank = waiting.pop(ref)
+            end = ends[rank] = _end_of(ref)
             if _takes_others_along(end):
+                ray.kill(ranks[rank])
                 limit = min(limit, time.monotonic() + GRACE_S)
     return ends
 
