@@ -18,6 +18,7 @@ from typing import Any
 import click
 
 from syncbn.cli.hydra_flags import explain
+from syncbn.cli.torchrun import is_first_to_fail
 from syncbn.errors import UsageError, exit_code, in_words, of_rank
 from syncbn.extensions import failures_named
 from syncbn.launch.streams import make_unbreakable
@@ -64,7 +65,7 @@ def _require_current_folder() -> None:
 
 def _complain(error: Exception) -> int:
     """Say on stderr what went wrong, once however many ranks of this machine fail, and return the exit code."""
-    if _is_first_to_fail():
+    if is_first_to_fail(os.environ, exit_code(error), _one_line(error)):
         if exit_code(error) == 1 and not hasattr(error, "__notes__"):
             click.echo(_details(error), err=True)
         click.echo(f"syncbn: error: {_one_line(error)}", err=True)
@@ -81,18 +82,6 @@ def _one_line(error: Exception) -> str:
     where = [] if rank is None else [f"rank {rank}:"]
     parts = [*where, in_words(error), *getattr(error, "__notes__", [])]
     return redact_text(" ".join(" ".join(parts).split()))
-
-
-def _is_first_to_fail() -> bool:
-    """Whether no other rank that torchrun started here has complained: the first to fail names the cause."""
-    error_file = os.environ.get("TORCHELASTIC_ERROR_FILE")
-    if error_file is None:
-        return True
-    try:
-        (Path(error_file).parent.parent / "syncbn-complained").touch(exist_ok=False)
-    except OSError:
-        return False
-    return True
 
 
 @contextmanager

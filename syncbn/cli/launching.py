@@ -12,6 +12,7 @@ from typing import Any
 
 from syncbn.cli.environment import refuse_other_size, use_mlflow_variables, world_size
 from syncbn.cli.guard import invoke, logged, say
+from syncbn.cli.torchrun import refuse_mistake_again
 from syncbn.compare.study.preflight import refuse_unfit
 from syncbn.compare.sweep.design import sweep_of
 from syncbn.compose import compose, config_files, named_extensions
@@ -30,6 +31,7 @@ def launch(verb: str, overrides: Sequence[str], dry_run: bool, as_json: bool) ->
         SyncbnError: the overrides cannot be used, or the run failed.
     """
     if not dry_run:
+        refuse_mistake_again(os.environ)
         _start_early(overrides)
     plan = make_plan(verb, overrides, os.environ)
     if dry_run:
