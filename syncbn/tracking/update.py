@@ -70,6 +70,9 @@ def fold(records: Iterable[Mapping[str, Any]]) -> Update:
             update.points += _points(record["metrics"], record["step"], _ms(record))
         elif record.get("event") == "start":
             _start(update, record)
+        elif record.get("event") == "restart":
+            update.tags["restarts"] = str(record["number"])
+            update.tags["restarted_after"] = shorten(redact_text(str(record["reason"])))
         elif record.get("event") == "end":
             _end(update, record)
         elif record.get("event") == "model":
@@ -87,6 +90,8 @@ def _start(update: Update, record: Mapping[str, Any]) -> None:
     update.tags |= {name: shorten(as_text(value)) for name, value in redact(said).items()}
     if record.get("git"):
         update.tags["mlflow.source.git.commit"] = str(record["git"])
+    if record.get("attempt", 1) > 1:
+        update.tags["error"] = ""  # that of the attempt before, until this one ends with its own
     update.status, update.time_ms = "RUNNING", _ms(record)
 
 

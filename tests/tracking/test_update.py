@@ -53,6 +53,16 @@ def test_a_failed_run_says_of_what():
     assert (update.status, update.tags["error"]) == ("FAILED", "NonFinite: loss")
 
 
+def test_a_run_that_went_on_by_itself_says_how_often_and_after_what():
+    ended = {"event": "end", "status": "failed", "error": "RankFailed: rank 1 died", "time": 1.0}
+    again = {"event": "restart", "number": 2, "reason": "rank 1 died", "from_step": 4, "time": 2.0}
+    start = {"event": "start", "config": {}, "attempt": 3, "time": 3.0}
+    tags = fold([ended, again, start]).tags
+    assert (tags["restarts"], tags["restarted_after"], tags["error"]) == ("2", "rank 1 died", "")
+    assert fold([ended]).tags["error"] == "RankFailed: rank 1 died"
+    assert fold([again, start, ended]).tags["error"] == "RankFailed: rank 1 died"
+
+
 def test_the_end_says_how_long_the_run_took():
     end = {
         "event": "end",
