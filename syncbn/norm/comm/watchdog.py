@@ -11,7 +11,8 @@ each rank that has not come:
 * It is blocked in another collective (a reduction of gradients, a barrier, a layer of another group) that cannot end
   before this exchange has: `RanksDisagree`, once it has been seen there `QUIET_TICKS` times, about 5 s.
 * Anything else, a rank that is stopped or held by a debugger included: it is waited for until the group's time
-  limit, with one warning after 10 s that says what it was last seen doing, as does the error in the end.
+  limit, with one warning after 10 s that says what it was last seen doing, as does the error in the end: `RankLost`
+  where it is stopped, or has fallen silent on another machine; else `RanksDisagree`.
 
 A rank is blocked in a collective where its thread stands at one place inside torch.distributed, or inside autograd,
 sleeps, and uses no processor time. Whether the collective can end is worked out from all ranks that take part
@@ -45,6 +46,8 @@ ANSWERED_S = 5.0
 """How long an answer of a watchdog counts as a sign of life."""
 QUIET_TICKS = 3
 """How often in a row a thread is seen blocked at one place before anything follows from it."""
+STOPPED = ("T", "t")
+"""States of a process, as Linux gives them, that does nothing until somebody lets it: by a signal, or a debugger."""
 QUIET_S = 0.01
 """Processor time within a tick up to which a thread counts as blocked."""
 SLOW_S = 10.0
@@ -179,11 +182,12 @@ class Wait:
             seen = "; ".join(f"rank {rank}{self._seen(rank)}" for rank in self._late())
             log.warning("%s and has waited %.0f s for slow %s", self.here, self.waited_s, seen)
 
-    def timed_out(self) -> RanksDisagree:
-        """The error of a rank that did not come within the group's time limit."""
+    def timed_out(self) -> RanksDisagree | RankLost:
+        """The error of a rank that did not come within the group's time limit: lost, where it does nothing at all."""
         rank = self._late()[0]
         limit = f"did not come within {self._group.timeout_s:g} s"
-        return RanksDisagree(f"{self._waits_for(rank)} {limit}{self._seen(rank)}; {RULE}")
+        said = f"{self._waits_for(rank)} {limit}{self._seen(rank)}"
+        return RankLost(said) if self._is_still(rank) else RanksDisagree(f"{said}; {RULE}")
 
     def lost(self, why: str) -> RuntimeError:
         """The error of a connection to some rank that broke, after a moment in which to find out which."""
@@ -264,9 +268,14 @@ class Wait:
         return self._posts[rank].process.state() if rank in self._posts else ""
 
     def _seen(self, rank: int) -> str:
-        if self._state(rank) in ("T", "t"):
+        if self._state(rank) in STOPPED:
             return " (it is stopped)"
         return f" (it {self._posts[rank].text})" if rank in self._posts else ""
+
+    def _is_still(self, rank: int) -> bool:
+        """Whether the process of `rank` is stopped, or on another machine and silent where it used to answer."""
+        state = self._state(rank)
+        return state in STOPPED or (not state and rank in self._posts and not self.answers(rank))
 
     def _waits_for(self, rank: int) -> str:
         return f"{self.here} and waits for rank {rank}: it"

@@ -198,7 +198,6 @@ def test_a_slow_rank_is_mentioned_once_with_what_it_was_last_seen_doing(monkeypa
     ("posts", "said"),
     [
         ({}, "rank 1: it did not come within 60 s;"),
-        ({1: _post(text="runs")}, r"rank 1: it did not come within 60 s \(it runs\);"),
         ({1: _post(collective=Collective("exchange 7 of group g", [0, 1, 2], True))}, "rank 2: it"),
     ],
 )
@@ -207,6 +206,14 @@ def test_a_rank_that_does_not_come_is_named_at_the_time_limit(monkeypatch, posts
     _study(wait, posts)
     clock.move(60.5)
     with pytest.raises(RanksDisagree, match=f"waits for {said}"):
+        wait.look()
+
+
+def test_a_rank_elsewhere_that_has_fallen_silent_is_lost_at_the_time_limit(monkeypatch):
+    clock, wait = Clock(monkeypatch), _wait(3)
+    _study(wait, {1: _post(text="runs")})
+    clock.move(60.5)
+    with pytest.raises(RankLost, match=r"rank 1: it did not come within 60 s \(it runs\)$"):
         wait.look()
 
 
@@ -228,7 +235,7 @@ def test_a_stopped_rank_is_waited_for_and_said_to_be_stopped(monkeypatch):
         clock, wait = Clock(monkeypatch), _wait(processes=[Process.own(), stopped])
         wait.look([1])
         clock.move(61.0)
-        with pytest.raises(RanksDisagree, match=r"come within 60 s \(it is stopped\)"):
+        with pytest.raises(RankLost, match=r"come within 60 s \(it is stopped\)"):
             wait.look([1])
 
 

@@ -57,7 +57,7 @@ def stopped(way):
     group.timeout_s = 2.0
     try:
         _gather(dist.group.WORLD)
-    except syncbn.RanksDisagree as error:
+    except RankLost as error:
         os.write(1, f"{error}\n".encode())
     os.kill(group.processes[1].pid, signal.SIGKILL)
     os._exit(0)
