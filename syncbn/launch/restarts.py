@@ -1,8 +1,9 @@
 """Attempts that ended because a process, a node or a link died are made again, from the newest checkpoint.
 
 A launcher has one `Restarts` a launch, and lets `healed` make its attempts. At most `launcher.max_restarts` restarts
-begin within any hour, each after a pause that grows; then the failure is raised as it is. Nothing else is tried again:
-neither what a person must mend (exit codes 1 to 8), nor a stop by a signal or by `train.time_limit_s`.
+begin within any hour, each after a pause that grows while attempts save nothing; then the failure is raised as it is.
+Nothing else is tried again: neither what a person must mend (exit codes 1 to 8), nor a stop by a signal or by
+`train.time_limit_s`.
 """
 
 import sys
@@ -84,6 +85,8 @@ def healed(attempt: Attempt, runs: Runs, restarts: Restarts) -> Any:
         SyncbnError: of the last attempt.
         Stopped: a signal came between two attempts.
     """
+    before: Mapping[Path, int] | None = None
+    fruitless = 0
     while True:
         try:
             return attempt(runs)
@@ -99,7 +102,9 @@ def healed(attempt: Attempt, runs: Runs, restarts: Restarts) -> Any:
         for run in runs:
             if run.folder in steps:
                 _note(run, restarts, reason, steps[run.folder])
-        _pause(min(LONGEST_PAUSE_S, PAUSE_S * 2 ** (number - 1)), saved=any(steps.values()))
+        fruitless = fruitless + 1 if steps == before else 0
+        before = steps
+        _pause(min(LONGEST_PAUSE_S, PAUSE_S * 2**fruitless), saved=any(steps.values()))
 
 
 def healed_wave(

@@ -7,6 +7,7 @@ is set of how often the run saves.
 """
 
 import argparse
+import random
 import statistics
 import sys
 import tempfile
@@ -34,7 +35,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         "launcher.max_restarts=100",
         "train.checkpoint_every=0",
     )
-    faults = [Fault("kill rank", step, step // every % 2) for step in range(every, steps, every)]
+    chance = random.Random(options.seed)  # kills are not to keep time with saves
+    faults = [
+        Fault("kill rank", step - chance.randrange(every // 4), chance.randrange(2))
+        for step in range(every, steps, every)
+    ]
     with tempfile.TemporaryDirectory(prefix="goodput-") as folder:
         bench = Bench(Path(folder))
         try:
@@ -63,6 +68,7 @@ def _options(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--minutes", type=float, default=10.0)
     parser.add_argument("--every", type=float, default=60.0, help="seconds between kills")
     parser.add_argument("--launcher", default="local")
+    parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args(argv)
 
 

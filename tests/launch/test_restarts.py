@@ -98,6 +98,25 @@ def test_after_the_last_restart_the_failure_is_what_it_is(cfg):
     assert len(attempt.given) == 3
 
 
+def test_the_pause_grows_only_while_attempts_save_nothing(cfg, monkeypatch):
+    pauses = []
+    monkeypatch.setattr(module, "PAUSE_S", 0.5)
+    monkeypatch.setattr(module, "_pause", lambda seconds, saved: pauses.append((seconds, saved)))
+    (cfg.folder / "checkpoints").mkdir(parents=True)
+    saved = iter([None, None, 40, 80, 80])
+
+    def attempt(_):
+        step = next(saved, "done")
+        if step == "done":
+            return step
+        if step is not None:
+            (cfg.folder / "checkpoints" / "LATEST").write_text(f"step-{step:06d}\n")
+        raise DEAD
+
+    assert healed(attempt, [cfg], Restarts(9)) == "done"
+    assert pauses == [(0.5, False), (1.0, False), (0.5, True), (0.5, True), (1.0, True)]
+
+
 def test_so_many_restarts_are_left_in_any_hour():
     now = [0.0]
     restarts = Restarts(2, clock=lambda: now[0])
