@@ -20,6 +20,8 @@ from multiprocessing import (
 )
 from multiprocessing.process import BaseProcess
 
+import psutil
+
 from syncbn.errors import InfrastructureError
 from syncbn.signals import STOPPING
 
@@ -99,6 +101,15 @@ def end_forks(signal_number: int) -> None:
         os.kill(rank.pid, signal_number)
         rank.join(SAVING_S)
         rank.kill()
+
+
+def end_stopped_forks() -> None:
+    """Kill ranks that are stopped: no signal to end reaches them, and torchrun's agent would wait for half a minute."""
+    server: int | None = forkserver._forkserver._forkserver_pid  # pyright: ignore[reportAttributeAccessIssue]
+    with suppress(psutil.NoSuchProcess):
+        for rank in psutil.Process(server).children():
+            if rank.status() == psutil.STATUS_STOPPED:
+                rank.kill()
 
 
 def take_environment(environ: Mapping[str, str]) -> None:

@@ -24,7 +24,15 @@ from syncbn.config import Config, RunConfig
 from syncbn.errors import Stopped
 from syncbn.extensions import load_extensions
 from syncbn.launch.children import after_signal, failure, reports_in, told
-from syncbn.launch.forks import end_forks, listen, start_server, take_environment, wait_for_server
+from syncbn.launch.forks import (
+    end_forks,
+    end_stopped_forks,
+    listen,
+    start_server,
+    take_environment,
+    wait_for_server,
+)
+from syncbn.launch.periodic import periodically
 from syncbn.launch.rank import run_rank
 from syncbn.launch.restarts import Restarts, healed, healed_wave
 from syncbn.launch.study import conduct
@@ -40,6 +48,8 @@ Work = Callable[[Any, Runtime], Any]
 """What every rank does with the config and its runtime: `run_rank`, or `run_trials` with its wave."""
 
 
+LOOK_S = 1.0
+"""Seconds between looks for ranks that are stopped."""
 _SAID_IN_ONE_LINE = ("torch.distributed.elastic", "torch.multiprocessing.spawn")
 """Loggers of what happens when ranks end, which we report ourselves."""
 
@@ -128,7 +138,8 @@ def _under_an_agent(cfg: RunConfig, work: Work, num_ranks: int, folder: str) -> 
     for name in _SAID_IN_ONE_LINE:
         logging.getLogger(name).setLevel(logging.CRITICAL)
     try:
-        return elastic_launch(launch, _rank)(cfg, work, dict(os.environ))[0]
+        with periodically(partial(_end_stopped, Path(folder)), LOOK_S):
+            return elastic_launch(launch, _rank)(cfg, work, dict(os.environ))[0]
     except SignalException as signalled:
         end_forks(signalled.sigval)
         stop = as_stop(signalled.sigval)
@@ -136,6 +147,12 @@ def _under_an_agent(cfg: RunConfig, work: Work, num_ranks: int, folder: str) -> 
     except ChildFailedError as failed:
         codes = {rank: one.exitcode for rank, one in failed.failures.items()}
         raise failure(reports_in(Path(folder)), num_ranks, codes) from failed
+
+
+def _end_stopped(folder: Path) -> None:
+    """End ranks that are stopped once another has failed, for want of them perhaps."""
+    if any(report["exit_code"] for report in reports_in(folder).values()):
+        end_stopped_forks()
 
 
 def _rank(cfg: RunConfig, work: Work, environ: Mapping[str, str]) -> Any:

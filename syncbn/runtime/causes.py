@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
 from syncbn.errors import (
+    START_AGAIN,
     InfrastructureError,
     Interrupted,
     RankFailed,
@@ -28,13 +29,19 @@ PATIENCE_S = 1.0
 _KEY = "syncbn/cause/{}"
 _LOST = re.compile("connection (closed|reset) by peer|broken pipe|socket closed", re.IGNORECASE)
 """What gloo says when a rank exited."""
+_LATE = re.compile(r"timed out waiting \d+ ?ms", re.IGNORECASE)
+"""What it says when one did not come within `launcher.timeout_s`."""
 
 
 class OtherRankExited(InfrastructureError):
     """A connection to another rank was closed, and none has said why."""
 
 
-_IN_CONSEQUENCE = (RanksDisagree, RankLost, OtherRankExited)
+class OtherRankSilent(InfrastructureError):
+    """Another rank did not come to a collective of the loop, and none has said why."""
+
+
+_IN_CONSEQUENCE = (RanksDisagree, RankLost, OtherRankExited, OtherRankSilent)
 """Errors that may say no more than that another rank did not come."""
 
 
@@ -66,8 +73,10 @@ def cause_told(runtime: Runtime, work: str = "") -> Iterator[None]:
 
 def _cause_of(error: BaseException, runtime: Runtime, key: str) -> Exception | None:
     """What to raise in place of `error`; None where this rank failed by itself, which it then tells the others."""
-    is_lost = not hasattr(error, "exit_code") and _LOST.search(str(error)) is not None
-    follows = is_lost or isinstance(error, _IN_CONSEQUENCE)
+    of_torch = not hasattr(error, "exit_code")
+    is_lost = of_torch and _LOST.search(str(error)) is not None
+    is_late = of_torch and _LATE.search(str(error)) is not None
+    follows = is_lost or is_late or isinstance(error, _IN_CONSEQUENCE)
     if follows or _may_follow(error):
         text = _read(runtime, key, PATIENCE_S if follows else 0.0)
         told = None if text is None else json.loads(text)
@@ -77,9 +86,26 @@ def _cause_of(error: BaseException, runtime: Runtime, key: str) -> Exception | N
         return OtherRankExited(
             "another rank exited: where it left no message of its own, start it again to continue from its checkpoint"
         )
+    if is_late:
+        return _silent(runtime, f"{key}/late")
     if not follows and not isinstance(error, RankFailed):
         runtime.post(key, json.dumps(_told(error, runtime.rank)))
     return None
+
+
+def _silent(runtime: Runtime, key: str) -> OtherRankSilent:
+    """Names the ranks that do not say under `key` that they wait as well."""
+    runtime.post(f"{key}/{runtime.rank}", "waits")
+    time.sleep(PATIENCE_S)
+    others = [rank for rank in range(runtime.world_size) if rank != runtime.rank]
+    silent = [rank for rank in others if runtime.posted(f"{key}/{rank}") is None]
+    who = (
+        f"rank {', '.join(map(str, silent))}" if silent else "every other rank waits too, and none"
+    )
+    return OtherRankSilent(
+        f"{who} did not come within launcher.timeout_s: it is stopped or hangs, or its machine or link is gone: "
+        f"{START_AGAIN}"
+    )
 
 
 def _may_follow(error: BaseException) -> bool:

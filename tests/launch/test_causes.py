@@ -25,6 +25,8 @@ from syncbn.runtime.causes import cause_told
 
 CLOSED = "[pair.cc:561] Connection closed by peer [127.0.0.1]:1234"
 
+LATE = "[unbound_buffer.cc:78] Timed out waiting 5000ms for recv operation to complete"
+
 
 class OfTwo(Solo):
     """One of two ranks, whose posts the other one reads."""
@@ -73,6 +75,7 @@ def raised(error, runtime, work=""):
         RanksDisagree("rank 1 left"),
         RankLost("rank 1 exited"),
         RuntimeError(CLOSED),
+        RuntimeError(LATE),
         RuntimeError("out of step"),
     ],
 )
@@ -99,6 +102,13 @@ def test_a_disagreement_or_a_death_without_a_cause_stays_what_it_is(ranks):
     assert isinstance(raised(RuntimeError(CLOSED), ranks[1]), InfrastructureError)
     bug = RuntimeError("sizes differ")
     assert raised(bug, ranks[1]) is bug
+
+
+def test_a_rank_that_does_not_come_to_a_collective_is_named_and_can_be_tried_again(ranks):
+    error = raised(RuntimeError(LATE), ranks[0])
+    assert exit_code(error) == 75
+    assert str(error).startswith("rank 1 did not come within launcher.timeout_s: it is stopped or")
+    assert "every other rank waits too" in str(raised(RuntimeError(LATE), ranks[1]))
 
 
 def test_a_stop_is_no_failure(ranks):
