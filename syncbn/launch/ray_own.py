@@ -79,9 +79,8 @@ def _lives(process: psutil.Process) -> bool:
 
 def _command(folder: str) -> list[str]:
     """`ray start` for this machine's CPUs and GPUs, with what a launch uses of a cluster."""
-    with (
-        socket.socket() as probe
-    ):  # its service for clients on other machines wants a port of its own
+    # Its service for clients on other machines, which asks for the token as the rest does, wants a port of its own.
+    with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     return [

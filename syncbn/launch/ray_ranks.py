@@ -16,6 +16,7 @@ import ray
 from ray.exceptions import RayError
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
 from syncbn.config import Config
 from syncbn.errors import START_AGAIN, InfrastructureError, Stopped, SyncbnError
@@ -56,8 +57,9 @@ def fit(
         stop_on_signals() as stop,
         _workers(cfg, num_ranks, look := Look(stop, cluster)) as workers,
     ):
+        store = TCPStore(ray.util.get_node_ip_address(), 0, is_master=True, wait_for_workers=False)
         try:
-            ranks, variables = _seated(workers, look)
+            ranks, variables = _seated(workers, store, look)
         except RayError as error:
             cluster.require_alive()
             raise cause({0: error}) from error
@@ -150,13 +152,14 @@ def _wait_for(places: PlacementGroup, timeout_s: float, look: Look) -> None:
             )
 
 
-def _seated(workers: list[Any], look: Look) -> tuple[list[Any], list[dict[str, str]]]:
+def _seated(
+    workers: list[Any], store: TCPStore, look: Look
+) -> tuple[list[Any], list[dict[str, str]]]:
     """`workers` in the order of ranks, and the variables of each rank."""
     seats = dict(enumerate(_get([worker.seat.remote() for worker in workers], look)))
     order = in_order(seats)
-    (port,) = _get([workers[order[0]].free_port.remote()], look)
-    ranks = [workers[number] for number in order]
-    return ranks, environments([seats[number] for number in order], port)
+    variables = environments([seats[number] for number in order], store.host, store.port)
+    return [workers[number] for number in order], variables
 
 
 def _get(refs: list[Any], look: Look) -> list[Any]:

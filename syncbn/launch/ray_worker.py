@@ -14,7 +14,7 @@ from syncbn.errors import RankFailed, class_of, exit_code, in_words, of_rank
 from syncbn.extensions import load_extensions
 from syncbn.runtime import Runtime, from_environment
 from syncbn.runtime.causes import cause_told
-from syncbn.runtime.ray import Seat, free_port, name_interface, this_seat
+from syncbn.runtime.ray import Seat, name_interface, this_seat
 from syncbn.train.stopping import ask_to_stop
 
 Work = Callable[[Any, Runtime], Any]
@@ -34,10 +34,6 @@ class Worker:
     def seat(self) -> Seat:
         """Where this worker runs."""
         return this_seat()
-
-    def free_port(self) -> int:
-        """A TCP port for the ranks to meet at."""
-        return free_port()
 
     def run(self, cfg: Config, work: Work, environment: Mapping[str, str]) -> Ended:
         """Do `work` as the rank that torchrun's variables in `environment` make this process."""

@@ -175,7 +175,7 @@ def _reason(error: BaseException) -> str:
     """What `error` says, without what to do about it."""
     said = str(error).removesuffix(f": {START_AGAIN}").removesuffix(f", {START_AGAIN}")
     rank = of_rank(error)
-    return said if rank is None else f"rank {rank}: {said}"
+    return said if rank is None or said.startswith(f"rank {rank} ") else f"rank {rank}: {said}"
 
 
 def _going_on(steps: Mapping[Path, int], num_runs: int) -> str:

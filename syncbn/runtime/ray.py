@@ -15,10 +15,9 @@ import ray
 
 @dataclass(frozen=True)
 class Seat:
-    """Where a worker of Ray's runs: its node, the node's address, the GPUs reserved for it there."""
+    """Where a worker of Ray's runs: its node, and the GPUs reserved for it there."""
 
     node: str
-    address: str
     gpus: tuple[str, ...]
 
 
@@ -26,7 +25,7 @@ def this_seat() -> Seat:
     """That of the calling worker."""
     context = ray.get_runtime_context()
     gpus = context.get_accelerator_ids().get("GPU", [])
-    return Seat(context.get_node_id(), ray.util.get_node_ip_address(), tuple(map(str, gpus)))
+    return Seat(context.get_node_id(), tuple(map(str, gpus)))
 
 
 def in_order(seats: Mapping[int, Seat]) -> list[int]:
@@ -37,8 +36,11 @@ def in_order(seats: Mapping[int, Seat]) -> list[int]:
     )
 
 
-def environments(seats: list[Seat], port: int) -> list[dict[str, str]]:
-    """Torchrun's variables of each rank, for `seats` in the order of ranks and a free `port` of the first's node.
+def environments(seats: list[Seat], address: str, port: int) -> list[dict[str, str]]:
+    """Torchrun's variables of each rank, for `seats` in the order of ranks, whose store is at `address` and `port`.
+
+    The store is not rank 0's, as it is not under torchrun's agent: what a rank failed of can be read whichever died
+    or was stopped.
 
     A rank sees the GPUs of all ranks of its node, for NCCL to connect them directly: the first of each rank in the
     order of ranks, so that LOCAL_RANK is the number of its own, then others. A rank alone needs no group.
@@ -55,8 +57,10 @@ def environments(seats: list[Seat], port: int) -> list[dict[str, str]]:
             "LOCAL_RANK": sum(other.node == seat.node for other in seats[:rank]),
             "LOCAL_WORLD_SIZE": len(local),
             "GROUP_RANK": nodes.index(seat.node),
-            "MASTER_ADDR": seats[0].address,
+            "MASTER_ADDR": address,
             "MASTER_PORT": port,
+            "TORCHELASTIC_USE_AGENT_STORE": True,
+            "TORCHELASTIC_RESTART_COUNT": 0,
         }
         if seat.gpus:
             others = [gpu for other in local for gpu in other.gpus[1:]]
@@ -82,10 +86,3 @@ def interface_of(address: str) -> str | None:
         ):
             return name
     return None
-
-
-def free_port() -> int:
-    """A TCP port of this node that nothing listens on."""
-    with socket.socket() as listener:
-        listener.bind(("", 0))
-        return listener.getsockname()[1]

@@ -1,11 +1,13 @@
 """Ray as a launcher: the same numbers, failures that say why, and nothing left behind."""
 
 import json
+import os
 import re
 import socket
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import patch
 
 import psutil
 import pytest
@@ -145,26 +147,26 @@ def test_a_dead_worker_is_heard_before_those_that_lost_it_and_after_a_bug():
 def test_ranks_are_numbered_node_by_node_and_by_gpu():
     ray = pytest.importorskip("syncbn.runtime.ray")
     seats = [
-        ray.Seat("b", "10.0.0.2", ("1", "3")),
-        ray.Seat("a", "10.0.0.1", ()),
-        ray.Seat("b", "10.0.0.2", ("0", "2")),
+        ray.Seat("b", ("1", "3")),
+        ray.Seat("a", ()),
+        ray.Seat("b", ("0", "2")),
     ]
     order = ray.in_order(dict(enumerate(seats)))
     assert order == [2, 0, 1]
-    found = ray.environments([seats[number] for number in order], 4321)
+    found = ray.environments([seats[number] for number in order], "10.0.0.9", 4321)
     names = ("RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "WORLD_SIZE")
     assert [[each[name] for name in names] for each in found] == [
         ["0", "0", "2", "0", "3"],
         ["1", "1", "2", "0", "3"],
         ["2", "0", "1", "1", "3"],
     ]
-    assert {(each["MASTER_ADDR"], each["MASTER_PORT"]) for each in found} == {("10.0.0.2", "4321")}
+    assert {(each["MASTER_ADDR"], each["MASTER_PORT"]) for each in found} == {("10.0.0.9", "4321")}
     assert [each.get("CUDA_VISIBLE_DEVICES") for each in found] == ["0,1,2,3", "0,1,2,3", None]
 
 
 def test_a_rank_alone_has_no_group():
     ray = pytest.importorskip("syncbn.runtime.ray")
-    assert ray.environments([ray.Seat("a", "10.0.0.1", ("0",))], 4321) == [{}]
+    assert ray.environments([ray.Seat("a", ("0",))], "10.0.0.9", 4321) == [{}]
 
 
 def test_the_interface_of_an_address_is_found():
@@ -190,28 +192,32 @@ def test_failing_ranks_come_back_with_their_exit_codes(bench, tmp_path):
     assert not bench.left_running()
 
 
-def test_a_cluster_that_does_not_start_can_be_tried_again(monkeypatch, tmp_path):
-    cluster = pytest.importorskip("syncbn.launch.ray_cluster")
-    own = pytest.importorskip("syncbn.launch.ray_own")
+@pytest.fixture
+def own():
+    """The module of a launch's own servers; what they set in the environment goes with the test."""
+    with patch.dict(os.environ):
+        yield pytest.importorskip("syncbn.launch.ray_own")
+
+
+@pytest.fixture
+def session(own, monkeypatch, tmp_path):
+    """The folder that the servers get."""
     folder = tmp_path / "session"
     folder.mkdir()
-    for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN"):
-        monkeypatch.setenv(name, "")
     monkeypatch.setattr(own.tempfile, "mkdtemp", lambda **_: str(folder))
+    return folder
+
+
+def test_a_cluster_that_does_not_start_can_be_tried_again(own, session, monkeypatch):
+    cluster = pytest.importorskip("syncbn.launch.ray_cluster")
     monkeypatch.setattr(own, "_command", lambda _: ["sh", "-c", "echo no GCS; exit 1"])
     told = r"^Ray did not start on this machine \(no GCS\)"
     with pytest.raises(InfrastructureError, match=told), cluster.OwnCluster():
         pytest.fail("it has not started")
-    assert not folder.exists()
+    assert not session.exists()
 
 
-def test_servers_that_nobody_asks_for_end_with_the_launch(monkeypatch, tmp_path):
-    own = pytest.importorskip("syncbn.launch.ray_own")
-    folder = tmp_path / "session"
-    folder.mkdir()
-    for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN"):
-        monkeypatch.setenv(name, "")
-    monkeypatch.setattr(own.tempfile, "mkdtemp", lambda **_: str(folder))
+def test_servers_that_nobody_asks_for_end_with_the_launch(own, session, monkeypatch):
     monkeypatch.setattr(own, "_command", lambda _: ["sleep", "1000"])
     monkeypatch.setattr(own.atexit, "register", lambda _: None)
     own.start_early()
@@ -219,4 +225,42 @@ def test_servers_that_nobody_asks_for_end_with_the_launch(monkeypatch, tmp_path)
     wait_until(early._children)
     own.drop_early()
     assert not early._children()
-    assert not folder.exists()
+    assert not session.exists()
+
+
+@pytest.mark.slow
+def test_the_service_for_clients_of_a_cluster_of_ones_own_asks_for_the_token(own):
+    grpc = pytest.importorskip("grpc")
+    servers = own.Servers()
+    try:
+        wait_until(lambda: [p for p in servers._children() if _port_of_clients(p)])
+        (port,) = {port for p in servers._children() if (port := _port_of_clients(p))}
+        wait_until(lambda: said_to_a_client(grpc, port, token="wrong") != "UNAVAILABLE")
+        assert said_to_a_client(grpc, port, token=None) == "UNAUTHENTICATED"
+        assert said_to_a_client(grpc, port, token="wrong") == "UNAUTHENTICATED"
+        token = os.environ["RAY_AUTH_TOKEN"]
+        assert said_to_a_client(grpc, port, token=token) not in ("UNAUTHENTICATED", "UNAVAILABLE")
+    finally:
+        servers.end()
+
+
+def _port_of_clients(process):
+    """The port of Ray's service for clients elsewhere, where `process` is that."""
+    try:
+        words = process.cmdline()
+    except psutil.Error:
+        return None
+    ports = [word.removeprefix("--port=") for word in words if word.startswith("--port=")]
+    return int(ports[0]) if "ray.util.client.server" in words else None
+
+
+def said_to_a_client(grpc, port, token):
+    """The status with which the service answers one who asks what the cluster is."""
+    metadata = [("authorization", f"Bearer {token}")] if token else None
+    with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
+        ask = channel.unary_unary("/ray.rpc.RayletDriver/ClusterInfo")
+        try:
+            ask(b"", timeout=5, metadata=metadata)
+        except grpc.RpcError as error:
+            return error.code().name
+    return "OK"
