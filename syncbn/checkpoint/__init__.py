@@ -5,8 +5,8 @@ Nothing here knows of ranks: rank 0 saves, and the training loop gathers random 
 
 from syncbn.checkpoint.background import Background
 from syncbn.checkpoint.format import Meta
+from syncbn.checkpoint.host_copy import HostCopy
 from syncbn.checkpoint.match import check_matches, restore_model, restore_optimizer
-from syncbn.checkpoint.memory import Memory
 from syncbn.checkpoint.runlock import FolderInUse, RunLock
 from syncbn.checkpoint.store import Checkpoint, load, load_best, load_latest, save
 
@@ -14,7 +14,7 @@ __all__ = [
     "Background",
     "Checkpoint",
     "FolderInUse",
-    "Memory",
+    "HostCopy",
     "Meta",
     "RunLock",
     "check_matches",

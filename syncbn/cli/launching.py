@@ -53,7 +53,7 @@ def _start_early(overrides: Sequence[str]) -> None:
         return
     if keys.get("launcher") == "ray":
         if "launcher.address" not in keys and "RAY_ADDRESS" not in os.environ:
-            import_module("syncbn.launch.ray_own").start_early()
+            import_module("syncbn.launch.ray_servers").start_early()
     elif keys.get("launcher.num_workers", "1") != "1":
         start_server(TrainConfig().num_threads)  # ranks set their own
 

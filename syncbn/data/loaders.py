@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from syncbn.data.parcels import Parcel, packed
+from syncbn.data.sent_batch import SentBatch, pickled
 from syncbn.errors import InfrastructureError, SyncbnError
 from syncbn.extensions import failures_named
 from syncbn.signals import STOPPING, held_back
@@ -87,7 +87,7 @@ def _from_loaders(
     try:
         for sent in batches:
             batch = (
-                sent.opened() if isinstance(sent, Parcel) else sent
+                sent.received() if isinstance(sent, SentBatch) else sent
             )  # it is, where memory is pinned
             if isinstance(batch, SyncbnError):
                 raise batch
@@ -126,13 +126,13 @@ class _Batches(Dataset[Any]):
     def __init__(self, fetch: Fetch) -> None:
         self._fetch = fetch
 
-    def __getitem__(self, key: tuple[int, Any]) -> Parcel:
+    def __getitem__(self, key: tuple[int, Any]) -> SentBatch:
         step, indices = key
         try:
             with failures_named():
-                return packed(self._fetch(step, torch.from_numpy(indices)))
+                return pickled(self._fetch(step, torch.from_numpy(indices)))
         except SyncbnError as error:
-            return packed(error)
+            return pickled(error)
 
 
 def _as_it_is(batch: Any) -> Any:

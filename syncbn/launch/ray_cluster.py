@@ -27,7 +27,7 @@ from syncbn.errors import (
     UsageError,
 )
 from syncbn.launch.ray_access import require_capacity
-from syncbn.launch.ray_own import Servers, own_servers
+from syncbn.launch.ray_servers import Servers, own_servers
 from syncbn.launch.ray_watch import ended_without
 
 PROBE_TIMEOUT_S = 5.0

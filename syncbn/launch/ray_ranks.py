@@ -24,7 +24,7 @@ from syncbn.launch.outcomes import LOST, STOPPED, kind
 from syncbn.launch.ray_cluster import Cluster
 from syncbn.launch.ray_progress import told
 from syncbn.launch.ray_worker import Ended, Work, Worker
-from syncbn.runtime.ray import environments, in_order
+from syncbn.runtime.ray import environments, in_order_of_ranks
 from syncbn.train.stopping import StopRequest, stop_on_signals
 
 LOOK_S = 0.25
@@ -59,7 +59,7 @@ def fit(
     ):
         store = TCPStore(ray.util.get_node_ip_address(), 0, is_master=True, wait_for_workers=False)
         try:
-            ranks, variables = _seated(workers, store, look)
+            ranks, variables = _as_ranks(workers, store, look)
         except RayError as error:
             cluster.require_alive()
             raise cause({0: error}) from error
@@ -152,13 +152,13 @@ def _wait_for(places: PlacementGroup, timeout_s: float, look: Look) -> None:
             )
 
 
-def _seated(
+def _as_ranks(
     workers: list[Any], store: TCPStore, look: Look
 ) -> tuple[list[Any], list[dict[str, str]]]:
     """`workers` in the order of ranks, and the variables of each rank."""
-    seats = dict(enumerate(_get([worker.seat.remote() for worker in workers], look)))
-    order = in_order(seats)
-    variables = environments([seats[number] for number in order], store.host, store.port)
+    locations = dict(enumerate(_get([worker.location.remote() for worker in workers], look)))
+    order = in_order_of_ranks(locations)
+    variables = environments([locations[number] for number in order], store.host, store.port)
     return [workers[number] for number in order], variables
 
 

@@ -91,7 +91,7 @@ def _ray(cfg: Config, num_ranks: int) -> "Iterator[Cluster]":
     """Ray, set up before it is imported, and connected."""
     address = prepare_environment(cfg)
     from syncbn.launch.ray_cluster import connected
-    from syncbn.launch.ray_own import drop_early
+    from syncbn.launch.ray_servers import drop_early
 
     if address is not None:
         drop_early()

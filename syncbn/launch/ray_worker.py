@@ -14,7 +14,7 @@ from syncbn.errors import RankFailed, class_of, exit_code, in_words, of_rank
 from syncbn.extensions import load_extensions
 from syncbn.runtime import Runtime, from_environment
 from syncbn.runtime.causes import cause_told
-from syncbn.runtime.ray import Seat, name_interface, this_seat
+from syncbn.runtime.ray import Location, name_interface, this_location
 from syncbn.train.stopping import ask_to_stop
 
 Work = Callable[[Any, Runtime], Any]
@@ -31,9 +31,9 @@ class Ended(NamedTuple):
 class Worker:
     """A rank's process; `ask_to_stop` is called while `run` runs, so it needs two threads."""
 
-    def seat(self) -> Seat:
+    def location(self) -> Location:
         """Where this worker runs."""
-        return this_seat()
+        return this_location()
 
     def run(self, cfg: Config, work: Work, environment: Mapping[str, str]) -> Ended:
         """Do `work` as the rank that torchrun's variables in `environment` make this process."""

@@ -14,30 +14,31 @@ import ray
 
 
 @dataclass(frozen=True)
-class Seat:
+class Location:
     """Where a worker of Ray's runs: its node, and the GPUs reserved for it there."""
 
     node: str
     gpus: tuple[str, ...]
 
 
-def this_seat() -> Seat:
+def this_location() -> Location:
     """That of the calling worker."""
     context = ray.get_runtime_context()
     gpus = context.get_accelerator_ids().get("GPU", [])
-    return Seat(context.get_node_id(), tuple(map(str, gpus)))
+    return Location(context.get_node_id(), tuple(map(str, gpus)))
 
 
-def in_order(seats: Mapping[int, Seat]) -> list[int]:
-    """The numbers of `seats` in the order of ranks: node by node, the first worker's first, then by GPU."""
-    nodes = list(dict.fromkeys(seats[number].node for number in sorted(seats)))
+def in_order_of_ranks(locations: Mapping[int, Location]) -> list[int]:
+    """The numbers of `locations` in the order of ranks: node by node, the first worker's first, then by GPU."""
+    nodes = list(dict.fromkeys(locations[number].node for number in sorted(locations)))
     return sorted(
-        seats, key=lambda number: (nodes.index(seats[number].node), seats[number].gpus, number)
+        locations,
+        key=lambda number: (nodes.index(locations[number].node), locations[number].gpus, number),
     )
 
 
-def environments(seats: list[Seat], address: str, port: int) -> list[dict[str, str]]:
-    """Torchrun's variables of each rank, for `seats` in the order of ranks, whose store is at `address` and `port`.
+def environments(locations: list[Location], address: str, port: int) -> list[dict[str, str]]:
+    """Torchrun's variables of each rank, for `locations` in the order of ranks, whose store is at `address` and `port`.
 
     The store is not rank 0's, as it is not under torchrun's agent: what a rank failed of can be read whichever died
     or was stopped.
@@ -45,24 +46,24 @@ def environments(seats: list[Seat], address: str, port: int) -> list[dict[str, s
     A rank sees the GPUs of all ranks of its node, for NCCL to connect them directly: the first of each rank in the
     order of ranks, so that LOCAL_RANK is the number of its own, then others. A rank alone needs no group.
     """
-    if len(seats) == 1:
+    if len(locations) == 1:
         return [{}]
-    nodes = list(dict.fromkeys(seat.node for seat in seats))
+    nodes = list(dict.fromkeys(location.node for location in locations))
     found = []
-    for rank, seat in enumerate(seats):
-        local = [other for other in seats if other.node == seat.node]
+    for rank, location in enumerate(locations):
+        local = [other for other in locations if other.node == location.node]
         variables = {
             "RANK": rank,
-            "WORLD_SIZE": len(seats),
-            "LOCAL_RANK": sum(other.node == seat.node for other in seats[:rank]),
+            "WORLD_SIZE": len(locations),
+            "LOCAL_RANK": sum(other.node == location.node for other in locations[:rank]),
             "LOCAL_WORLD_SIZE": len(local),
-            "GROUP_RANK": nodes.index(seat.node),
+            "GROUP_RANK": nodes.index(location.node),
             "MASTER_ADDR": address,
             "MASTER_PORT": port,
             "TORCHELASTIC_USE_AGENT_STORE": True,
             "TORCHELASTIC_RESTART_COUNT": 0,
         }
-        if seat.gpus:
+        if location.gpus:
             others = [gpu for other in local for gpu in other.gpus[1:]]
             variables["CUDA_VISIBLE_DEVICES"] = ",".join([*(o.gpus[0] for o in local), *others])
         found.append({name: str(value) for name, value in variables.items()})

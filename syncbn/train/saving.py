@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from syncbn.checkpoint import Background, Memory, Meta, rng, save
+from syncbn.checkpoint import Background, HostCopy, Meta, rng, save
 from syncbn.config import TrainConfig, resume_hash
 from syncbn.runtime.base import Runtime
 from syncbn.sharded import whole
@@ -46,7 +46,7 @@ class Saving:
 
     def __init__(self, state: State, tracker: Tracker) -> None:
         self._state, self._tracker = state, tracker
-        self._memory = Memory()
+        self._memory = HostCopy()
         self._write: Background[tuple[Path, float]] = Background()
         self._step = 0
         """Of the write under way, or the last."""

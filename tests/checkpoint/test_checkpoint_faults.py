@@ -13,7 +13,7 @@ import pytest
 import torch
 from checkpoint_kit import latest, load_step, meta_at, names, no_temporary, save_step
 
-from syncbn.checkpoint import Background, Memory, save
+from syncbn.checkpoint import Background, HostCopy, save
 from syncbn.errors import CheckpointError
 
 
@@ -25,7 +25,7 @@ class Beside:
     """Saves in a thread, of a state that changes in place as soon as it is copied."""
 
     def __init__(self):
-        self.weight, self.memory, self.work = torch.empty(3, 2), Memory(), Background()
+        self.weight, self.memory, self.work = torch.empty(3, 2), HostCopy(), Background()
 
     def __call__(self, folder, step):
         self.weight.fill_(step)

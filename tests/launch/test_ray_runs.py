@@ -146,14 +146,14 @@ def test_a_dead_worker_is_heard_before_those_that_lost_it_and_after_a_bug():
 
 def test_ranks_are_numbered_node_by_node_and_by_gpu():
     ray = pytest.importorskip("syncbn.runtime.ray")
-    seats = [
-        ray.Seat("b", ("1", "3")),
-        ray.Seat("a", ()),
-        ray.Seat("b", ("0", "2")),
+    locations = [
+        ray.Location("b", ("1", "3")),
+        ray.Location("a", ()),
+        ray.Location("b", ("0", "2")),
     ]
-    order = ray.in_order(dict(enumerate(seats)))
+    order = ray.in_order_of_ranks(dict(enumerate(locations)))
     assert order == [2, 0, 1]
-    found = ray.environments([seats[number] for number in order], "10.0.0.9", 4321)
+    found = ray.environments([locations[number] for number in order], "10.0.0.9", 4321)
     names = ("RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "WORLD_SIZE")
     assert [[each[name] for name in names] for each in found] == [
         ["0", "0", "2", "0", "3"],
@@ -166,7 +166,7 @@ def test_ranks_are_numbered_node_by_node_and_by_gpu():
 
 def test_a_rank_alone_has_no_group():
     ray = pytest.importorskip("syncbn.runtime.ray")
-    assert ray.environments([ray.Seat("a", ("0",))], "10.0.0.9", 4321) == [{}]
+    assert ray.environments([ray.Location("a", ("0",))], "10.0.0.9", 4321) == [{}]
 
 
 def test_the_interface_of_an_address_is_found():
@@ -196,7 +196,7 @@ def test_failing_ranks_come_back_with_their_exit_codes(bench, tmp_path):
 def own():
     """The module of a launch's own servers; what they set in the environment goes with the test."""
     with patch.dict(os.environ):
-        yield pytest.importorskip("syncbn.launch.ray_own")
+        yield pytest.importorskip("syncbn.launch.ray_servers")
 
 
 @pytest.fixture

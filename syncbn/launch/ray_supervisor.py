@@ -1,6 +1,6 @@
 """Starts the servers of a launch's own cluster, and leaves nothing of it behind, however the launch ends.
 
-A program by itself: `python ray_keeper.py FOLDER COMMAND...`, whose standard input the launch holds open. When the
+A program by itself: `python ray_supervisor.py FOLDER COMMAND...`, whose standard input the launch holds open. When the
 launch is gone, Ray's servers would wait a minute for it, and leave their folder. Run by its path, it imports nothing of
 the package.
 """

@@ -7,7 +7,7 @@ import torch
 from checkpoint_kit import bits
 from torch import nn
 
-from syncbn.checkpoint import Background, Memory
+from syncbn.checkpoint import Background, HostCopy
 from syncbn.sharded import whole
 
 
@@ -20,7 +20,7 @@ def test_a_copy_stays_as_it_was_when_the_state_changes_in_place():
         "row": weight[1],
     }
     expected = whole(state, torch.clone)
-    copied = whole(state, Memory().copy)
+    copied = whole(state, HostCopy().copy)
     with torch.no_grad():
         weight.add_(1)
         state["nested"][0][0].add_(1)
@@ -32,7 +32,7 @@ def test_a_copy_stays_as_it_was_when_the_state_changes_in_place():
 
 
 def test_the_next_copy_lies_in_the_same_memory():
-    memory, places = Memory(), []
+    memory, places = HostCopy(), []
     for value in (1.0, 2.0):
         memory.rewind()
         copied = whole({"a": torch.full((4,), value), "b": torch.ones(2)}, memory.copy)
@@ -42,7 +42,7 @@ def test_the_next_copy_lies_in_the_same_memory():
 
 
 def test_a_state_that_has_grown_or_changed_its_shapes_is_copied_all_the_same():
-    memory = Memory()
+    memory = HostCopy()
     for state in ([torch.ones(2)], [torch.zeros(3, dtype=torch.int64), torch.ones(1)], []):
         memory.rewind()
         copied = whole(state, memory.copy)
@@ -53,11 +53,11 @@ def test_a_state_that_has_grown_or_changed_its_shapes_is_copied_all_the_same():
 
 def test_a_copy_has_the_kind_and_the_memory_format_of_the_tensor():
     images = torch.randn(2, 3, 4, 4).to(memory_format=torch.channels_last)
-    copied = Memory().copy(images)
+    copied = HostCopy().copy(images)
     assert copied.is_contiguous(memory_format=torch.channels_last)
     special = torch.tensor([float("nan"), -0.0], dtype=torch.bfloat16)
-    assert torch.equal(bits(Memory().copy(special)), bits(special))
-    frozen = Memory().copy(nn.Parameter(torch.ones(2), requires_grad=False))
+    assert torch.equal(bits(HostCopy().copy(special)), bits(special))
+    frozen = HostCopy().copy(nn.Parameter(torch.ones(2), requires_grad=False))
     assert type(frozen) is nn.Parameter
     assert not frozen.requires_grad
 

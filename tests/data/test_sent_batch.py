@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from syncbn.data import parcels
+from syncbn.data import sent_batch
 from syncbn.data.loaders import Loading, fetched
 from syncbn.errors import InfrastructureError, UsageError
 from syncbn.structure import tensors_of
@@ -50,7 +50,7 @@ def test_a_batch_comes_whole_and_in_shared_memory(capfd):
 def test_a_batch_without_room_in_shared_memory_comes_whole_and_is_spoken_of_once(
     monkeypatch, capfd
 ):
-    parcels._warn.cache_clear()
+    sent_batch._warn.cache_clear()
     monkeypatch.setattr(torch.Tensor, "share_memory_", no_room)
     assert_whole(list(fetched(alike, KEYS, Loading(2))))
     [line] = capfd.readouterr().err.splitlines()
@@ -60,12 +60,12 @@ def test_a_batch_without_room_in_shared_memory_comes_whole_and_is_spoken_of_once
 
 @pytest.mark.parametrize("room", [True, False])
 def test_descriptors_of_batches_are_closed(monkeypatch, room):
-    parcels.packed(BATCH).opened()  # starts what sends descriptors
+    sent_batch.pickled(BATCH).received()  # starts what sends descriptors
     if not room:
         monkeypatch.setattr(torch.Tensor, "share_memory_", no_room)
     before = len(list(Path("/proc/self/fd").iterdir()))
     for _ in range(5):
-        parcels.packed({"x": torch.ones(3)}).opened()
+        sent_batch.pickled({"x": torch.ones(3)}).received()
     assert len(list(Path("/proc/self/fd").iterdir())) == before
 
 

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 
-class Memory:
+class HostCopy:
     """Main memory for the copy of a state: allocated for the first, used again for the next.
 
     Tensors are told apart by their turn, since a run has the same ones in the same order whenever it is saved. Those

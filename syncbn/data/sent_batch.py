@@ -21,7 +21,7 @@ from syncbn.structure import mapped, tensors_of
 
 
 @dataclass(frozen=True)
-class Parcel:
+class SentBatch:
     """A batch on its way.
 
     Args:
@@ -32,7 +32,7 @@ class Parcel:
     pickled: bytes
     has_room: bool = True
 
-    def opened(self) -> Any:
+    def received(self) -> Any:
         """The batch; for the receiving process, once.
 
         Raises:
@@ -48,10 +48,10 @@ class Parcel:
 
     def pin_memory(self) -> Any:
         """The batch in page-locked memory; called by torch."""
-        return mapped(self.opened(), Tensor.pin_memory)
+        return mapped(self.received(), Tensor.pin_memory)
 
 
-def packed(batch: Any) -> Parcel:
+def pickled(batch: Any) -> SentBatch:
     """`batch` ready to be sent.
 
     Raises:
@@ -59,8 +59,8 @@ def packed(batch: Any) -> Parcel:
     """
     try:
         if _shared(batch):
-            return Parcel(bytes(ForkingPickler.dumps(batch)))
-        return Parcel(bytes(ForkingPickler.dumps(_written(batch))), has_room=False)
+            return SentBatch(bytes(ForkingPickler.dumps(batch)))
+        return SentBatch(bytes(ForkingPickler.dumps(_written(batch))), has_room=False)
     except (pickle.PicklingError, TypeError, AttributeError) as error:
         raise UsageError(
             f"a batch cannot be sent by a loader process ({error}): make it of tensors and plain values, or set "

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import psutil
 
-from syncbn.launch import ray_keeper
+from syncbn.launch import ray_supervisor
 from syncbn.launch.ray_access import prepare_own
 from syncbn.signals import held_back
 
@@ -27,9 +27,9 @@ class Servers:
     def __init__(self) -> None:
         prepare_own()
         self._folder = tempfile.mkdtemp(prefix="syncbn-", dir="/tmp")  # sockets need a short path
-        command = [sys.executable, ray_keeper.__file__, self._folder, *_command(self._folder)]
+        command = [sys.executable, ray_supervisor.__file__, self._folder, *_command(self._folder)]
         with held_back():
-            self._keeper = subprocess.Popen(
+            self._supervisor = subprocess.Popen(
                 command, stdin=subprocess.PIPE, start_new_session=True, env=os.environ | THREADS
             )
         self._known: dict[str, psutil.Process] = {}
@@ -43,11 +43,16 @@ class Servers:
 
     def have_failed(self) -> bool:
         """Whether the command that starts them has ended."""
-        return self._keeper.poll() is not None or (Path(self._folder) / ray_keeper.ENDED).exists()
+        return (
+            self._supervisor.poll() is not None
+            or (Path(self._folder) / ray_supervisor.ENDED).exists()
+        )
 
     def said(self) -> str:
         """What that command said, in one line."""
-        return " ".join((Path(self._folder) / ray_keeper.LOG).read_text(errors="replace").split())
+        return " ".join(
+            (Path(self._folder) / ray_supervisor.LOG).read_text(errors="replace").split()
+        )
 
     def dead(self) -> list[str]:
         """Those that have died since they were first asked for."""
@@ -57,15 +62,15 @@ class Servers:
 
     def end_processes(self) -> None:
         """Kill them and all that they have started."""
-        ray_keeper.end_all(self._folder)
+        ray_supervisor.end_all(self._folder)
 
     def end(self) -> None:
         """Leave nothing of them."""
-        self._keeper.communicate()
+        self._supervisor.communicate()
 
     def _children(self) -> list[psutil.Process]:
         try:
-            return psutil.Process(self._keeper.pid).children(recursive=True)
+            return psutil.Process(self._supervisor.pid).children(recursive=True)
         except psutil.NoSuchProcess:
             return []
 
