@@ -8,7 +8,7 @@ at all.
 import logging
 import os
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,6 @@ from torch.distributed.elastic.multiprocessing.api import DefaultLogsSpecs, Sign
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-from syncbn.compare.study.design import Trial
 from syncbn.compare.study.queue import run_trials
 from syncbn.compare.sweep.design import Sweep
 from syncbn.config import Config, RunConfig
@@ -34,7 +33,7 @@ from syncbn.launch.forks import (
 )
 from syncbn.launch.periodic import periodically
 from syncbn.launch.rank import run_rank
-from syncbn.launch.restarts import Restarts, healed, healed_wave
+from syncbn.launch.restarts import Restarts, healed, healed_waves
 from syncbn.launch.study import conduct
 from syncbn.launch.sweep import conduct_sweep
 from syncbn.runtime import Runtime, from_environment
@@ -62,10 +61,9 @@ def launch_run(cfg: RunConfig) -> RunSummary:
     """
     if cfg.train.resume:
         finished(cfg)  # refuses what finished with another config, before ranks are started
-    if "WORLD_SIZE" in os.environ:  # torchrun makes the attempts
-        with (
-            stop_on_signals()
-        ):  # it ends all ranks once one has: not before rank 0 has recorded why
+    if "WORLD_SIZE" in os.environ:
+        # torchrun makes the attempts, and ends all ranks once one has: not before rank 0 has recorded why
+        with stop_on_signals():
             return _work(cfg, run_rank)
     restarts = Restarts(cfg.launcher.max_restarts)
     return healed(lambda runs: _on_ranks(runs[0], run_rank, cfg.num_ranks), [cfg], restarts)
@@ -77,14 +75,12 @@ def launch_study(cfg: Config) -> dict[str, Any]:
     Raises:
         SyncbnError: a trial failed; finished ones are kept.
     """
-    restarts = Restarts(cfg.launcher.max_restarts)
-
-    def run(wave: Sequence[Trial], processes: int) -> Any:
-        return healed_wave(
-            lambda left: _on_ranks(cfg, partial(run_trials, left), processes), wave, restarts
-        )
-
-    return conduct(cfg, run)
+    return conduct(
+        cfg,
+        healed_waves(
+            cfg, lambda left, processes: _on_ranks(cfg, partial(run_trials, left), processes)
+        ),
+    )
 
 
 def launch_sweep(sweep: Sweep) -> dict[str, Any]:
@@ -93,17 +89,11 @@ def launch_sweep(sweep: Sweep) -> dict[str, Any]:
     Raises:
         SyncbnError: the sweep was stopped, or cannot be run; finished trials are kept.
     """
-    cfg = sweep.config
-    restarts = Restarts(cfg.launcher.max_restarts)
-
-    def run(wave: Sequence[Trial], processes: int) -> Any:
-        return healed_wave(
-            lambda left: _on_ranks(cfg, partial(run_trials, left, go_on=True), processes),
-            wave,
-            restarts,
-        )
-
-    return conduct_sweep(sweep, run)
+    cfg, work = sweep.config, partial(run_trials, go_on=True)
+    return conduct_sweep(
+        sweep,
+        healed_waves(cfg, lambda left, processes: _on_ranks(cfg, partial(work, left), processes)),
+    )
 
 
 def _on_ranks(cfg: RunConfig, work: Work, num_ranks: int) -> Any:

@@ -72,18 +72,13 @@ def launch_sweep(sweep: Sweep) -> dict[str, Any]:
 def _healed_waves(
     cfg: Config, work: Callable[..., None], progress: Callable[[], str], cluster: "Cluster"
 ) -> "Callable[[Sequence[Trial], int], Any]":
-    """Lets so many ranks do `work` with a wave of trials; all waves of a launch share its restarts."""
     from syncbn.launch.ray_ranks import fit
-    from syncbn.launch.restarts import Restarts, healed_wave
+    from syncbn.launch.restarts import healed_waves
 
-    restarts = Restarts(cfg.launcher.max_restarts)
+    def run(left: "Sequence[Trial]", processes: int) -> Any:
+        return fit(cfg, partial(work, left), processes, progress, cluster)
 
-    def run(wave: "Sequence[Trial]", processes: int) -> Any:
-        return healed_wave(
-            lambda left: fit(cfg, partial(work, left), processes, progress, cluster), wave, restarts
-        )
-
-    return run
+    return healed_waves(cfg, run)
 
 
 @contextmanager

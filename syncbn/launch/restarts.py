@@ -107,16 +107,24 @@ def healed(attempt: Attempt, runs: Runs, restarts: Restarts) -> Any:
         _pause(min(LONGEST_PAUSE_S, PAUSE_S * 2**fruitless), saved=any(steps.values()))
 
 
-def healed_wave(
-    run: Callable[[Sequence[Trial]], Any], wave: Sequence[Trial], restarts: Restarts
-) -> Any:
-    """`healed` of the trials of a `wave`; one whose failure a sweep has noted is not tried again."""
+def healed_waves(
+    cfg: RunConfig, run: Callable[[Sequence[Trial], int], Any]
+) -> Callable[[Sequence[Trial], int], Any]:
+    """`run`, of the trials of a wave and a number of processes, made again for those that are left where it `heals`.
 
-    def attempt(configs: Runs) -> Any:
-        trials = [replace(t, config=config) for t, config in zip(wave, configs, strict=True)]
-        return run([trial for trial in trials if failure_in(trial.config.folder) is None])
+    All waves share the restarts of one launch. A trial whose failure a sweep has noted is not tried again.
+    """
+    restarts = Restarts(cfg.launcher.max_restarts)
 
-    return healed(attempt, [trial.config for trial in wave], restarts)
+    def run_healed(wave: Sequence[Trial], processes: int) -> Any:
+        def attempt(configs: Runs) -> Any:
+            trials = [replace(t, config=config) for t, config in zip(wave, configs, strict=True)]
+            left = [trial for trial in trials if failure_in(trial.config.folder) is None]
+            return run(left, processes)
+
+        return healed(attempt, [trial.config for trial in wave], restarts)
+
+    return run_healed
 
 
 def resumed(cfg: RunConfig, since: float) -> RunConfig:

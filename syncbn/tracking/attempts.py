@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from syncbn.tracking.journal import read_journal
+from syncbn.tracking.journal import is_open, read_journal
 
 Record = dict[str, Any]
 
@@ -22,12 +22,6 @@ def records_of(path: Path) -> list[Record]:
         return list(read_journal(path))
     except (OSError, ValueError):
         return []
-
-
-def is_open(records: Sequence[Record]) -> bool:
-    """Whether the last attempt in `records` has no `end`."""
-    events = [r["event"] for r in records if r.get("event") in ("start", "end")]
-    return bool(events) and events[-1] == "start"
 
 
 def has_saved_since(path: Path, since: float) -> bool:

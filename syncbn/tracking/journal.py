@@ -132,10 +132,15 @@ def _kept(path: Path, step: int) -> list[dict[str, Any]]:
     return [*kept, *_missing_end(kept)]
 
 
+def is_open(records: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether the last attempt in `records` has no `end`."""
+    events = [record["event"] for record in records if record.get("event") in ("start", "end")]
+    return bool(events) and events[-1] == "start"
+
+
 def _missing_end(records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """The `end` of the last attempt in `records`, where it left none."""
-    events = [record["event"] for record in records if record.get("event") in ("start", "end")]
-    if not events or events[-1] == "end":
+    if not is_open(records):
         return []
     end = {"event": "end", "status": "failed", "summary": None, "error": KILLED}
     return [end | {"time": records[-1].get("time", 0.0)}]

@@ -25,7 +25,7 @@ from syncbn.errors import (
 )
 from syncbn.launch import restarts as module
 from syncbn.launch.children import _report_of, failure
-from syncbn.launch.restarts import Restarts, healed, healed_wave, heals
+from syncbn.launch.restarts import Restarts, healed, healed_waves, heals
 from syncbn.norm import RanksDisagree
 from syncbn.tracking import Journal, read_journal
 
@@ -252,13 +252,14 @@ def test_a_wave_goes_on_with_the_trials_that_have_neither_finished_nor_failed(cf
     wave = [Trial("sync", n, replace(cfg, name=f"study/trials/sync-{n}")) for n in range(3)]
     taken = []
 
-    def run(trials):
+    def run(trials, processes):
+        assert processes == 2
         taken.append([trial.seed for trial in trials])
         if len(taken) == 1:
             note_failure(wave[0].config.folder, DataError("no data"))
             raise DEAD
 
-    healed_wave(run, wave, Restarts(3))
+    healed_waves(wave[0].config, run)(wave, 2)
     assert taken == [[0, 1, 2], [1, 2]]
     assert "going on with 2 of 3 trials" in capsys.readouterr().err
 
