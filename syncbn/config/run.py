@@ -221,7 +221,7 @@ class TrainConfig:
     """Steps between checkpoints; 0 leaves it to `checkpoint_every_s`. The end of a run is always saved."""
     checkpoint_every_s: float | None = None
     """Seconds between checkpoints, by the clock of rank 0; 0 saves none by the clock. None saves none either where
-    `checkpoint_every` is set, and otherwise as often as 1 % of the time allows, every 30 to 300 s."""
+    `checkpoint_every` is set, and otherwise as often as 1 % of the time allows, every 5 to 300 s."""
     resume: bool = True
     """Continue from the run's latest checkpoint where it has one."""
     time_limit_s: float | None = None

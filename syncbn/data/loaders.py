@@ -86,9 +86,8 @@ def _from_loaders(
     batches, loaders = _started(loader)
     try:
         for sent in batches:
-            batch = (
-                sent.received() if isinstance(sent, SentBatch) else sent
-            )  # it is, where memory is pinned
+            # where memory is pinned, torch has received it already
+            batch = sent.received() if isinstance(sent, SentBatch) else sent
             if isinstance(batch, SyncbnError):
                 raise batch
             yield batch

@@ -19,24 +19,30 @@ def test_the_first_to_fail_speaks_in_each_attempt(tmp_path):
     assert is_first_to_fail({}, 3, "no data"), "without torchrun there is nobody else"
 
 
+def refused(environ):
+    """What a rank that torchrun starts is refused with; None where it may try."""
+    try:
+        refuse_mistake_again(environ)
+    except RankFailed as failure:
+        return failure.exit_code, str(failure)
+    return None
+
+
 @pytest.mark.parametrize("code", [1, 2, 3, 4, 5, 7, 8])
 def test_a_mistake_is_not_made_again(tmp_path, code):
     is_first_to_fail(environ(tmp_path, 0), code, "no data")
-    refuse_mistake_again(environ(tmp_path, 0))
+    assert refused(environ(tmp_path, 0)) is None
     for attempt in (1, 2):
-        with pytest.raises(RankFailed, match="no data") as raised:
-            refuse_mistake_again(environ(tmp_path, attempt))
-        assert str(raised.value) == f"no data{AGAIN}"
-        assert raised.value.exit_code == code
-        is_first_to_fail(environ(tmp_path, attempt), code, str(raised.value))
+        assert refused(environ(tmp_path, attempt)) == (code, f"no data{AGAIN}")
+        is_first_to_fail(environ(tmp_path, attempt), code, f"no data{AGAIN}")
 
 
 @pytest.mark.parametrize("code", [6, 75, 130, 143])
 def test_what_may_have_passed_is_tried_again(tmp_path, code):
     is_first_to_fail(environ(tmp_path, 0), code, "another rank exited")
-    refuse_mistake_again(environ(tmp_path, 1))
+    assert refused(environ(tmp_path, 1)) is None
 
 
 def test_a_rank_that_was_killed_left_nothing_and_is_tried_again(tmp_path):
-    refuse_mistake_again(environ(tmp_path, 1))
-    refuse_mistake_again({})
+    assert refused(environ(tmp_path, 1)) is None
+    assert refused({}) is None

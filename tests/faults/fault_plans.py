@@ -82,4 +82,4 @@ KINDS: dict[str, Callable[[Target], None]] = {
 }
 
 BY_HAND = ("kill launcher", "terminate rank")
-"""Faults after which whoever started the command has to start it again."""
+"""Faults after which the command has to be given again."""

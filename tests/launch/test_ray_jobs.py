@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 from programs import Bench, complaint, free_port, losses, wait_until
+from refused_jobs import REFUSED
 
 pytestmark = pytest.mark.slow
 PATIENT = (
@@ -168,17 +169,7 @@ def test_jobs_are_listed_with_what_was_sent_and_no_token(cluster):
     assert Path(cluster.environ["RAY_AUTH_TOKEN_PATH"]).read_text() not in listed
 
 
-@pytest.mark.parametrize(
-    ("overrides", "environ", "code", "reason"),
-    [
-        (["launcher.num_workers=3"], {}, 2, "needs 3 CPUs"),
-        (["launcher.gpus_per_worker=1"], {}, 2, "needs 1 GPUs"),
-        (["optim.lr=abc"], {}, 2, "abc"),
-        ([], {"RAY_AUTH_TOKEN": "wrong"}, 7, "refuses this token"),
-        ([], {"RAY_AUTH_TOKEN_PATH": "/nowhere"}, 7, "no token"),
-        ([], {"SYNCBN_ADDRESS": "http://127.0.0.1:1"}, 6, "no Ray dashboard answers"),
-    ],
-)
+@pytest.mark.parametrize(("overrides", "environ", "code", "reason"), REFUSED)
 def test_a_job_that_cannot_run_is_refused_before_it_is_sent(
     cluster, overrides, environ, code, reason, monkeypatch
 ):

@@ -7,6 +7,7 @@ from importlib.metadata import version
 
 import pytest
 from programs import Bench, complaint
+from refused_jobs import REFUSED
 
 NODE = {"node_id": "n", "state": "ALIVE", "is_head_node": True, "resources_total": {"CPU": 2.0}}
 
@@ -89,17 +90,7 @@ def test_an_unknown_job_is_2(bench, verb):
     assert "Job does not exist" in complaint(result)
 
 
-@pytest.mark.parametrize(
-    ("overrides", "environ", "code", "reason"),
-    [
-        (["launcher.num_workers=3"], {}, 2, "needs 3 CPUs"),
-        (["launcher.gpus_per_worker=1"], {}, 2, "needs 1 GPUs"),
-        (["optim.lr=abc"], {}, 2, "abc"),
-        ([], {"RAY_AUTH_TOKEN": "wrong"}, 7, "refuses this token"),
-        ([], {"RAY_AUTH_TOKEN": "", "RAY_AUTH_TOKEN_PATH": "/nowhere"}, 7, "no token"),
-        ([], {"SYNCBN_ADDRESS": "http://127.0.0.1:1"}, 6, "no Ray dashboard answers"),
-    ],
-)
+@pytest.mark.parametrize(("overrides", "environ", "code", "reason"), REFUSED)
 def test_a_job_that_cannot_run_is_refused_before_it_is_sent(
     bench, cluster, overrides, environ, code, reason
 ):

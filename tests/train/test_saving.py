@@ -31,7 +31,7 @@ from syncbn.train.saving import seconds_between
 
 SOLO = Solo(torch.device("cpu"))
 PATIENCE_S = 20.0
-"""Bounds what would wait for ever."""
+"""Bounds a wait that would not end."""
 
 
 def _config(folder, **train_options) -> RunConfig:
